@@ -1,0 +1,64 @@
+"""Positional Heads: attention heads whose dominant RoPE dimension grows with token distance.
+
+Hong et al., "On the token distance modeling ability of higher RoPE attention dimension",
+Findings of EMNLP 2024, arXiv 2410.08703.
+
+>>> import tl_posheads as ph                                    # doctest: +SKIP
+>>> model = ph.load_model("smollm2-135m")                       # doctest: +SKIP
+>>> tokens = ph.load_corpus("python-docs", model)               # doctest: +SKIP
+>>> ph.score_heads(model, tokens).top(0.05)                     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_posheads.accumulator import ScoreAccumulator
+    from tl_posheads.capture import capture_rotary, hook_names, rotary_hook_points
+    from tl_posheads.contributions import (
+        dimension_contributions,
+        dominant_dimension,
+        unrotated_contribution,
+    )
+    from tl_posheads.corpora import load_corpus
+    from tl_posheads.errors import PosheadsError
+    from tl_posheads.geometry import LayerGeometry, RotaryGeometry
+    from tl_posheads.models import load_model
+    from tl_posheads.results import HeadScores
+    from tl_posheads.scoring import score_heads
+    from tl_posheads.statistics import spearman_by_distance
+
+# Loaded when first asked for: `tl-posheads --help` need not wait for torch and the lens.
+_HOME = {
+    "ScoreAccumulator": "accumulator",
+    "capture_rotary": "capture",
+    "hook_names": "capture",
+    "rotary_hook_points": "capture",
+    "dimension_contributions": "contributions",
+    "dominant_dimension": "contributions",
+    "unrotated_contribution": "contributions",
+    "load_corpus": "corpora",
+    "PosheadsError": "errors",
+    "LayerGeometry": "geometry",
+    "RotaryGeometry": "geometry",
+    "load_model": "models",
+    "HeadScores": "results",
+    "score_heads": "scoring",
+    "spearman_by_distance": "statistics",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tl_posheads' has no attribute {name!r}")
+    value = getattr(import_module(f"tl_posheads.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,300 @@
+"""Rotated queries and keys of a live model: hook points where the lens has none, and one pass.
+
+The seam is the hook name, ``blocks.{layer}.attn.hook_rot_q`` and ``hook_rot_k``, which
+HookedTransformer and TransformerBridge share. Where the Bridge never fires them (joint
+projections: GPT-NeoX, Phi-3, Falcon; and GPT-J) :func:`rotary_hook_points` makes them fire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_posheads.errors import PosheadsError
+
+Consumer = Callable[[int, Tensor, Tensor], None]
+
+POSITIONS = {
+    "standard": "learned absolute positions",
+    "shortformer": "learned absolute positions added to queries and keys",
+    "alibi": "ALiBi biases",
+    "relative_positional_bias": "relative position biases (T5)",
+    "none": "no position embedding at all (a recurrent or convolutional model)",
+}
+
+
+def model_name(model: Any) -> str:
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def require_rotary(model: Any) -> None:
+    """Refuse what isn't a TransformerLens model with RoPE, by name, before anything is run."""
+    cfg = getattr(model, "cfg", None)
+    if cfg is None or not hasattr(model, "run_with_hooks"):
+        raise PosheadsError(
+            f"a {type(model).__name__} was given; expected a HookedTransformer or a "
+            "TransformerBridge, as tl_posheads.load_model returns"
+        )
+    kind = str(getattr(cfg, "positional_embedding_type", None) or "none")
+    if kind != "rotary":
+        used = POSITIONS.get(kind, f"positions of the kind {kind!r}")
+        raise PosheadsError(
+            f"{model_name(model)} uses {used}, not RoPE, so it has no rotary dimensions to score; "
+            "choose a model with rotary position embedding, like Llama, Pythia or SmolLM2"
+        )
+
+
+def attention(model: Any, layer: int) -> nn.Module | None:
+    """The layer's attention component; None in layers that have none (hybrid models)."""
+    block = model.blocks[layer]
+    return block._modules.get("attn") if isinstance(block, nn.Module) else None
+
+
+def hook_names(layers: Sequence[int]) -> list[str]:
+    """Names of the rotated queries' and keys' hook points, for ``names_filter``.
+
+    Example:
+        >>> hook_names([0])
+        ['blocks.0.attn.hook_rot_q', 'blocks.0.attn.hook_rot_k']
+    """
+    return [f"blocks.{layer}.attn.hook_rot_{x}" for layer in layers for x in "qk"]
+
+
+class _HookedCache:
+    """A KV cache whose keys pass ``hook_rot_k`` before they are kept, as elsewhere in the lens."""
+
+    def __init__(self, cache: Any, rotated_key: Callable[[Tensor], Tensor]) -> None:
+        self._cache, self._rotated_key = cache, rotated_key
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(self, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._cache.update(self._rotated_key(key), *args, **kwargs)
+
+
+@contextmanager
+def _instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Shadow a method on one object; the class, and other objects, keep theirs."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = wrapper
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+@contextmanager
+def _joint_projection(attn: Any) -> Iterator[None]:
+    rotate = attn._apply_rotary_pos_emb
+
+    def rotate_and_hook(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        q, k = rotate(q, k, *args, **kwargs)
+        return attn.hook_rot_q(q), attn.hook_rot_k(k)
+
+    with _instance_method(attn, "_apply_rotary_pos_emb", rotate_and_hook):
+        yield
+
+
+@contextmanager
+def _gptj(attn: Any) -> Iterator[None]:
+    inner = attn.original_component
+    attend, cached = inner._attn, False
+
+    def use_hooked_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal cached
+        cached = kwargs.get("layer_past") is not None
+        if cached:
+            kwargs = {**kwargs, "layer_past": _HookedCache(kwargs["layer_past"], attn.hook_rot_k)}
+        return args, kwargs
+
+    def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        query = attn.hook_rot_q(query)
+        key = key if cached else attn.hook_rot_k(key)
+        return attend(query, key, *args, **kwargs)
+
+    handle = inner.register_forward_pre_hook(use_hooked_cache, with_kwargs=True)
+    try:
+        with _instance_method(inner, "_attn", attend_and_hook):
+            yield
+    finally:
+        handle.remove()
+
+
+def _seam(attn: Any) -> Any:
+    """The context manager that makes this component fire; None if the lens does it itself."""
+    names = {cls.__name__ for cls in type(attn).__mro__}
+    if "JointQKVPositionEmbeddingsAttentionBridge" in names:
+        return _joint_projection(attn)
+    if type(getattr(attn, "original_component", None)).__name__ == "GPTJAttention":
+        return _gptj(attn)
+    if "CodeGenAttentionBridge" in names:
+        raise PosheadsError(
+            "CodeGen's attention in TransformerLens keeps its rotated queries to itself, so they "
+            "can't be hooked; choose another model (GPT-J is the nearest)"
+        )
+    return None
+
+
+_OPEN_ATTRIBUTE = "_tl_posheads_open"
+
+
+@contextmanager
+def rotary_hook_points(model: Any) -> Iterator[Any]:
+    """Inside, ``blocks.{l}.attn.hook_rot_q`` and ``hook_rot_k`` exist and fire in every layer.
+
+    ``model.run_with_cache`` reads them, ``model.run_with_hooks`` edits them: what a hook returns
+    is what attention uses, with a KV cache too. Shapes: ``[batch, pos, head, d_head]`` and
+    ``[batch, pos, kv_head, d_head]``. On leaving, whatever was raised, the model is as it was.
+    May be nested. :func:`tl_posheads.score_heads` enters it by itself.
+
+    Raises:
+        PosheadsError: the model has no RoPE, or its attention can't be hooked.
+
+    Example:
+        >>> with rotary_hook_points(model):                     # doctest: +SKIP
+        ...     _, cache = model.run_with_cache(tokens, names_filter=hook_names(range(4)))
+    """
+    require_rotary(model)
+    if _OPEN_ATTRIBUTE in model.__dict__:
+        yield model
+        return
+    with ExitStack() as stack:
+        for layer in range(model.cfg.n_layers):
+            attn = attention(model, layer)
+            seam = None if attn is None else _seam(attn)
+            if seam is not None:
+                stack.enter_context(seam)
+        model.__dict__[_OPEN_ATTRIBUTE] = True
+        stack.callback(model.__dict__.pop, _OPEN_ATTRIBUTE)
+        yield model
+
+
+@contextmanager
+def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Hooks on HookPoints that go when this leaves; everyone else's stay, in their order.
+
+    ``run_with_hooks`` would do, but for two things: it may also clear hooks of a caller's level,
+    and on the Bridge it looks up thousands of names at every call.
+    """
+    ours = []
+    try:
+        for point, hook in hooks:
+            before = {id(handle) for handle in point.fwd_hooks}
+            # "Permanent" keeps a reset_hooks() that runs meanwhile from cutting the pass short.
+            point.add_hook(hook, is_permanent=True)
+            ours += [(point, h) for h in point.fwd_hooks if id(h) not in before]
+        yield
+    finally:
+        for point, handle in ours:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
+
+
+def require_clean(model: Any) -> None:
+    """Refuse a model on which someone forgot hooks: scores would be those of another model.
+
+    Permanent hooks and those of a ``with model.hooks(...)`` that is still open are meant, and
+    stay in force.
+    """
+    dirty = [
+        name
+        for name, point in model.hook_dict.items()
+        for handle in (*point.fwd_hooks, *point.bwd_hooks)
+        if not handle.is_permanent and not handle.context_level
+    ]
+    if dirty:
+        more = f" and {len(set(dirty)) - 1} other hook points" if len(set(dirty)) > 1 else ""
+        raise PosheadsError(
+            f"{model_name(model)} still carries hooks on {dirty[0]}{more}; call "
+            "model.reset_hooks() first, or set those you mean inside `with model.hooks(...)`"
+        )
+
+
+class _PassDone(Exception):
+    """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
+
+
+def capture_rotary(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    consumer: Callable[
+        [int, Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]],
+        None,
+    ],
+    *,
+    layers: Sequence[int] | None = None,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+) -> None:
+    """One forward pass; ``consumer(layer, rot_q, rot_k)`` is called in it, a layer at a time.
+
+    Nothing is kept: a layer's tensors are let go when the consumer returns. The pass ends with
+    the last layer asked for, before its attention is computed. Peak memory beyond the consumer's:
+    that of the model's own eager attention, one ``[batch, head, pos, pos]`` layer.
+
+    Args:
+        model: HookedTransformer or TransformerBridge with RoPE.
+        tokens: on any device.
+        consumer: gets the model's own tensors, without gradient; it must not change them.
+        layers: those wanted; all by default. The consumer is called in ascending order.
+        attention_mask: 1 for tokens, 0 for padding.
+
+    Raises:
+        PosheadsError: no RoPE; a layer whose rotated queries never came.
+    """
+    wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
+    with rotary_hook_points(model):
+        points = {}
+        for layer in wanted:
+            attn: Any = attention(model, layer)
+            if attn is None or not hasattr(attn, "hook_rot_q"):
+                raise PosheadsError(
+                    f"layer {layer} of {model_name(model)} has no rotary attention; leave it out "
+                    "of `layers`"
+                )
+            points[layer] = (attn.hook_rot_q, attn.hook_rot_k)
+        waiting: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
+        seen: list[int] = []
+
+        def keeper(layer: int, which: str) -> Callable[..., None]:
+            def keep(value: Tensor, hook: Any) -> None:
+                # GPT-J with a cache shows its keys first; everyone else the queries.
+                waiting[layer][which] = value.detach()
+                if len(waiting[layer]) < 2:
+                    return
+                both = waiting.pop(layer)
+                seen.append(layer)
+                consumer(layer, both["q"], both["k"])
+                if layer == wanted[-1]:
+                    raise _PassDone
+
+            return keep
+
+        hooks = [(points[layer][which], keeper(layer, "qk"[which])) for layer in wanted for which in (0, 1)]
+        with own_hooks(hooks):
+            try:
+                run_forward(model, tokens, attention_mask)
+            except _PassDone:
+                pass
+    missing = sorted(set(wanted) - set(seen))
+    if missing:
+        kind = type(attention(model, missing[0])).__name__
+        raise PosheadsError(
+            f"the rotated queries of layer {missing[0]} of {model_name(model)} never came: "
+            f"TransformerLens does not offer them for {kind}"
+        )
+
+
+def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+    device = next(model.parameters()).device
+    options = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
+    with torch.no_grad():
+        model(tokens.to(device), return_type=None, **options)

@@ -1,0 +1,88 @@
+"""What a long scoring run has finished, kept in a folder so that it need not be done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.results import write_bytes
+from tl_posheads.statistics import DominantGrid
+from tl_posheads.tables import Grids, LayerTable
+
+_PLAN = "plan.json"
+
+
+class Checkpoint:
+    """A folder of finished units: one text in some layers each, with the D bins it was counted in.
+
+    Args:
+        folder: made if missing; None keeps nothing.
+        plan: what decides the numbers. Another run's folder is refused.
+
+    Raises:
+        PosheadsError: the folder belongs to a run with another plan.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, plan: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise PosheadsError(f"the checkpoint {folder} is a file; give a folder")
+        text = json.dumps(plan, sort_keys=True)
+        label = self.folder / _PLAN
+        if label.exists():
+            if label.read_text(encoding="utf-8") != text:
+                raise PosheadsError(
+                    f"the checkpoint in {folder} belongs to another run (model, texts or options "
+                    "differ); remove it or give another folder"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise PosheadsError(f"{folder} is not empty and holds no checkpoint; give another one")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(label, text.encode())
+
+    def load(self, unit: str) -> tuple[dict[int, LayerTable], dict[int, Grids]] | None:
+        """A finished unit; None where it isn't, or its file can't be read."""
+        if self.folder is None:
+            return None
+        try:
+            tensors = load_tensors((self.folder / f"{unit}.safetensors").read_bytes())
+        except (OSError, SafetensorError):
+            return None
+        by_layer: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            layer, rest = name.split(".", 1)
+            by_layer.setdefault(int(layer), {})[rest] = tensor
+        grids = {
+            layer: Grids(*(
+                DominantGrid(parts.pop(f"{which}.edges"), parts.pop(f"{which}.level"))
+                for which in ("dominant", "geometry")
+            ))
+            for layer, parts in by_layer.items()
+        }  # fmt: skip
+        tables = {layer: LayerTable.from_tensors(parts) for layer, parts in by_layer.items()}
+        return tables, grids
+
+    def save(
+        self, unit: str, tables: Mapping[int, LayerTable], grids: Mapping[int, Grids]
+    ) -> None:
+        if self.folder is None:
+            return
+        tensors = {}
+        for layer, table in tables.items():
+            tensors |= {f"{layer}.{name}": t for name, t in table.to_tensors().items()}
+            for which in ("dominant", "geometry"):
+                grid: DominantGrid = getattr(grids[layer], which)
+                tensors[f"{layer}.{which}.edges"] = grid.edges.cpu().contiguous()
+                tensors[f"{layer}.{which}.level"] = grid.level.cpu().contiguous()
+        write_bytes(self.folder / f"{unit}.safetensors", save_tensors(tensors))

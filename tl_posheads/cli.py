@@ -1,0 +1,394 @@
+"""The command ``tl-posheads``: scores the heads of a model, shows what was scored."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import rundir
+from .errors import PosheadsError
+
+if TYPE_CHECKING:
+    from .results import HeadScores
+
+_ABOUT = """\
+Find the Positional Heads of a transformer with rotary position embedding (RoPE).
+
+RoPE turns each pair of coordinates of a head's queries and keys by an angle that grows with the
+position: the first pairs fast, the last ones slowly. In a Positional Head the pair that weighs most
+in query times key moves, with the distance between two tokens, from the fast pairs to the slow
+ones, so that the head can tell far from near. A head's positional score is Spearman's rho between
+that distance and the head's dominant dimension, over the pairs of tokens that attention sees.
+Hong et al., Findings of EMNLP 2024, https://arxiv.org/abs/2410.08703
+"""
+
+_EXAMPLES = """\
+examples:
+  tl-posheads score smollm2-135m --out scores
+      every head of SmolLM2-135M on the documentation of Python
+  tl-posheads score ./my-model --corpus essays/ --docs 8 --length 2048 --layers 0-9 --out scores
+      ten layers of a model of your own, on eight stretches of your own texts
+  tl-posheads show scores --top 50
+      the table again, longer
+
+what comes out, in the folder --out:
+  run.json     what was asked for; tells this run's results from another's
+  scores.*     the scores, for HeadScores.load("FOLDER") in Python
+  table.csv    one row per head, for a spreadsheet
+  index.html   a page with map, table and histogram; needs no network
+
+Stopped by Ctrl-C, the same command goes on from there.
+"Positional" is not "important": ablate the heads before you claim that.
+"""
+
+_SCORE_ABOUT = """\
+Score the heads of MODEL on a corpus and write the results to the folder --out.
+The same command on the same folder goes on with a stopped run, and shows a finished one.
+"""
+
+_SCORE_EXAMPLES = """\
+examples:
+  tl-posheads score smollm2-135m --out scores
+  tl-posheads score EleutherAI/pythia-160m --corpus book.txt --pairs per_distance --out pythia
+  tl-posheads score model.gguf --layers 0,3,5-7 --pairs 20000 --out quick
+
+columns of the table:
+  rho            the positional score, -1 to 1
+  ci             95 % confidence interval of rho
+  rho_geometry   rho after the head's content is permuted over the positions: what the rotation
+                 and the head's mean query and key give alone; the rest of rho is content's
+  p_null         p-value against rows shifted circularly, corrected for the number of heads
+  n_pairs        query-key pairs that rho was counted on
+  window         the layer's sliding window, - where it sees everything before it
+"""
+
+
+# The heavy imports live in these, so that --help and bad input are answered at once.
+def load_model(name: str, **options: Any) -> Any:
+    from .models import load_model as load
+
+    return load(name, **options)
+
+
+def load_corpus(name: str, model: Any, **options: Any) -> Any:
+    from .corpora import load_corpus as load
+
+    return load(name, model, **options)
+
+
+def corpus_provenance(name: str) -> dict[str, Any]:
+    from .corpora import corpus_provenance as provenance
+
+    return provenance(name)
+
+
+def score_heads(model: Any, tokens: Any, **options: Any) -> HeadScores:
+    from .scoring import score_heads as score
+
+    return score(model, tokens, **options)
+
+
+def load_scores(folder: Path) -> HeadScores:
+    from .results import HeadScores
+
+    return HeadScores.load(folder)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other refusal of the command does."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tl-posheads: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("tl-posheads")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        print(f"tl-posheads {number}")
+        parser.exit()
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    # A name may hold escape sequences; the terminal must not obey them.
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def _whole(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _pairs(text: str) -> str | int:
+    if text in ("all", "per_distance"):
+        return text
+    if re.fullmatch(r"[0-9]{1,18}", text) and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: all, per_distance, a number above 0")
+
+
+def parse_layers(text: str) -> list[int]:
+    """Turn ``"0,3,5-7"`` into a sorted list of layers.
+
+    >>> parse_layers("5-7,0,6")
+    [0, 5, 6, 7]
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no list of layers and ranges.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,4})(?:\s*-\s*([0-9]{1,4}))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} names no layers; write them like 0-9 or 0,3,5-7, counted from 0"
+            )
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tl-posheads", description=_ABOUT, epilog=_EXAMPLES)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    score = commands.add_parser(
+        "score", help="score the heads of a model", description=_SCORE_ABOUT, epilog=_SCORE_EXAMPLES
+    )
+    add = score.add_argument
+    add("model", metavar="MODEL", help="a name like smollm2-135m, a hub id, a folder, a GGUF file")
+    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
+    add("--corpus", metavar="NAME-OR-PATH", default="python-docs",
+        help="a name, a text file, a folder of them, or a hub data set's id (default: python-docs)")  # fmt: skip
+    add("--length", metavar="N", type=_whole(2), default=1024, help="tokens a document (1024)")
+    add("--docs", metavar="N", type=_whole(1), default=4, help="number of documents (4)")
+    add("--pairs", metavar="all|per_distance|N", type=_pairs, default="all",
+        help="weigh every pair of tokens alike, every distance alike, or draw N pairs (all)")  # fmt: skip
+    add("--layers", metavar="LIST", type=parse_layers, help="like 0-9 or 0,3,5-7 (every layer)")
+    add("--skip-first", metavar="N", type=_whole(0), default=0,
+        help="leave out the first N positions, the attention sink for one (0)")  # fmt: skip
+    add("--exact", action="store_true", default=None,
+        help="exact ranks at any length; slower (short texts are exact anyway)")  # fmt: skip
+    add("--seed", metavar="N", type=_whole(0), default=0, help="for everything drawn (0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
+    add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
+    add("--cls", choices=("hooked", "bridge"),
+        help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
+    add("--top", metavar="N", type=_whole(1), default=20, help="heads to print (20)")
+    add("--overwrite", action="store_true", help="replace another run's results in DIR")
+    score.set_defaults(action=_score)
+
+    show = commands.add_parser(
+        "show", help="print the table of a finished run", description="Print the best heads in DIR."
+    )
+    show.add_argument("dir", metavar="DIR", type=Path, help="a folder that score wrote")
+    show.add_argument("--top", metavar="N", type=_whole(1), default=20, help="heads to print (20)")
+    show.set_defaults(action=_show)
+
+    report = commands.add_parser(
+        "report", help="make a run's index.html again", description="Make DIR/index.html again."
+    )
+    report.add_argument("dir", metavar="DIR", type=Path, help="a folder that score wrote")
+    report.set_defaults(action=_report)
+    return parser
+
+
+def _local_files(name: str) -> str | None:
+    """Fingerprint of a local model: a path alone would call retrained weights the same model."""
+    path = Path(name)
+    if not path.exists():
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the numbers, and nothing else: two runs with equal requests are one run."""
+    corpus = corpus_provenance(args.corpus)
+    return {
+        "model": args.model,
+        "model_files": _local_files(args.model),
+        "cls": args.cls,
+        "dtype": args.dtype,
+        "corpus": corpus["name"],
+        "corpus_sha256": corpus["sha256"],
+        "length": args.length,
+        "docs": args.docs,
+        "pairs": args.pairs,
+        "layers": args.layers,
+        "skip_first": args.skip_first,
+        "exact": args.exact,
+        "seed": args.seed,
+    }
+
+
+def _check_layers(layers: Sequence[int] | None, model: Any) -> None:
+    n_layers = int(model.cfg.n_layers)
+    missing = [layer for layer in layers or () if layer >= n_layers]
+    if missing:
+        raise PosheadsError(
+            f"--layers asks for {_ranges(missing)}, but the model has {n_layers} layers;"
+            f" choose from {_ranges(range(n_layers))}"
+        )
+
+
+def _score(args: argparse.Namespace) -> None:
+    if args.skip_first > args.length - 2:
+        raise PosheadsError(
+            f"--skip-first {args.skip_first} leaves no pair of tokens in texts of {args.length};"
+            f" give at most {args.length - 2}"
+        )
+    out: Path = args.out
+    request = _request(args)
+    state = rundir.look(out, request, overwrite=args.overwrite)
+    if state == "finished":
+        print(f"{out} already holds this run, finished; --overwrite computes it again.")
+        _print_table(load_scores(out), out, args.top)
+        return
+    model = load_model(args.model, cls=args.cls, device=args.device, dtype=args.dtype)
+    _check_layers(args.layers, model)
+    tokens = load_corpus(
+        args.corpus, model, n_docs=args.docs, length=args.length, seed=args.seed
+    )
+    if state == "resume":
+        print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
+    try:
+        with rundir.running(out, request, state) as checkpoint:
+            scores = score_heads(
+                model,
+                tokens,
+                layers=args.layers,
+                pairs=args.pairs,
+                skip_first=args.skip_first,
+                exact=args.exact,
+                seed=args.seed,
+                checkpoint=checkpoint,
+                progress=True,
+                provenance={**request, "model_class": type(model).__name__},
+            )
+            _write_results(scores, out)
+    except KeyboardInterrupt:
+        hint = " without --overwrite" if args.overwrite else ""
+        raise KeyboardInterrupt(
+            f"stopped; what was done is in {out}, and the same command{hint} goes on from there"
+        ) from None
+    _print_table(scores, out, args.top)
+
+
+def _write_results(scores: HeadScores, out: Path) -> None:
+    from .report import write_report
+
+    scores.save(out)
+    rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
+    write_report(scores, out / rundir.PAGE)
+
+
+def _finished_scores(folder: Path) -> HeadScores:
+    if not folder.is_dir():
+        raise PosheadsError(f"{folder} is no folder; give one that tl-posheads score wrote")
+    run = rundir.read_run(folder)
+    if run is not None and not run.get("finished"):
+        raise PosheadsError(
+            f"the run in {folder} was stopped before it finished; the same score command goes on"
+        )
+    return load_scores(folder)
+
+
+def _show(args: argparse.Namespace) -> None:
+    _print_table(_finished_scores(args.dir), args.dir, args.top)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report import write_report
+
+    write_report(_finished_scores(args.dir), args.dir / rundir.PAGE)
+    print(f"wrote {args.dir / rundir.PAGE}")
+
+
+def _print_table(scores: HeadScores, out: Path, top: int) -> None:
+    print("\n".join(table_lines(scores, top)))
+    names = (rundir.TABLE, rundir.PAGE, rundir.RUN_FILE)
+    written = [str(out / name) for name in names if (out / name).exists()]
+    print(f"\nfiles: {', '.join(written) or out}")
+
+
+def table_lines(scores: HeadScores, top: int) -> list[str]:
+    """The ``top`` best heads as lines of text with fixed columns, NaN as ``-``."""
+    from .report import scored_rows
+
+    rows = scored_rows(scores)
+    if not rows:
+        return ["No head has a score."]
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+    cells = [["layer", "head", "rho", "ci", "rho_geometry", "p_null", "n_pairs", "window"]]
+    for row in rows[:top]:
+        low, high = number(row["ci_low"], "+.3f"), number(row["ci_high"], "+.3f")
+        cells.append([
+            str(row["layer"]), str(row["head"]), number(row["rho"], "+.4f"),
+            "-" if low == high == "-" else f"{low} .. {high}",
+            number(row["rho_geometry"], "+.4f"), number(row["p_null"], ".3g"),
+            number(row["n_pairs"], ",.0f"), number(row["window"], ".0f"),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return [f"The {len(cells) - 1} highest positional scores of {len(rows)} heads:", *lines]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the return value is its exit status (0, 2 for bad input, 130 for Ctrl-C)."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.action(args)
+        sys.stdout.flush()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except (PosheadsError, OSError) as problem:
+        if isinstance(problem, BrokenPipeError):  # the reader (`| head`) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        print(f"tl-posheads: error: {_one_line(problem)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        what = str(stop) or "stopped; nothing was computed yet"
+        print(f"\ntl-posheads: {_one_line(what)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Measures a model's rotary geometry from one pass over a text of one repeated token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tl_posheads.capture import attention, model_name, own_hooks, rotary_hook_points, run_forward
+from tl_posheads.contributions import rotate_by
+from tl_posheads.errors import PosheadsError
+from tl_posheads.geometry import LayerGeometry, share_keys
+
+_POINTS = ("hook_rot_q", "hook_rot_k", "hook_q", "hook_k", "hook_attn_scores", "hook_cos",
+           "hook_sin")  # fmt: skip
+# A window up to this long is seen in the mask; the probe is made long enough for it.
+_LONGEST_SEEN_WINDOW = 512
+_MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
+
+
+def measure(
+    model: Any, *, length: int, layers: Sequence[int] | None
+) -> tuple[str, tuple[LayerGeometry, ...]]:
+    """Name and layers for ``RotaryGeometry.from_model``."""
+    with rotary_hook_points(model):
+        n_layers, name = int(model.cfg.n_layers), model_name(model)
+        windows = [_declared_window(model, layer) for layer in range(n_layers)]
+        short = [w for w in windows if w is not None and w <= _LONGEST_SEEN_WINDOW]
+        n_ctx = int(getattr(model.cfg, "n_ctx", None) or length)
+        length = max(2, min(max([length, *(w + 2 for w in short)]), n_ctx))
+        wanted = range(n_layers) if layers is None else layers
+        tokens = torch.full((1, length), _plain_token(model), dtype=torch.long)
+        seen = _observe(model, tokens, wanted)
+        found = {
+            layer: _layer_geometry(model, layer, seen[layer], windows[layer]) for layer in wanted
+        }
+    any_layer = next(iter(found.values()))
+    return name, tuple(
+        found.get(layer, _placeholder(layer, any_layer)) for layer in range(n_layers)
+    )
+
+
+def _placeholder(layer: int, like: LayerGeometry) -> LayerGeometry:
+    return LayerGeometry(
+        layer=layer, layout="half", d_head=like.d_head, rotary_dim=0,
+        inv_freq=torch.zeros(0, dtype=torch.float64), rotation_scale=1.0,
+        attention_scale=like.attention_scale, softcap=None, window=None, kv_head=like.kv_head,
+    )  # fmt: skip
+
+
+def _plain_token(model: Any) -> int:
+    """A token that is no padding: some models treat padding apart."""
+    tokenizer = getattr(model, "tokenizer", None)
+    special = set(getattr(tokenizer, "all_special_ids", None) or ())
+    vocabulary = int(getattr(model.cfg, "d_vocab", None) or 8)
+    return next(t for t in range(vocabulary // 2, 2 * vocabulary) if t % vocabulary not in special)
+
+
+def _declared_window(model: Any, layer: int) -> int | None:
+    """The window that the layer says it has; the mask is asked too, where it is short enough."""
+    attn: Any = attention(model, layer)
+    if hasattr(attn, "attn_type"):  # HookedTransformer
+        return int(model.cfg.window_size) if attn.attn_type == "local" else None
+    inner = getattr(attn, "original_component", None)
+    config = getattr(inner, "config", None)
+    window = getattr(inner, "sliding_window", None)
+    if window is None and getattr(config, "use_sliding_window", True):
+        window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds and kinds[layer] != "sliding_attention"):
+        return None
+    return int(window)
+
+
+class _Layer(dict[str, Tensor]):
+    """What one layer showed at its hook points, by name; the rotation's as cos and sin."""
+
+
+@contextmanager
+def _complex_rotations(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
+    """DeepSeek-V2 turns complex numbers and passes the lens's hook_cos by."""
+    handles = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_complex():
+            for layer in seen.values():
+                layer.setdefault("hook_cos", output.real)
+                layer.setdefault("hook_sin", output.imag)
+
+    for module_name, module in model.named_modules():
+        if module_name.split(".")[-1] == "rotary_emb":
+            handles.append(module.register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _Layer]:
+    seen = {layer: _Layer() for layer in layers}
+
+    def keeper(layer: int, name: str) -> Any:
+        def keep(value: Tensor, hook: Any) -> None:
+            seen[layer][name] = value.detach()
+
+        return keep
+
+    hooks = [
+        (getattr(attention(model, layer), name), keeper(layer, name))
+        for layer in layers
+        for name in _POINTS
+        if hasattr(attention(model, layer), name)
+    ]
+    with own_hooks(hooks), _complex_rotations(model, seen):
+        run_forward(model, tokens)
+    n = tokens.shape[1]
+    for layer in layers:
+        attn: Any = attention(model, layer)
+        inner = getattr(attn, "original_component", None)
+        if hasattr(attn, "rotary_cos"):  # HookedTransformer
+            seen[layer]["hook_cos"] = attn.rotary_cos[:n]
+            seen[layer]["hook_sin"] = attn.rotary_sin[:n]
+        elif hasattr(inner, "embed_positions") and "hook_cos" not in seen[layer]:  # GPT-J
+            half = inner.embed_positions.shape[-1] // 2
+            seen[layer]["hook_sin"] = inner.embed_positions[:n, :half]
+            seen[layer]["hook_cos"] = inner.embed_positions[:n, half:]
+    return seen
+
+
+def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) -> LayerGeometry:
+    where = f"layer {layer} of {model_name(model)}"
+    if "hook_rot_q" not in seen:
+        raise PosheadsError(
+            f"the rotated queries of {where} never came: TransformerLens does not offer them for "
+            f"{type(attention(model, layer)).__name__}"
+        )
+    rot_q, rot_k = seen["hook_rot_q"][0], seen["hook_rot_k"][0]
+    layout, inv_freq, scale = _rotation(rot_q, seen, where)
+    scores = seen.get("hook_attn_scores")
+    declared_scale, softcap = _declared_scale(model, layer, rot_q.shape[-1])
+    kv_head = share_keys(rot_q.shape[1], rot_k.shape[1])
+    q, k = _whole_vectors(seen, rot_q, rot_k)
+    attention_scale = _attention_scale(q, k, scores, softcap, declared_scale, where)
+    return LayerGeometry(
+        layer=layer,
+        layout=layout,
+        d_head=rot_q.shape[-1],
+        rotary_dim=2 * len(inv_freq),
+        inv_freq=inv_freq,
+        rotation_scale=scale,
+        attention_scale=attention_scale,
+        softcap=softcap,
+        window=_window(scores, declared, where),
+        kv_head=kv_head,
+    )
+
+
+def _tolerance(x: Tensor) -> float:
+    return {torch.float64: 1e-4, torch.float32: 1e-3}.get(x.dtype, 0.1)
+
+
+def _frequencies(cos: Tensor, sin: Tensor) -> Tensor:
+    """Radians per token of each column: unwrapped by doubling, then a line through zero."""
+    angle = torch.atan2(sin.double(), cos.double())
+    angle = angle - angle[:1]
+    n, turn = len(angle), 2 * math.pi
+    theta = angle[1] - turn * (angle[1] / turn).round()
+    step = 2
+    while step < n:
+        # The error of the estimate so far, times `step`, stays far under half a turn.
+        expected = theta * step
+        theta = (expected + _wrap(angle[step] - expected)) / step
+        step *= 2
+    position = torch.arange(n, dtype=torch.float64, device=angle.device)[:, None]
+    rest = _wrap(angle - position * theta)
+    return theta + (position * rest).sum(0) / (position * position).sum()
+
+
+def _wrap(angle: Tensor) -> Tensor:
+    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+
+
+def _rotation(
+    rot_q: Tensor, seen: _Layer, where: str
+) -> tuple[Literal["half", "adjacent"], Tensor, float]:
+    """Layout, frequencies and scale: of all ways to read cos and sin, the one that q obeyed."""
+    nothing = torch.zeros(0, dtype=torch.float64)
+    still = _misfit(rot_q, rot_q[:1].expand_as(rot_q))
+    if "hook_cos" not in seen:
+        if still < _tolerance(rot_q):
+            return "half", nothing, 1.0
+        raise PosheadsError(
+            f"{where} turns its queries, but shows no cosines and sines that it turns them by; "
+            f"this kind of attention is not supported"
+        )
+    cos, sin = (seen[name].reshape(-1, seen[name].shape[-1]) for name in ("hook_cos", "hook_sin"))
+    cos, sin = cos[: len(rot_q)].cpu(), sin[: len(rot_q)].cpu()
+    width, rot_q = cos.shape[-1], rot_q.cpu()
+    columns = [slice(0, width // 2), slice(0, width, 2), slice(0, width)]
+    best: tuple[float, Any] = (math.inf, None)
+    for column in columns:
+        inv_freq = _frequencies(cos[:, column], sin[:, column])
+        if not 0 < 2 * len(inv_freq) <= rot_q.shape[-1]:
+            continue
+        for layout in ("half", "adjacent"):
+            geometry = LayerGeometry.from_inv_freq(
+                inv_freq, rot_q.shape[1], d_head=rot_q.shape[-1], layout=layout
+            )
+            first = rot_q[:1].double().expand(rot_q.shape)
+            predicted = rotate_by(first, torch.arange(len(rot_q)), geometry)
+            misfit = _misfit(rot_q, predicted)
+            if misfit < 0.5 * best[0]:  # of equals, the first: Llama's, which most models have
+                best = (misfit, (layout, inv_freq))
+    if still < _tolerance(rot_q) and still <= best[0]:
+        return "half", nothing, 1.0
+    if best[0] > _tolerance(rot_q):
+        raise PosheadsError(
+            f"{where} does not turn its queries as its cosines and sines say (off by "
+            f"{best[0]:.1%}); this kind of attention is not supported"
+        )
+    layout, inv_freq = best[1]
+    return layout, inv_freq, float((cos.double() ** 2 + sin.double() ** 2).sqrt().mean())
+
+
+def _misfit(x: Tensor, y: Tensor) -> float:
+    x, y = x.double(), y.double()
+    return float((x - y).abs().max() / x.abs().max().clamp_min(1e-30))
+
+
+def _whole_vectors(seen: _Layer, rot_q: Tensor, rot_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors that attention multiplies: with MLA the rotated part is only a piece of them."""
+    q, k = seen.get("hook_q"), seen.get("hook_k")
+    is_latent = q is not None and k is not None and q.ndim == 4 and q.shape[1] == rot_q.shape[1]
+    if is_latent and q.shape[-1] > rot_q.shape[-1] and q.shape[2] == rot_q.shape[0]:  # type: ignore[union-attr]
+        return q[0], k[0]  # type: ignore[index]
+    share = torch.as_tensor(share_keys(rot_q.shape[1], rot_k.shape[1]), device=rot_k.device)
+    return rot_q.transpose(0, 1), rot_k.index_select(1, share).transpose(0, 1)
+
+
+def _declared_scale(model: Any, layer: int, d_head: int) -> tuple[float, float | None]:
+    attn: Any = attention(model, layer)
+    if hasattr(attn, "attn_scale"):  # HookedTransformer divides
+        cap = float(getattr(model.cfg, "attn_scores_soft_cap", -1) or -1)
+        return 1 / float(attn.attn_scale), cap if cap > 0 else None
+    inner = getattr(attn, "original_component", None)
+    cap = getattr(inner, "attn_logit_softcapping", None)
+    scale = getattr(inner, "scaling", None) or getattr(inner, "softmax_scale", None)
+    if hasattr(inner, "scale_attn"):  # GPT-J divides
+        scale = 1 / float(inner.scale_attn)
+    return float(scale or d_head**-0.5), float(cap) if cap else None
+
+
+def _attention_scale(
+    q: Tensor, k: Tensor, scores: Tensor | None, softcap: float | None, declared: float, where: str
+) -> float:
+    """Scores against products, by least squares; the declared number where both agree."""
+    product = (q.double() @ k.double().transpose(-1, -2))
+    if scores is None or scores.shape[1:] != product.shape:
+        return declared
+    seen = scores[0].double()
+    causal = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
+    valid = causal & (seen > _MASKED)
+    rows = seen[:, -1][valid[:, -1]]
+    if bool(((rows >= 0) & (rows <= 1)).all()) and abs(float(rows.sum()) / len(seen) - 1) < 1e-2:
+        return declared  # GPT-J on the Bridge: the pattern goes under the scores' name
+    x, y = product[valid], seen[valid]
+    if softcap is not None:
+        inside = y.abs() < 0.9 * softcap
+        x, y = x[inside], softcap * torch.atanh(y[inside] / softcap)
+    if len(x) == 0 or float(x.abs().max()) == 0:
+        return declared
+    measured = float((x * y).sum() / (x * x).sum())
+    if _misfit(y, measured * x) > 10 * _tolerance(scores):
+        raise PosheadsError(
+            f"the attention scores of {where} are not a multiple of q . k at its hooks; "
+            "this kind of attention is not supported"
+        )
+    return declared if abs(measured / declared - 1) < 0.02 else measured
+
+
+def _window(scores: Tensor | None, declared: int | None, where: str) -> int | None:
+    if scores is None or scores.shape[-1] < 3:
+        return declared
+    last = scores[0, 0, -1]
+    n = len(last)
+    shown = int((last > _MASKED).sum()) if float(last.min()) <= _MASKED else n
+    if shown < n:
+        return shown
+    # Nothing was masked: a window that the probe outran isn't in force.
+    return None if declared is not None and declared < n else declared

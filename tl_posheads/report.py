@@ -1,0 +1,345 @@
+"""One self-contained page about a run: a map of the heads, the best of them, a histogram.
+
+The page loads nothing from anywhere, and its content policy forbids it to: whatever a model's name
+or a corpus' name holds, it is shown as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from .report_page import SCRIPT, STYLE
+from .rundir import write_whole
+
+if TYPE_CHECKING:
+    from .results import HeadScores
+
+Row = dict[str, Any]
+
+# Colours of the map, by class: -_STEPS .. _STEPS. Orange and blue stay apart for every common kind
+# of colour blindness; the middle takes the page's own shade in light and dark.
+_STEPS = 8
+_NEGATIVE, _POSITIVE = (179, 88, 6), (33, 92, 165)
+_MIDDLE = {"light": (246, 246, 244), "dark": (38, 40, 44)}
+_NEGATIVE_DARK, _POSITIVE_DARK = (253, 174, 97), (116, 173, 240)
+_BEST = 20
+# Above this many heads a cell is too narrow for its number.
+_NUMBERS_UP_TO = 16
+
+
+def write_report(scores: HeadScores, path: str | os.PathLike[str]) -> None:
+    """Write the page about ``scores`` to ``path``, whole or not at all.
+
+    Args:
+        scores: what ``score_heads`` returned or ``HeadScores.load`` read.
+        path: the HTML file; an old one is replaced.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    write_whole(path, render(scores))
+
+
+def scored_rows(scores: HeadScores) -> list[Row]:
+    """The table's rows that have a rho, best first, with None for every NaN."""
+    rows = [_plain(row) for row in scores.to_pandas().to_dict("records")]
+    scored = [row for row in rows if row["rho"] is not None]
+    return sorted(scored, key=lambda row: (-row["rho"], row["layer"], row["head"]))
+
+
+def render(scores: HeadScores) -> str:
+    """The page about ``scores`` as text."""
+    rows = scored_rows(scores)
+    n_layers, n_heads = (int(size) for size in scores.rho.shape)
+    name = _text(scores.provenance.get("model") or scores.provenance.get("model_name") or "a model")
+    limit = _limit(rows)
+    style, data = STYLE + _colours(), _json({"rows": rows})
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(SCRIPT)}"
+    best = f"{_label(rows[0])}, {_signed(rows[0]['rho'])}" if rows else "none"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>Positional Heads of {name}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>Positional Heads of <bdi>{name}</bdi></h1>
+<p class="lead">{len(rows)} of {n_layers * n_heads} heads scored. Highest: {best}.</p>
+</header>
+{_map(rows, n_layers, n_heads, limit)}
+{_best(rows)}
+{_histogram(rows)}
+{_PROSE}
+{_provenance(scores.provenance)}
+</main>
+<script type="application/json" id="data">{data}</script>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _plain(row: Mapping[Any, Any]) -> Row:
+    """A row in Python's own types, so that json takes it; None where pandas says NaN or NA."""
+    plain: Row = {}
+    for key, value in row.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):  # None and pandas.NA
+            number = math.nan
+        whole = key in ("layer", "head", "n_pairs", "window")
+        plain[str(key)] = None if not math.isfinite(number) else int(number) if whole else number
+    return plain
+
+
+def _text(value: object) -> str:
+    # Control characters have no place in HTML, not even escaped.
+    shown = "".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return escape(shown, quote=True)
+
+
+def _json(value: object) -> str:
+    """JSON that no string in it can end the script element with."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _signed(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    text = f"{abs(value):.{digits}f}"
+    sign = "" if not float(text) else "+" if value > 0 else "\N{MINUS SIGN}"
+    return sign + text
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    return "&lt;0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _label(row: Row) -> str:
+    return f"layer {row['layer']} head {row['head']}"
+
+
+def _limit(rows: Sequence[Row]) -> float:
+    """End of the colour scale: the largest absolute rho, rounded up to a tenth."""
+    largest = max((abs(row["rho"]) for row in rows), default=1.0)
+    return min(1.0, max(0.1, math.ceil(largest * 10 - 1e-9) / 10))
+
+
+def _step(rho: float, limit: float) -> int:
+    return max(-_STEPS, min(_STEPS, round(rho / limit * _STEPS)))
+
+
+def _class(step: int) -> str:
+    return f"p{step}" if step >= 0 else f"n{-step}"
+
+
+def _colours() -> str:
+    """CSS rules of the map's colours with a text colour that can be read on each."""
+
+    def rules(middle: tuple[int, ...], negative: tuple[int, ...], positive: tuple[int, ...]) -> str:
+        text = ""
+        for step in range(-_STEPS, _STEPS + 1):
+            end, part = (positive if step > 0 else negative), abs(step) / _STEPS
+            colour = [round(a + (b - a) * part) for a, b in zip(middle, end, strict=True)]
+            linear = [(c / 255) ** 2.2 for c in colour]
+            bright = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+            ink = "#111" if bright > 0.18 else "#fff"
+            back = "#" + "".join(f"{c:02x}" for c in colour)
+            text += f".{_class(step)}{{background:{back};fill:{back};color:{ink}}}"
+        return text
+
+    light = rules(_MIDDLE["light"], _NEGATIVE, _POSITIVE)
+    dark = rules(_MIDDLE["dark"], _NEGATIVE_DARK, _POSITIVE_DARK)
+    return f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
+
+
+def _map(rows: Sequence[Row], n_layers: int, n_heads: int, limit: float) -> str:
+    place = {(row["layer"], row["head"]): index for index, row in enumerate(rows)}
+    numbers = n_heads <= _NUMBERS_UP_TO
+
+    def cell(layer: int, head: int) -> str:
+        if (layer, head) not in place:
+            return '<td class="none"><span class="vh">not scored</span></td>'
+        index = place[layer, head]
+        rho = rows[index]["rho"]
+        said = f"layer {layer} head {head}: rho {_signed(rho)}"
+        return (
+            f'<td><button type="button" class="{_class(_step(rho, limit))}" data-i="{index}" '
+            f'title="{said}" aria-label="{said}">{_signed(rho, 2) if numbers else ""}</button></td>'
+        )
+
+    head_row = "".join(f'<th scope="col">{head}</th>' for head in range(n_heads))
+    body = "".join(
+        f'<tr><th scope="row">{layer}</th>{"".join(cell(layer, head) for head in range(n_heads))}</tr>'
+        for layer in range(n_layers)
+    )
+    swatches = "".join(f'<i class="{_class(step)}"></i>' for step in range(-_STEPS, _STEPS + 1))
+    return f"""<section aria-labelledby="map-title">
+<h2 id="map-title">Positional score of every head</h2>
+<p>A row is a layer, a column a head. Choose a cell to see that head's numbers;
+the arrow keys move from cell to cell.</p>
+<p class="legend"><span>rho {_signed(-limit, 1)}</span><span class="bar" aria-hidden="true">{swatches}</span>
+<span>{_signed(limit, 1)}</span><span class="blank"><i class="none" aria-hidden="true"></i> not scored</span></p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="map-title">
+<table class="map{" numbers" if numbers else ""}" id="map">
+<caption class="vh">Positional score rho by layer (rows) and head (columns)</caption>
+<thead><tr><th scope="col"><span class="vh">layer</span></th>{head_row}</tr></thead>
+<tbody>{body}</tbody>
+</table></div>
+<div id="detail" role="status" hidden></div>
+</section>"""
+
+
+def _best(rows: Sequence[Row]) -> str:
+    best = rows[:_BEST]
+    if not best:
+        return '<section><h2>Best heads</h2><p>No head has a score.</p></section>'
+    figures = [row[key] for row in best for key in ("rho", "ci_low", "ci_high", "rho_geometry")]
+    known = [0.0, *(value for value in figures if value is not None)]
+    low, high = min(known), max(known)
+    lines = "".join(_best_line(rank, row, low, high) for rank, row in enumerate(best, 1))
+    names = ("layer", "head", "rho", "95% interval", "rho_geometry", "p_null", "n_pairs", "window")
+    columns = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return f"""<section aria-labelledby="best-title">
+<h2 id="best-title">The {len(best)} highest scores</h2>
+<p>In the small pictures: dot and line are rho and its interval, the ring is rho_geometry,
+the thin upright line is zero.</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="best-title">
+<table class="rows"><thead><tr><th scope="col">rank</th>{columns}
+<th scope="col"><span class="vh">picture</span></th></tr></thead>
+<tbody>{lines}</tbody></table></div>
+</section>"""
+
+
+def _best_line(rank: int, row: Row, low: float, high: float) -> str:
+    def x(value: float) -> str:
+        return f"{8 + 144 * (value - low) / ((high - low) or 1.0):.1f}"
+
+    marks = f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="2" y2="18"/>'
+    interval = "\N{EN DASH}"
+    if row["ci_low"] is not None and row["ci_high"] is not None:
+        interval = f"{_signed(row['ci_low'])} to {_signed(row['ci_high'])}"
+        marks += f'<line x1="{x(row["ci_low"])}" x2="{x(row["ci_high"])}" y1="10" y2="10"/>'
+    if row["rho_geometry"] is not None:
+        marks += f'<circle class="ring" cx="{x(row["rho_geometry"])}" cy="10" r="4"/>'
+    marks += f'<circle cx="{x(row["rho"])}" cy="10" r="4"/>'
+    window = "\N{EN DASH}" if row["window"] is None else f"{row['window']:,}"
+    pairs = "\N{EN DASH}" if row["n_pairs"] is None else f"{row['n_pairs']:,}"
+    return (
+        f'<tr><th scope="row">{rank}</th><td>{row["layer"]}</td><td>{row["head"]}</td>'
+        f"<td><b>{_signed(row['rho'])}</b></td><td>{interval}</td>"
+        f"<td>{_signed(row['rho_geometry'])}</td><td>{_p(row['p_null'])}</td><td>{pairs}</td>"
+        f'<td>{window}</td><td><svg class="dot" viewBox="0 0 160 20" width="160" height="20" '
+        f'aria-hidden="true">{marks}</svg></td></tr>'
+    )
+
+
+def _histogram(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    limit = _limit(rows)
+    bins = 40
+    counts = [0] * bins
+    for row in rows:
+        counts[max(0, min(bins - 1, int((row["rho"] + limit) / (2 * limit) * bins)))] += 1
+    tallest = max(counts)
+    bars = ""
+    for index, count in enumerate(counts):
+        low = -limit + 2 * limit * index / bins
+        height = 180 * count / tallest
+        bars += (
+            f'<rect class="{_class(_step(low + limit / bins, limit))}" x="{40 + 16 * index + 1}" '
+            f'y="{200 - height:.1f}" width="14" height="{height:.1f}"><title>'
+            f"rho {_signed(low, 2)} to {_signed(low + 2 * limit / bins, 2)}: {count}</title></rect>"
+        )
+    ticks = "".join(
+        f'<text x="{40 + 640 * part:.0f}" y="220" text-anchor="middle">'
+        f"{_signed(limit * (2 * part - 1), 2)}</text>"
+        for part in (0, 0.25, 0.5, 0.75, 1)
+    )
+    values = sorted(row["rho"] for row in rows)
+    middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+    said = (
+        f"{len(rows)} heads; lowest {_signed(values[0])}, median {_signed(middle)}, "
+        f"highest {_signed(values[-1])}; {sum(value > 0 for value in values)} above zero."
+    )
+    return f"""<section aria-labelledby="histogram-title">
+<h2 id="histogram-title">How the scores are spread</h2>
+<p>{said}</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="histogram-title">
+<svg class="histogram" viewBox="0 0 720 245" role="img" aria-label="Histogram of rho: {said}">
+<text x="36" y="26" text-anchor="end">{tallest}</text><text x="36" y="204" text-anchor="end">0</text>
+<line x1="40" x2="680" y1="200.5" y2="200.5"/>{bars}{ticks}
+<text x="360" y="241" text-anchor="middle">rho (height: number of heads)</text></svg></div>
+</section>"""
+
+
+def _provenance(provenance: Mapping[str, Any]) -> str:
+    lines = "".join(
+        f'<tr><th scope="row"><bdi>{_text(key)}</bdi></th><td><bdi>{_text(value)}</bdi></td></tr>'
+        for key, value in _flat(provenance)
+    )
+    return f"""<section aria-labelledby="run-title">
+<h2 id="run-title">What was run</h2>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="run-title">
+<table class="facts"><tbody>{lines}</tbody></table></div>
+</section>"""
+
+
+def _flat(facts: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{above}{key}.")
+        elif isinstance(value, list | tuple):
+            pairs.append((f"{above}{key}", ", ".join(map(str, value))))
+        else:
+            pairs.append((f"{above}{key}", "\N{EN DASH}" if value is None else str(value)))
+    return pairs
+
+
+_PROSE = """<section aria-labelledby="read-title">
+<h2 id="read-title">How to read the numbers</h2>
+<dl>
+<dt>rho</dt><dd>The positional score: Spearman's rank correlation between the distance of two tokens
+and the head's dominant dimension, the mean index of its rotary pairs weighted by the softmax of
+their shares in query times key. Positive: the further apart the tokens, the slower the pairs that
+decide. Near zero: distance does not matter to which pairs decide.</dd>
+<dt>95% interval</dt><dd>Bootstrap over documents, or over blocks of query positions where there are
+few documents. Pairs of tokens within one text are not independent, so n_pairs says nothing about
+certainty.</dd>
+<dt>rho_geometry</dt><dd>The score of the same head after its content was permuted over the positions:
+what the rotation and the head's mean query and key give by themselves. The rest of rho is what
+content adds.</dd>
+<dt>p_null</dt><dd>How often chance reaches this rho when every query's row is shifted circularly
+against its distances, corrected for the number of heads (Benjamini-Hochberg).</dd>
+<dt>window</dt><dd>The layer's sliding window, where it has one. Only pairs that attention sees
+are counted.</dd>
+</dl>
+<p>A high score says that a head is positional, not that it is important; ablation tells that.</p>
+<h2>How to cite</h2>
+<p>The score is that of Hong et al., <cite>On the token distance modeling ability of higher RoPE
+attention dimension</cite>, Findings of EMNLP 2024,
+<a href="https://arxiv.org/abs/2410.08703">arXiv 2410.08703</a>.</p>
+</section>"""

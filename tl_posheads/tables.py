@@ -1,0 +1,364 @@
+"""Counts of one layer's query-key pairs that add up: over documents, batches and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.contributions import PairVectors, rotate_by
+from tl_posheads.errors import PosheadsError
+from tl_posheads.geometry import LayerGeometry
+from tl_posheads.statistics import DominantGrid, circular_shift_statistic, distance_edges
+
+Weighting = Literal["all", "per_distance"] | int
+
+N_DRAWS = 999  # shifted surrogates
+NULL_ROWS = 64  # queries of a document whose rows are shifted
+GEOMETRY_ROWS = 256  # queries of a document whose permuted rows are counted
+N_BLOCKS = 16  # blocks of query positions that few documents are cut into
+FEW_DOCUMENTS = 8
+POOL = 8  # cells a side that the small tables of the bootstrap put together
+N_BUCKETS = 64  # blocks of the bootstrap at most: more documents share them
+_N_TENSORS = 7  # fields of LayerTable that are one tensor
+_SAMPLE = 1024  # values of D per head and document kept for another grid
+_CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is counted, the same for every layer and document.
+
+    Attributes:
+        pairs: weighting, as in ``score_heads``.
+        exact: keep every D and distance, for exact ranks.
+        seed: of permutation, shifts and draws.
+        n_blocks: query blocks that a document is cut into for the bootstrap.
+    """
+
+    pairs: Weighting = "all"
+    exact: bool = False
+    seed: int = 0
+    n_blocks: int = N_BLOCKS
+
+
+@dataclass
+class LayerTable:
+    """What is kept of one layer; ``merge`` adds another's.
+
+    Attributes:
+        counts: pairs in cells of D bin and distance bin, ``[head, d_bin, x_bin]``.
+        geometry_counts: the same after the content was permuted, on up to 256 queries a text.
+        blocks: document -> small tables of its query blocks, ``[block, head, d, x]``.
+        null_observed: the shift statistic as it is, ``[head]``.
+        null_draws: the same of every surrogate, ``[head, draw]``.
+        sample: some values of D, ``[head, n]``.
+        longest: the longest distance counted.
+        n_documents: texts counted.
+        lists: every distance and D where exact ranks are wanted, ``[1 or head, n]``, ``[head, n]``.
+    """
+
+    counts: Int[Tensor, "head d_bin x_bin"]
+    geometry_counts: Int[Tensor, "head d_bin x_bin"]
+    null_observed: Float[Tensor, "head"]
+    null_draws: Float[Tensor, "head draw"]
+    sample: Float[Tensor, "head n"]
+    longest: Int[Tensor, ""]
+    n_documents: Int[Tensor, ""]
+    blocks: dict[str, Int[Tensor, "block head d x"]] = field(default_factory=dict)
+    lists: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def merge(self, other: LayerTable) -> None:
+        """Add another table of the same layer and grid, whatever its texts' lengths."""
+        self.counts = _add(self.counts, other.counts)
+        self.geometry_counts = _add(self.geometry_counts, other.geometry_counts)
+        self.null_observed = self.null_observed + other.null_observed
+        self.null_draws = self.null_draws + other.null_draws
+        self.sample = torch.cat([self.sample, other.sample], dim=1)
+        self.longest = torch.maximum(self.longest, other.longest)
+        self.n_documents = self.n_documents + other.n_documents
+        self._add_blocks(other.blocks)
+        self.lists += other.lists
+
+    def _add_blocks(self, others: dict[str, Tensor]) -> None:
+        merged = dict(self.blocks)
+        for key, block in others.items():
+            merged[key] = _add(merged[key], block) if key in merged else block
+        if len(merged) >= FEW_DOCUMENTS:  # documents are the blocks from here on
+            merged = {key: block.sum(0, keepdim=True) for key, block in merged.items()}
+        if len(merged) > N_BUCKETS:  # and from here on, handfuls of documents
+            folded: dict[str, Tensor] = {}
+            for key, block in merged.items():
+                name = key if key.startswith("~") else f"~{int(key[:15], 16) % N_BUCKETS}"
+                folded[name] = _add(folded[name], block) if name in folded else block
+            merged = folded
+        self.blocks = merged
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything under flat names, for one safetensors file."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)[:_N_TENSORS]}
+        out |= {f"blocks.{key}": block for key, block in self.blocks.items()}
+        for i, (distance, dominant) in enumerate(self.lists):
+            out |= {f"lists.{i}.distance": distance, f"lists.{i}.dominant": dominant}
+        return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> LayerTable:
+        plain = {f.name: tensors[f.name] for f in fields(cls)[:_N_TENSORS]}
+        blocks = {n[7:]: t for n, t in tensors.items() if n.startswith("blocks.")}
+        n_lists = sum(n.startswith("lists.") for n in tensors) // 2
+        lists = [
+            (tensors[f"lists.{i}.distance"], tensors[f"lists.{i}.dominant"])
+            for i in range(n_lists)
+        ]
+        return cls(**plain, blocks=blocks, lists=lists)
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of tables whose last axis (distance) may be of different length, and blocks' first."""
+    if a.shape == b.shape:
+        return a + b
+    shape = [max(m, n) for m, n in zip(a.shape, b.shape, strict=True)]
+    out = a.new_zeros(shape)
+    for part in (a, b):
+        out[tuple(slice(0, n) for n in part.shape)] += part
+    return out
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The D bins of one layer: of its heads as they are, and with permuted content."""
+
+    dominant: DominantGrid
+    geometry: DominantGrid
+
+
+def rows_of(
+    vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """D of the queries at ``rows``, ascending, in bites of about half a million.
+
+    Yields ``(dominant [head, row, key], distance [row, key], valid [row, key])``, where valid are
+    the keys before the query and inside the window.
+    """
+    start = 0
+    while start < len(rows):
+        n_keys = int(rows[-1])
+        step = max(1, _CHUNK // max(1, vectors.n_heads * n_keys))
+        some = rows[start : start + step]
+        start += step
+        first_key = 0 if window is None else max(0, int(some[0]) - window + 1)
+        keys = slice(first_key, int(some[-1]))
+        if keys.stop <= keys.start:
+            continue
+        key_pos = torch.arange(keys.start, keys.stop, device=rows.device)
+        distance = some[:, None] - key_pos
+        valid = distance >= 1
+        if window is not None:
+            valid &= distance < window
+        if bool(valid.any()):
+            yield vectors.dominant_rows(some, keys), distance, valid
+
+
+def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
+    """Up to ``n`` query positions with at least one key before them, the last one included."""
+    if n_pos - 1 <= n:
+        return torch.arange(1, n_pos, device=device)
+    return torch.linspace(1, n_pos - 1, n, dtype=torch.float64, device=device).round().long()
+
+
+def sample_of(vectors: PairVectors, window: int | None, n_rows: int = NULL_ROWS) -> Tensor:
+    """D on some rows, flat: what a grid is made of, ``[head, n]``."""
+    rows = evenly(vectors.q.shape[-1], n_rows, vectors.q.device)
+    return torch.cat([d[:, valid] for d, _, valid in rows_of(vectors, rows, window)], dim=1)
+
+
+def document_seed(settings: Settings, document: str) -> np.random.Generator:
+    """The same document draws the same numbers, whatever came before it."""
+    return np.random.default_rng([settings.seed, int(document[:15], 16)])
+
+
+def permuted_content(
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose content changed places: unrotated, permuted, rotated at its place."""
+    n = rot_q.shape[0]
+    order = torch.as_tensor(generator.permutation(n), device=rot_q.device)
+    steps = torch.arange(n, device=rot_q.device) - order
+    precision = torch.promote_types(rot_q.dtype, torch.float32)
+    q, k = (x.to(precision)[order] for x in (rot_q, rot_k))
+    return rotate_by(q, steps, geometry), rotate_by(k, steps, geometry)
+
+
+class _Counter:
+    """Cells of D bin by distance bin; what all countings of a layer share."""
+
+    def __init__(self, grid: DominantGrid, longest: int, device: torch.device) -> None:
+        edges = distance_edges(longest)
+        self.grid, self.n_x = grid, len(edges)
+        self.x_of = torch.bucketize(torch.arange(longest + 1), edges, right=True).sub(1).to(device)
+        self.shape = (grid.edges.shape[0], grid.n_bins, self.n_x)
+
+    def cells(self, dominant: Tensor, distance: Tensor) -> Tensor:
+        """Counts of ``dominant [head, n]`` at ``distance`` of shape ``[n]`` or ``[head, n]``."""
+        heads, bins, n_x = self.shape
+        code = self.grid.bins(dominant).mul_(n_x).add_(self.x_of[distance])
+        code += torch.arange(heads, device=code.device)[:, None] * (bins * n_x)
+        return torch.bincount(code.flatten(), minlength=heads * bins * n_x).view(self.shape)
+
+
+def _pooled(counts: Tensor) -> Tensor:
+    heads, bins, n_x = counts.shape
+    padded = counts.new_zeros(heads, -(-bins // POOL) * POOL, -(-n_x // POOL) * POOL)
+    padded[:, :bins, :n_x] = counts
+    small = padded.view(heads, -1, POOL, padded.shape[-1] // POOL, POOL).sum((2, 4))
+    return small.to(torch.int32)
+
+
+def count_document(
+    rot_q: Float[Tensor, "pos head d_head"],
+    rot_k: Float[Tensor, "pos kv_head d_head"],
+    geometry: LayerGeometry,
+    document: str,
+    settings: Settings,
+    grids: Grids | None,
+) -> tuple[LayerTable, Grids]:
+    """Count one text's pairs in one layer. Without grids, they are made from this text.
+
+    Peak memory beyond q and k, for the default weighting: 25 MB of bites and the tables,
+    ``16 * head * 144 * (64 + 32 * log2(pos / 64))`` bytes; linear in ``pos``. With
+    ``settings.exact`` 8 bytes for every pair and head more.
+
+    Raises:
+        PosheadsError: fewer than two positions.
+    """
+    n_pos, device = rot_q.shape[0], rot_q.device
+    if n_pos < 2:
+        raise PosheadsError(
+            f"a text of {n_pos} positions was given; a pair of tokens needs at least 2"
+        )
+    vectors = PairVectors(rot_q, rot_k, geometry)
+    generator = document_seed(settings, document)
+    permuted = PairVectors(*permuted_content(rot_q, rot_k, geometry, generator), geometry)
+    if grids is None:
+        grids = Grids(
+            *(
+                DominantGrid.from_sample(sample_of(v, geometry.window), geometry.n_pairs)
+                for v in (vectors, permuted)
+            )
+        )
+    longest = n_pos - 1 if geometry.window is None else min(n_pos, geometry.window) - 1
+    counter = _Counter(grids.dominant, max(1, longest), device)
+    by_geometry = _Counter(grids.geometry, max(1, longest), device)
+    lists: list[tuple[Tensor, Tensor]] = []
+    if isinstance(settings.pairs, int):
+        tables, lists = _count_sample(vectors, counter, settings, generator, longest)
+    else:
+        tables, lists = _count_all(vectors, counter, settings, geometry.window)
+    geometry_counts = torch.zeros(by_geometry.shape, dtype=torch.long, device=device)
+    rows = evenly(n_pos, GEOMETRY_ROWS, device)
+    for dominant, distance, valid in rows_of(permuted, rows, geometry.window):
+        geometry_counts += by_geometry.cells(dominant[:, valid], distance[valid])
+    observed, draws, sample = _shifted(vectors, grids.dominant, geometry, settings, generator)
+    table = LayerTable(
+        counts=torch.stack(tables).sum(0).cpu(),
+        geometry_counts=geometry_counts.cpu(),
+        null_observed=observed.cpu(),
+        null_draws=draws.cpu(),
+        sample=sample.cpu(),
+        longest=torch.tensor(max(1, longest)),
+        n_documents=torch.tensor(1),
+        blocks={document: torch.stack([_pooled(t) for t in tables]).cpu()},
+        lists=lists,
+    )
+    return table, grids
+
+
+def _count_all(
+    vectors: PairVectors, counter: _Counter, settings: Settings, window: int | None
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    n_pos, device = vectors.q.shape[-1], vectors.q.device
+    # Blocks of equally many pairs: the last rows have the most keys.
+    share = np.sqrt(np.linspace(0, 1, settings.n_blocks + 1))
+    cuts = sorted({1, *(1 + round(float(s) * (n_pos - 1)) for s in share)})
+    tables, distances, dominants = [], [], []
+    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        counts = torch.zeros(counter.shape, dtype=torch.long, device=device)
+        rows = torch.arange(first, last, device=device)
+        for dominant, distance, valid in rows_of(vectors, rows, window):
+            seen, apart = dominant[:, valid], distance[valid]
+            counts += counter.cells(seen, apart)
+            if settings.exact:
+                distances.append(apart.cpu())
+                dominants.append(seen.cpu())
+        tables.append(counts)
+    if not settings.exact:
+        return tables, []
+    return tables, [(torch.cat(distances)[None], torch.cat(dominants, dim=1))]
+
+
+def _count_sample(
+    vectors: PairVectors,
+    counter: _Counter,
+    settings: Settings,
+    generator: np.random.Generator,
+    longest: int,
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    n_pos, device, n = vectors.q.shape[-1], vectors.q.device, int(settings.pairs)
+    distance = generator.integers(1, longest + 1, size=(vectors.n_heads, n))
+    q_pos = distance + (generator.random(distance.shape) * (n_pos - distance)).astype(np.int64)
+    apart, query = (torch.as_tensor(x, device=device) for x in (distance, q_pos))
+    dominant = vectors.dominant_pairs(query, query - apart)
+    # Equal numbers of pairs a block, cut by query position as with all pairs.
+    block = (query.double().argsort(1).argsort(1) * settings.n_blocks) // n
+    tables = []
+    for b in range(settings.n_blocks):
+        here = block == b
+        count = int(here.sum(1)[0])
+        if count:
+            shape = (vectors.n_heads, count)
+            tables.append(counter.cells(dominant[here].view(shape), apart[here].view(shape)))
+    return tables, [(apart.cpu(), dominant.cpu())]
+
+
+def _shifted(
+    vectors: PairVectors,
+    grid: DominantGrid,
+    geometry: LayerGeometry,
+    settings: Settings,
+    generator: np.random.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shift statistic on some rows, its surrogates, and a sample of D on the way.
+
+    One offset is drawn for a document and surrogate, and serves all its rows: rows share their
+    keys, and offsets of their own would make a key's constant D look like many rows' agreement.
+    """
+    n_pos, device = vectors.q.shape[-1], vectors.q.device
+    offsets = torch.as_tensor(generator.integers(0, n_pos - 1, N_DRAWS), device=device)
+    observed = torch.zeros(vectors.n_heads, dtype=torch.float64, device=device)
+    draws = torch.zeros(vectors.n_heads, N_DRAWS, dtype=torch.float64, device=device)
+    per_distance = torch.ones(n_pos, dtype=torch.float64, device=device)
+    if settings.pairs == "all":
+        per_distance = torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
+    rank = (per_distance.cumsum(0) - per_distance / 2) / per_distance.sum()
+    samples = []
+    rows = evenly(n_pos, NULL_ROWS, device)
+    for dominant, distance, valid in rows_of(vectors, rows, geometry.window):
+        for r in range(dominant.shape[1]):
+            seen = dominant[:, r, valid[r]].flip(-1)  # nearest key first
+            apart = distance[r, valid[r]].flip(-1)
+            level = grid.level.gather(1, grid.bins(seen))
+            one, shifted = circular_shift_statistic(
+                rank[apart - 1], level, offsets.expand(vectors.n_heads, -1)
+            )
+            observed += one
+            draws += shifted
+            samples.append(seen)
+    flat = torch.cat(samples, dim=1)
+    step = max(1, flat.shape[1] // _SAMPLE)
+    return observed, draws, flat[:, ::step]
