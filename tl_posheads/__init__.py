@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         unrotated_contribution,
     )
     from tl_posheads.corpora import load_corpus
+    from tl_posheads.curves import dominant_dimension_curve
     from tl_posheads.errors import PosheadsError
     from tl_posheads.geometry import LayerGeometry, RotaryGeometry
     from tl_posheads.models import load_model
@@ -40,6 +41,7 @@ _HOME = {
     "dominant_dimension": "contributions",
     "unrotated_contribution": "contributions",
     "load_corpus": "corpora",
+    "dominant_dimension_curve": "curves",
     "PosheadsError": "errors",
     "LayerGeometry": "geometry",
     "RotaryGeometry": "geometry",

@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_posheads.capture import hook_names
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
+from tl_posheads.inputs import token_run
 from tl_posheads.statistics import (
     benjamini_hochberg,
     bootstrap_interval,
@@ -48,17 +49,6 @@ def check_pairs(pairs: object) -> None:
             f"pairs={pairs!r} was given; expected 'all', 'per_distance' or a number of pairs "
             "(at least 3) to draw per head and document"
         )
-
-
-def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
-    """The stretch of a padded row that holds the text."""
-    on = torch.nonzero(attention_mask).flatten()
-    if len(on) == 0 or int(on[-1] - on[0]) + 1 != len(on):
-        raise PosheadsError(
-            f"the attention mask of document {document} is not one run of ones; pad texts on the "
-            "left or on the right, and put each in a row of its own"
-        )
-    return slice(int(on[0]), int(on[-1]) + 1)
 
 
 class ScoreAccumulator:
@@ -309,7 +299,7 @@ class ScoreAccumulator:
             out["rho_geometry"][layer] = spearman_of_tables(geometry_counts)
             p = shift_p_value(table.null_observed, table.null_draws)
             out["p_null"][layer] = np.where(np.isfinite(out["rho"][layer]), p, np.nan)
-            n_pairs[layer] = table.counts.sum((1, 2)).numpy()
+            n_pairs[layer] = int(table.n_pairs)
         out["p_null"] = benjamini_hochberg(out["p_null"])
         facts = {
             "layers": sorted(self.tables),
@@ -328,9 +318,9 @@ class ScoreAccumulator:
         )
 
     def _estimator(self) -> str:
-        if self.settings.exact:
-            return "exact ranks of all pairs"
-        return "exact ranks of a sample" if isinstance(self.settings.pairs, int) else "binned ranks"
+        if isinstance(self.settings.pairs, int):
+            return "exact ranks of a sample"
+        return "exact ranks of all pairs" if self.settings.exact else "binned ranks"
 
     def settle(self, layer: int) -> None:
         """Rank a layer's lists now and let them go: nothing can be added to it afterwards."""
@@ -382,4 +372,4 @@ def distance_weights(
     widths = np.add.reduceat(widths, np.arange(0, len(widths), pool)).astype(float)
     widths = np.pad(widths, (0, counts.shape[-1] - len(widths)))
     per_bin = counts[0].sum(0)
-    return np.where(per_bin > 0, widths / np.maximum(per_bin, 1), 0.0)
+    return np.where(per_bin > 0, widths / np.where(per_bin > 0, per_bin, 1), 0.0)

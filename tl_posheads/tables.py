@@ -25,7 +25,7 @@ N_BLOCKS = 16  # blocks of query positions that few documents are cut into
 FEW_DOCUMENTS = 8
 POOL = 8  # cells a side that the small tables of the bootstrap put together
 N_BUCKETS = 64  # blocks of the bootstrap at most: more documents share them
-_N_TENSORS = 7  # fields of LayerTable that are one tensor
+_N_TENSORS = 8  # fields of LayerTable that are one tensor
 _SAMPLE = 1024  # values of D per head and document kept for another grid
 _CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
 
@@ -52,7 +52,8 @@ class LayerTable:
     """What is kept of one layer; ``merge`` adds another's.
 
     Attributes:
-        counts: pairs in cells of D bin and distance bin, ``[head, d_bin, x_bin]``.
+        counts: pairs in cells of D bin and distance bin, ``[head, d_bin, x_bin]``; with
+            ``pairs="per_distance"`` their weights, float64.
         geometry_counts: the same after the content was permuted, on up to 256 queries a text.
         blocks: document -> small tables of its query blocks, ``[block, head, d, x]``.
         null_observed: the shift statistic as it is, ``[head]``.
@@ -60,16 +61,18 @@ class LayerTable:
         sample: some values of D, ``[head, n]``.
         longest: the longest distance counted.
         n_documents: texts counted.
+        n_pairs: pairs counted, of every head.
         lists: every distance and D where exact ranks are wanted, ``[1 or head, n]``, ``[head, n]``.
     """
 
-    counts: Int[Tensor, "head d_bin x_bin"]
+    counts: Int[Tensor, "head d_bin x_bin"] | Float[Tensor, "head d_bin x_bin"]
     geometry_counts: Int[Tensor, "head d_bin x_bin"]
     null_observed: Float[Tensor, "head"]
     null_draws: Float[Tensor, "head draw"]
     sample: Float[Tensor, "head n"]
     longest: Int[Tensor, ""]
     n_documents: Int[Tensor, ""]
+    n_pairs: Int[Tensor, ""]
     blocks: dict[str, Int[Tensor, "block head d x"]] = field(default_factory=dict)
     lists: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -82,6 +85,7 @@ class LayerTable:
         self.sample = torch.cat([self.sample, other.sample], dim=1)
         self.longest = torch.maximum(self.longest, other.longest)
         self.n_documents = self.n_documents + other.n_documents
+        self.n_pairs = self.n_pairs + other.n_pairs
         self._add_blocks(other.blocks)
         self.lists += other.lists
 
@@ -144,7 +148,7 @@ def rows_of(
     """D of the queries at ``rows``, ascending, in bites of about half a million.
 
     Yields ``(dominant [head, row, key], distance [row, key], valid [row, key])``, where valid are
-    the keys before the query and inside the window.
+    the keys before the query and inside the window. The last key is the one before the last row.
     """
     start = 0
     while start < len(rows):
@@ -204,12 +208,19 @@ class _Counter:
         self.x_of = torch.bucketize(torch.arange(longest + 1), edges, right=True).sub(1).to(device)
         self.shape = (grid.edges.shape[0], grid.n_bins, self.n_x)
 
-    def cells(self, dominant: Tensor, distance: Tensor) -> Tensor:
-        """Counts of ``dominant [head, n]`` at ``distance`` of shape ``[n]`` or ``[head, n]``."""
+    def cells(
+        self, dominant: Tensor, distance: Tensor, weight_of: Tensor | None = None
+    ) -> Tensor:
+        """Counts of ``dominant [head, n]`` at ``distance`` of shape ``[n]`` or ``[head, n]``.
+
+        ``weight_of [distance]`` gives pairs another weight than 1; the counts are then float64.
+        """
         heads, bins, n_x = self.shape
         code = self.grid.bins(dominant).mul_(n_x).add_(self.x_of[distance])
         code += torch.arange(heads, device=code.device)[:, None] * (bins * n_x)
-        return torch.bincount(code.flatten(), minlength=heads * bins * n_x).view(self.shape)
+        weights = None if weight_of is None else weight_of[distance].expand(code.shape).flatten()
+        counted = torch.bincount(code.flatten(), weights, minlength=heads * bins * n_x)
+        return counted.view(self.shape)
 
 
 def _pooled(counts: Tensor) -> Tensor:
@@ -217,7 +228,7 @@ def _pooled(counts: Tensor) -> Tensor:
     padded = counts.new_zeros(heads, -(-bins // POOL) * POOL, -(-n_x // POOL) * POOL)
     padded[:, :bins, :n_x] = counts
     small = padded.view(heads, -1, POOL, padded.shape[-1] // POOL, POOL).sum((2, 4))
-    return small.to(torch.int32)
+    return small.to(torch.float32 if small.is_floating_point() else torch.int32)
 
 
 def count_document(
@@ -273,10 +284,17 @@ def count_document(
         sample=sample.cpu(),
         longest=torch.tensor(max(1, longest)),
         n_documents=torch.tensor(1),
+        n_pairs=torch.tensor(_n_pairs(n_pos, longest, settings)),
         blocks={document: torch.stack([_pooled(t) for t in tables]).cpu()},
         lists=lists,
     )
     return table, grids
+
+
+def _n_pairs(n_pos: int, longest: int, settings: Settings) -> int:
+    if isinstance(settings.pairs, int):
+        return settings.pairs
+    return longest * n_pos - longest * (longest + 1) // 2
 
 
 def _count_all(
@@ -286,13 +304,19 @@ def _count_all(
     # Blocks of equally many pairs: the last rows have the most keys.
     share = np.sqrt(np.linspace(0, 1, settings.n_blocks + 1))
     cuts = sorted({1, *(1 + round(float(s) * (n_pos - 1)) for s in share)})
+    weight_of = None
+    if settings.pairs == "per_distance":
+        # This text's share; documents of other lengths are balanced when rho is taken.
+        weight_of = 1.0 / torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
     tables, distances, dominants = [], [], []
     for first, last in zip(cuts[:-1], cuts[1:], strict=True):
-        counts = torch.zeros(counter.shape, dtype=torch.long, device=device)
+        counts = torch.zeros(
+            counter.shape, dtype=torch.long if weight_of is None else torch.double, device=device
+        )
         rows = torch.arange(first, last, device=device)
         for dominant, distance, valid in rows_of(vectors, rows, window):
             seen, apart = dominant[:, valid], distance[valid]
-            counts += counter.cells(seen, apart)
+            counts += counter.cells(seen, apart, weight_of)
             if settings.exact:
                 distances.append(apart.cpu())
                 dominants.append(seen.cpu())

@@ -1,0 +1,118 @@
+"""What may be scored: documents and layers, checked before anything expensive begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_posheads.capture import model_name
+from tl_posheads.errors import PosheadsError
+
+
+def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
+    """The stretch of a padded row that holds the text.
+
+    Raises:
+        PosheadsError: the mask is not one run of ones.
+    """
+    on = torch.nonzero(attention_mask).flatten()
+    if len(on) == 0 or int(on[-1] - on[0]) + 1 != len(on):
+        raise PosheadsError(
+            f"the attention mask of document {document} is not one run of ones; pad texts on the "
+            "left or on the right, and put each in a row of its own"
+        )
+    return slice(int(on[0]), int(on[-1]) + 1)
+
+
+def documents_of(
+    model: Any, tokens: Any, attention_mask: Tensor | None, skip_first: int
+) -> list[Tensor]:
+    """Texts without their padding, checked."""
+    if isinstance(tokens, list | tuple):
+        rows = [torch.as_tensor(row) for row in tokens]
+        if attention_mask is not None:
+            raise PosheadsError(
+                "an attention_mask was given with a list of texts; a list needs none, give the "
+                "texts without padding"
+            )
+    elif isinstance(tokens, Tensor):
+        rows = list(tokens[None] if tokens.ndim == 1 else tokens)
+    else:
+        raise PosheadsError(
+            f"tokens of type {type(tokens).__name__} were given; expected a tensor [doc, pos] of "
+            "token ids or a list of them (model.to_tokens(text) makes one)"
+        )
+    if not rows or any(row.ndim != 1 or row.is_floating_point() for row in rows):
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else [tuple(r.shape) for r in rows]
+        raise PosheadsError(
+            f"tokens of shape {shape} were given; expected whole numbers of shape [doc, pos]"
+        )
+    if attention_mask is not None:
+        if attention_mask.shape != (len(rows), len(rows[0])):
+            raise PosheadsError(
+                f"an attention mask of shape {tuple(attention_mask.shape)} was given for tokens of "
+                f"shape {(len(rows), len(rows[0]))}; expected the same"
+            )
+        rows = [row[token_run(mask.cpu(), i)] for i, (row, mask) in enumerate(zip(rows, attention_mask, strict=True))]
+    if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
+        raise PosheadsError(f"skip_first={skip_first!r} was given; expected a whole number from 0")
+    shortest = min(len(row) for row in rows)
+    if shortest - skip_first < 2:
+        raise PosheadsError(
+            f"a document of {shortest} tokens was given with skip_first={skip_first}; a pair of "
+            "tokens needs at least 2 positions beyond those skipped"
+        )
+    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    n_vocab = int(model.cfg.d_vocab)
+    if low < 0 or high >= n_vocab:
+        raise PosheadsError(
+            f"token id {low if low < 0 else high} was given, but {model_name(model)} has ids 0 to "
+            f"{n_vocab - 1}; were the tokens made by another model's tokenizer?"
+        )
+    longest, n_ctx = max(len(row) for row in rows), getattr(model.cfg, "n_ctx", None)
+    if n_ctx and longest > int(n_ctx):
+        raise PosheadsError(
+            f"a document of {longest} tokens was given, but {model_name(model)} is set up for at "
+            f"most {n_ctx}; give shorter documents or load it with a larger n_ctx"
+        )
+    return [row.long().cpu() for row in rows]
+
+
+def layers_of(model: Any, layers: Sequence[int] | None) -> list[int]:
+    n_layers = int(model.cfg.n_layers)
+    wanted = sorted({int(layer) for layer in (range(n_layers) if layers is None else layers)})
+    wrong = [layer for layer in wanted if not 0 <= layer < n_layers]
+    if wrong or not wanted:
+        raise PosheadsError(
+            f"layers={list(layers or [])} was given, but {model_name(model)} has layers 0 to "
+            f"{n_layers - 1}; choose among those"
+        )
+    return wanted
+
+
+def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """Documents by the hash of their tokens: their order in the batch then decides nothing."""
+    seen: Counter[str] = Counter()
+    out = []
+    for document in documents:
+        digest = hashlib.sha256(document.numpy().tobytes()).hexdigest()
+        out.append((f"{digest[:24]}-{seen[digest]}", document))
+        seen[digest] += 1
+    return sorted(out, key=lambda pair: pair[0])
+
+
+def length_matters(model: Any) -> bool:
+    """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, dict) else []
+    kinds = {str(p.get("rope_type", p.get("type"))) for p in [rope, *nested] if isinstance(p, dict)}
+    return bool(kinds & {"dynamic", "longrope"}) or bool(
+        getattr(model.cfg, "use_dynamic_ntk_rope", False)
+    )
