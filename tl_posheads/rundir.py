@@ -20,7 +20,7 @@ CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"
 TABLE = "table.csv"
 PAGE = "index.html"
-SCORES = ("scores.json", "scores.npz")
+SCORES = ("scores.json", "scores.safetensors", "table.parquet")
 # Everything that a run writes. --overwrite touches these names and no others.
 MADE_BY_US = (*SCORES, TABLE, PAGE, CHECKPOINT, RUN_FILE)
 _SET_ASIDE = ".replaced"
