@@ -6,12 +6,13 @@ import copy
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,14 +102,18 @@ def _quiet() -> Iterator[None]:
     """Without the loaders' chatter; errors still come through."""
     import transformers
 
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    log = transformers.logging
+    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        log.set_verbosity(verbosity)
+        if had_bars:
+            log.enable_progress_bar()
 
 
 def _device(device: str | None) -> str:
