@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +71,7 @@ class ScoreAccumulator:
         skip_first: positions at each text's start that are left out, as queries and as keys.
         exact: keep every D, for exact ranks; 8 bytes per pair, head and layer.
         seed: of permutations, shifts and draws.
-        n_blocks: query blocks that each document is cut into for the intervals.
+        n_blocks: stretches that each document is cut into for the intervals.
 
     Example:
         >>> acc = ScoreAccumulator(RotaryGeometry.from_model(model))      # doctest: +SKIP
@@ -286,13 +288,15 @@ class ScoreAccumulator:
             by_distance = self.settings.pairs == "per_distance"
             out["rho"][layer], out["se"][layer] = self._settled.get(layer) or self._rho(table)
             blocks = bootstrap_blocks(table.blocks)
+            small = blocks.tables
             if by_distance:
-                blocks = blocks * distance_weights(blocks.sum(0), table.longest, pool=POOL)
+                small = small * distance_weights(small.sum(0), table.longest, pool=POOL)
             generator = np.random.default_rng([self.settings.seed, layer])
             for head in range(shape[1]):
                 out["ci_low"][layer, head], out["ci_high"][layer, head] = bootstrap_interval(
-                    blocks[:, head], float(out["rho"][layer, head]), generator=generator
-                )
+                    small[:, head], float(out["rho"][layer, head]), generator=generator,
+                    rows=blocks.rows, columns=blocks.columns,
+                )  # fmt: skip
             geometry_counts = table.geometry_counts.double().numpy()
             if self.settings.pairs != "all":  # a number draws every distance alike, too
                 geometry_counts *= distance_weights(geometry_counts, table.longest)
@@ -305,7 +309,7 @@ class ScoreAccumulator:
             "layers": sorted(self.tables),
             "pairs": self.settings.pairs,
             "estimator": self._estimator(),
-            "interval": "documents" if n_documents >= FEW_DOCUMENTS else "blocks of queries",
+            "interval": "documents" if n_documents >= FEW_DOCUMENTS else "stretches of queries and keys",
             "skip_first": self.skip_first,
             "seed": self.settings.seed,
             "n_documents": n_documents,
@@ -350,17 +354,36 @@ def _copy(table: LayerTable) -> LayerTable:
     return LayerTable.from_tensors(table.to_tensors())
 
 
-def bootstrap_blocks(blocks: Mapping[str, Tensor]) -> Float[np.ndarray, "block head d x"]:
-    """The blocks that are drawn: documents where there are many, else query blocks of each."""
-    per_document = 1 if len(blocks) >= FEW_DOCUMENTS else -(-N_BLOCKS // len(blocks))
+@dataclass(frozen=True)
+class _Blocks:
+    """What the bootstrap draws: documents, or stretches of queries and of keys in few of them."""
+
+    tables: Float[np.ndarray, "block head d x"]
+    rows: Int[np.ndarray, "block"] | None
+    columns: Int[np.ndarray, "block"] | None
+
+
+def bootstrap_blocks(blocks: Mapping[str, Tensor]) -> _Blocks:
     width = max(block.shape[-1] for block in blocks.values())
-    drawn = []
-    for key in sorted(blocks):
-        whole = blocks[key].double().numpy()
-        whole = np.pad(whole, [(0, 0)] * 3 + [(0, width - whole.shape[-1])])
-        parts = np.array_split(whole, min(per_document, len(whole)))
-        drawn += [part.sum(0) for part in parts]
-    return np.stack(drawn)
+    padded = {
+        key: np.pad(t := blocks[key].double().numpy(), [(0, 0)] * 3 + [(0, width - t.shape[-1])])
+        for key in sorted(blocks)
+    }
+    if len(blocks) >= FEW_DOCUMENTS:
+        return _Blocks(np.stack([t.sum(0) for t in padded.values()]), None, None)
+    most = -(-N_BLOCKS // len(blocks))
+    tables: dict[tuple[int, int], np.ndarray] = {}
+    first = 0
+    for whole in padded.values():
+        n = (math.isqrt(8 * len(whole) + 1) - 1) // 2  # blocks (a, b) with b <= a
+        groups = min(n, most)
+        for a in range(n):
+            for b in range(a + 1):
+                at = first + a * groups // n, first + b * groups // n
+                tables[at] = tables.get(at, 0.0) + whole[a * (a + 1) // 2 + b]
+        first += groups
+    rows, columns = np.array(list(tables)).T
+    return _Blocks(np.stack(list(tables.values())), rows, columns)
 
 
 def distance_weights(

@@ -178,11 +178,9 @@ def _add_document(
     vectors = PairVectors(rot_q[:, list(heads)], keys, alone)
     rows = torch.arange(1, rot_q.shape[0], device=rot_q.device)
     n_pos = rot_q.shape[0]
-    query_pos = 1
-    for dominant, distance, valid in rows_of(vectors, rows, geometry.window):
-        query = torch.arange(query_pos, query_pos + len(distance), device=rot_q.device)
-        keys_seen = slice(first_key := query_pos - int(distance[0, 0]), first_key + distance.shape[1])
-        query_pos += len(distance)
+    for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):
+        first_key = int(query[0, 0] - distance[0, 0])
+        keys_seen = slice(first_key, first_key + distance.shape[1])
         # Diagonal 0 is the first query's distance from the last key: 1 - (rows - 1) at least.
         lowest = int(distance[0, -1])
         stretch = slice(max(0, 1 - lowest), None)
@@ -193,7 +191,7 @@ def _add_document(
         weights = torch.stack(
             [
                 sum_by_distance(torch.where(valid, w, 0.0))[:, stretch].double().cpu()
-                for w in vectors.weight_rows(query, keys_seen)
+                for w in vectors.weight_rows(query[:, 0], keys_seen)
             ],
             dim=1,
         )

@@ -178,20 +178,31 @@ def bootstrap_interval(
     rho: float,
     *,
     generator: np.random.Generator,
+    rows: Int[np.ndarray, "block"] | None = None,
+    columns: Int[np.ndarray, "block"] | None = None,
     level: float = 0.95,
     n_draws: int = 1000,
 ) -> tuple[float, float]:
-    """Interval for rho: whole blocks (documents) are drawn with replacement.
+    """Interval for rho: whole blocks are drawn with replacement.
+
+    Without ``rows`` and ``columns`` the blocks are documents, drawn independently. With them, a
+    block is what stretch ``rows`` of queries and stretch ``columns`` of keys have in common, and
+    queries and keys are drawn apart: a pair's weight is the product (Owen & Eckles 2012, Ann. Appl.
+    Stat. 6, 895). Within a text pairs share queries and keys, and a bootstrap of queries alone
+    would take the keys for fixed.
 
     The expanded percentile bootstrap (Hesterberg 2015, Am. Stat. 69, section 4.3): percentiles
     widened by ``sqrt(n/(n-1))`` and Student's t, without which few blocks cover too rarely.
-    NaN with fewer than three blocks.
+    NaN with fewer than three rows.
     """
-    n = len(blocks)
+    rows = np.arange(len(blocks)) if rows is None else rows
+    n = int(rows.max()) + 1
     if n < 3 or not np.isfinite(rho):
         return float("nan"), float("nan")
-    draws = generator.multinomial(n, np.full(n, 1 / n), size=n_draws).astype(np.float64)
-    pooled = (draws @ blocks.reshape(n, -1)).reshape(n_draws, *blocks.shape[1:])
+    draws = generator.multinomial(n, np.full(n, 1 / n), size=n_draws)[:, rows].astype(np.float64)
+    if columns is not None:
+        draws *= generator.multinomial(n, np.full(n, 1 / n), size=n_draws)[:, columns]
+    pooled = (draws @ blocks.reshape(len(blocks), -1)).reshape(n_draws, *blocks.shape[1:])
     values = spearman_of_tables(pooled)
     values = values[np.isfinite(values)]
     if len(values) < n_draws // 2:

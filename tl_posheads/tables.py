@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -21,11 +21,12 @@ Weighting = Literal["all", "per_distance"] | int
 N_DRAWS = 999  # shifted surrogates
 NULL_ROWS = 64  # queries of a document whose rows are shifted
 GEOMETRY_ROWS = 256  # queries of a document whose permuted rows are counted
-N_BLOCKS = 16  # blocks of query positions that few documents are cut into
+N_BLOCKS = 16  # stretches of positions that few documents are cut into, together
 FEW_DOCUMENTS = 8
 POOL = 8  # cells a side that the small tables of the bootstrap put together
 N_BUCKETS = 64  # blocks of the bootstrap at most: more documents share them
 _N_TENSORS = 8  # fields of LayerTable that are one tensor
+_NULL_KEYS = 2048  # keys of a row that the shifts see; of longer texts every second, third ...
 _SAMPLE = 1024  # values of D per head and document kept for another grid
 _CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
 
@@ -38,7 +39,7 @@ class Settings:
         pairs: weighting, as in ``score_heads``.
         exact: keep every D and distance, for exact ranks.
         seed: of permutation, shifts and draws.
-        n_blocks: query blocks that a document is cut into for the bootstrap.
+        n_blocks: stretches that a document is cut into for the bootstrap.
     """
 
     pairs: Weighting = "all"
@@ -55,7 +56,7 @@ class LayerTable:
         counts: pairs in cells of D bin and distance bin, ``[head, d_bin, x_bin]``; with
             ``pairs="per_distance"`` their weights, float64.
         geometry_counts: the same after the content was permuted, on up to 256 queries a text.
-        blocks: document -> small tables of its query blocks, ``[block, head, d, x]``.
+        blocks: document -> small tables of its blocks of queries and keys, ``[block, head, d, x]``.
         null_observed: the shift statistic as it is, ``[head]``.
         null_draws: the same of every surrogate, ``[head, draw]``.
         sample: some values of D, ``[head, n]``.
@@ -144,11 +145,12 @@ class Grids:
 
 def rows_of(
     vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """D of the queries at ``rows``, ascending, in bites of about half a million.
 
-    Yields ``(dominant [head, row, key], distance [row, key], valid [row, key])``, where valid are
-    the keys before the query and inside the window. The last key is the one before the last row.
+    Yields ``(dominant [head, row, key], distance [row, key], valid [row, key], query [row, key])``,
+    where valid are the keys before the query and inside the window. The last key is the one
+    before the last row.
     """
     start = 0
     while start < len(rows):
@@ -166,7 +168,7 @@ def rows_of(
         if window is not None:
             valid &= distance < window
         if bool(valid.any()):
-            yield vectors.dominant_rows(some, keys), distance, valid
+            yield vectors.dominant_rows(some, keys), distance, valid, some[:, None].expand(valid.shape)
 
 
 def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
@@ -179,7 +181,7 @@ def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
 def sample_of(vectors: PairVectors, window: int | None, n_rows: int = NULL_ROWS) -> Tensor:
     """D on some rows, flat: what a grid is made of, ``[head, n]``."""
     rows = evenly(vectors.q.shape[-1], n_rows, vectors.q.device)
-    return torch.cat([d[:, valid] for d, _, valid in rows_of(vectors, rows, window)], dim=1)
+    return torch.cat([d[:, valid] for d, _, valid, _ in rows_of(vectors, rows, window)], dim=1)
 
 
 def document_seed(settings: Settings, document: str) -> np.random.Generator:
@@ -200,35 +202,58 @@ def permuted_content(
 
 
 class _Counter:
-    """Cells of D bin by distance bin; what all countings of a layer share."""
+    """Adds pairs to cells of D bin by distance bin, and to a coarse copy per block of positions.
 
-    def __init__(self, grid: DominantGrid, longest: int, device: torch.device) -> None:
+    Block ``(a, b)`` holds the queries of stretch ``a`` and the keys of stretch ``b <= a``; it is
+    number ``a (a + 1) / 2 + b``.
+    """
+
+    def __init__(
+        self, grid: DominantGrid, longest: int, cuts: Sequence[int], device: torch.device,
+        weight_of: Tensor | None = None,
+    ) -> None:  # fmt: skip
         edges = distance_edges(longest)
-        self.grid, self.n_x = grid, len(edges)
+        heads, bins, n_x = grid.edges.shape[0], grid.n_bins, len(edges)
+        self.grid, self.weight_of = grid, weight_of
         self.x_of = torch.bucketize(torch.arange(longest + 1), edges, right=True).sub(1).to(device)
-        self.shape = (grid.edges.shape[0], grid.n_bins, self.n_x)
+        stretch = torch.bucketize(torch.arange(cuts[-1]), torch.tensor(cuts[1:-1]), right=True)
+        self.stretch, n_stretches = stretch.to(device), len(cuts) - 1
+        kind = torch.long if weight_of is None else torch.double
+        self.counts = torch.zeros(heads, bins, n_x, dtype=kind, device=device)
+        n_blocks, small_d, small_x = (
+            n_stretches * (n_stretches + 1) // 2, -(-bins // POOL), -(-n_x // POOL)
+        )  # fmt: skip
+        self.blocks = torch.zeros(n_blocks, heads, small_d, small_x, dtype=kind, device=device)
+        self.head = torch.arange(heads, device=device)[:, None]
 
-    def cells(
-        self, dominant: Tensor, distance: Tensor, weight_of: Tensor | None = None
-    ) -> Tensor:
-        """Counts of ``dominant [head, n]`` at ``distance`` of shape ``[n]`` or ``[head, n]``.
+    def add(self, dominant: Tensor, distance: Tensor, query: Tensor) -> None:
+        """Count ``dominant [head, n]`` at distance and query of shape ``[n]`` or ``[head, n]``."""
+        heads, bins, n_x = self.counts.shape
+        d, x = self.grid.bins(dominant), self.x_of[distance]
+        weights = None
+        if self.weight_of is not None:
+            weights = self.weight_of[distance].expand(d.shape).flatten()
+        code = (self.head * bins + d) * n_x + x
+        self.counts += _bincount(code, weights, self.counts)
+        a, b = self.stretch[query], self.stretch[query - distance]
+        block = a * (a + 1) // 2 + b
+        _, _, small_d, small_x = self.blocks.shape
+        code = ((block * heads + self.head) * small_d + d // POOL) * small_x + x // POOL
+        self.blocks += _bincount(code, weights, self.blocks)
 
-        ``weight_of [distance]`` gives pairs another weight than 1; the counts are then float64.
-        """
-        heads, bins, n_x = self.shape
-        code = self.grid.bins(dominant).mul_(n_x).add_(self.x_of[distance])
-        code += torch.arange(heads, device=code.device)[:, None] * (bins * n_x)
-        weights = None if weight_of is None else weight_of[distance].expand(code.shape).flatten()
-        counted = torch.bincount(code.flatten(), weights, minlength=heads * bins * n_x)
-        return counted.view(self.shape)
+    def small_blocks(self) -> Tensor:
+        kind = torch.float32 if self.blocks.is_floating_point() else torch.int32
+        return self.blocks.to(kind).cpu()
 
 
-def _pooled(counts: Tensor) -> Tensor:
-    heads, bins, n_x = counts.shape
-    padded = counts.new_zeros(heads, -(-bins // POOL) * POOL, -(-n_x // POOL) * POOL)
-    padded[:, :bins, :n_x] = counts
-    small = padded.view(heads, -1, POOL, padded.shape[-1] // POOL, POOL).sum((2, 4))
-    return small.to(torch.float32 if small.is_floating_point() else torch.int32)
+def _bincount(code: Tensor, weights: Tensor | None, like: Tensor) -> Tensor:
+    return torch.bincount(code.flatten(), weights, minlength=like.numel()).view(like.shape)
+
+
+def stretches(n_pos: int, n: int) -> list[int]:
+    """Cuts of a text into stretches whose queries see equally many keys: later ones are shorter."""
+    share = np.sqrt(np.linspace(0, 1, n + 1))
+    return sorted({round(float(x) * n_pos) for x in share})
 
 
 def count_document(
@@ -264,28 +289,32 @@ def count_document(
             )
         )
     longest = n_pos - 1 if geometry.window is None else min(n_pos, geometry.window) - 1
-    counter = _Counter(grids.dominant, max(1, longest), device)
-    by_geometry = _Counter(grids.geometry, max(1, longest), device)
-    lists: list[tuple[Tensor, Tensor]] = []
+    weight_of = None
+    if settings.pairs == "per_distance":
+        # This text's share; documents of other lengths are balanced when rho is taken.
+        weight_of = 1.0 / torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
+    cuts = stretches(n_pos, settings.n_blocks)
+    counter = _Counter(grids.dominant, max(1, longest), cuts, device, weight_of)
     if isinstance(settings.pairs, int):
-        tables, lists = _count_sample(vectors, counter, settings, generator, longest)
+        lists = _count_sample(vectors, counter, settings.pairs, generator, longest)
     else:
-        tables, lists = _count_all(vectors, counter, settings, geometry.window)
-    geometry_counts = torch.zeros(by_geometry.shape, dtype=torch.long, device=device)
+        lists = _count_all(vectors, counter, geometry.window, keep=settings.exact)
+    by_geometry = _Counter(grids.geometry, max(1, longest), [0, n_pos], device)
     rows = evenly(n_pos, GEOMETRY_ROWS, device)
-    for dominant, distance, valid in rows_of(permuted, rows, geometry.window):
-        geometry_counts += by_geometry.cells(dominant[:, valid], distance[valid])
-    observed, draws, sample = _shifted(vectors, grids.dominant, geometry, settings, generator)
+    for dominant, distance, valid, query in rows_of(permuted, rows, geometry.window):
+        by_geometry.add(dominant[:, valid], distance[valid], query[valid])
+    observed, draws = shift_null(vectors, grids.dominant, geometry.window, settings, generator)
+    sample = sample_of(vectors, geometry.window)
     table = LayerTable(
-        counts=torch.stack(tables).sum(0).cpu(),
-        geometry_counts=geometry_counts.cpu(),
+        counts=counter.counts.cpu(),
+        geometry_counts=by_geometry.counts.cpu(),
         null_observed=observed.cpu(),
         null_draws=draws.cpu(),
-        sample=sample.cpu(),
+        sample=sample[:, :: max(1, sample.shape[1] // _SAMPLE)].cpu(),
         longest=torch.tensor(max(1, longest)),
         n_documents=torch.tensor(1),
         n_pairs=torch.tensor(_n_pairs(n_pos, longest, settings)),
-        blocks={document: torch.stack([_pooled(t) for t in tables]).cpu()},
+        blocks={document: counter.small_blocks()},
         lists=lists,
     )
     return table, grids
@@ -298,91 +327,81 @@ def _n_pairs(n_pos: int, longest: int, settings: Settings) -> int:
 
 
 def _count_all(
-    vectors: PairVectors, counter: _Counter, settings: Settings, window: int | None
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    n_pos, device = vectors.q.shape[-1], vectors.q.device
-    # Blocks of equally many pairs: the last rows have the most keys.
-    share = np.sqrt(np.linspace(0, 1, settings.n_blocks + 1))
-    cuts = sorted({1, *(1 + round(float(s) * (n_pos - 1)) for s in share)})
-    weight_of = None
-    if settings.pairs == "per_distance":
-        # This text's share; documents of other lengths are balanced when rho is taken.
-        weight_of = 1.0 / torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
-    tables, distances, dominants = [], [], []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
-        counts = torch.zeros(
-            counter.shape, dtype=torch.long if weight_of is None else torch.double, device=device
-        )
-        rows = torch.arange(first, last, device=device)
-        for dominant, distance, valid in rows_of(vectors, rows, window):
-            seen, apart = dominant[:, valid], distance[valid]
-            counts += counter.cells(seen, apart, weight_of)
-            if settings.exact:
-                distances.append(apart.cpu())
-                dominants.append(seen.cpu())
-        tables.append(counts)
-    if not settings.exact:
-        return tables, []
-    return tables, [(torch.cat(distances)[None], torch.cat(dominants, dim=1))]
+    vectors: PairVectors, counter: _Counter, window: int | None, *, keep: bool
+) -> list[tuple[Tensor, Tensor]]:
+    distances, dominants = [], []
+    rows = torch.arange(1, vectors.q.shape[-1], device=vectors.q.device)
+    for dominant, distance, valid, query in rows_of(vectors, rows, window):
+        seen, apart = dominant[:, valid], distance[valid]
+        counter.add(seen, apart, query[valid])
+        if keep:
+            distances.append(apart.cpu())
+            dominants.append(seen.cpu())
+    return [(torch.cat(distances)[None], torch.cat(dominants, dim=1))] if keep else []
 
 
 def _count_sample(
-    vectors: PairVectors,
-    counter: _Counter,
-    settings: Settings,
-    generator: np.random.Generator,
-    longest: int,
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    n_pos, device, n = vectors.q.shape[-1], vectors.q.device, int(settings.pairs)
+    vectors: PairVectors, counter: _Counter, n: int, generator: np.random.Generator, longest: int
+) -> list[tuple[Tensor, Tensor]]:
+    n_pos, device = vectors.q.shape[-1], vectors.q.device
     distance = generator.integers(1, longest + 1, size=(vectors.n_heads, n))
     q_pos = distance + (generator.random(distance.shape) * (n_pos - distance)).astype(np.int64)
     apart, query = (torch.as_tensor(x, device=device) for x in (distance, q_pos))
     dominant = vectors.dominant_pairs(query, query - apart)
-    # Equal numbers of pairs a block, cut by query position as with all pairs.
-    block = (query.double().argsort(1).argsort(1) * settings.n_blocks) // n
-    tables = []
-    for b in range(settings.n_blocks):
-        here = block == b
-        count = int(here.sum(1)[0])
-        if count:
-            shape = (vectors.n_heads, count)
-            tables.append(counter.cells(dominant[here].view(shape), apart[here].view(shape)))
-    return tables, [(apart.cpu(), dominant.cpu())]
+    counter.add(dominant, apart, query)
+    return [(apart.cpu(), dominant.cpu())]
 
 
-def _shifted(
+def shift_null(
     vectors: PairVectors,
     grid: DominantGrid,
-    geometry: LayerGeometry,
+    window: int | None,
     settings: Settings,
     generator: np.random.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The shift statistic on some rows, its surrogates, and a sample of D on the way.
+) -> tuple[Float[Tensor, "head"], Float[Tensor, "head draw"]]:
+    """The statistic of the circular-shift null, as it is and for every surrogate.
 
-    One offset is drawn for a document and surrogate, and serves all its rows: rows share their
-    keys, and offsets of their own would make a key's constant D look like many rows' agreement.
+    Sum over some queries' rows of (rank of distance x level of D), where a level is the share of
+    D's distribution below. What a key does to every query alike is taken out first, by its mean:
+    rows share their keys, and a few keys of lasting influence would otherwise pass for many rows'
+    agreement about distance. A surrogate shifts every row of a text circularly by the same random
+    share of its length, so that neighbouring queries, which are alike, stay so.
     """
     n_pos, device = vectors.q.shape[-1], vectors.q.device
-    offsets = torch.as_tensor(generator.integers(0, n_pos - 1, N_DRAWS), device=device)
+    rank_weight = torch.ones(n_pos, dtype=torch.float64, device=device)
+    if settings.pairs == "all":
+        rank_weight = torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
+    rank = (rank_weight.cumsum(0) - rank_weight / 2) / rank_weight.sum()
+    rows = evenly(n_pos, NULL_ROWS, device)
+    step = -(-n_pos // _NULL_KEYS)
+    n_keys = -(-n_pos // step)
+    level = torch.zeros(vectors.n_heads, len(rows), n_keys, dtype=torch.float64, device=device)
+    seen = torch.zeros(len(rows), n_keys, dtype=torch.bool, device=device)
+    done = 0
+    for dominant, distance, valid, query in rows_of(vectors, rows, window):
+        key = query[0] - distance[0]
+        kept = key % step == 0
+        part = dominant[..., kept].contiguous()
+        levels = grid.level.gather(1, grid.bins(part.flatten(1))).view(part.shape)
+        at = slice(done, done := done + part.shape[1])
+        level[:, at, key[kept] // step] = levels
+        seen[at, key[kept] // step] = valid[:, kept]
+    n_rows = seen.sum(0)
+    mean = (level * seen).sum(1) / n_rows.clamp_min(1)
+    # A mean of few rows eats part of their spread; the factor gives it back.
+    spread = (n_rows / (n_rows - 1).clamp_min(1)).sqrt()
+    level = (level - mean[:, None]) * spread
+    seen &= n_rows >= 3
     observed = torch.zeros(vectors.n_heads, dtype=torch.float64, device=device)
     draws = torch.zeros(vectors.n_heads, N_DRAWS, dtype=torch.float64, device=device)
-    per_distance = torch.ones(n_pos, dtype=torch.float64, device=device)
-    if settings.pairs == "all":
-        per_distance = torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
-    rank = (per_distance.cumsum(0) - per_distance / 2) / per_distance.sum()
-    samples = []
-    rows = evenly(n_pos, NULL_ROWS, device)
-    for dominant, distance, valid in rows_of(vectors, rows, geometry.window):
-        for r in range(dominant.shape[1]):
-            seen = dominant[:, r, valid[r]].flip(-1)  # nearest key first
-            apart = distance[r, valid[r]].flip(-1)
-            level = grid.level.gather(1, grid.bins(seen))
-            one, shifted = circular_shift_statistic(
-                rank[apart - 1], level, offsets.expand(vectors.n_heads, -1)
-            )
-            observed += one
-            draws += shifted
-            samples.append(seen)
-    flat = torch.cat(samples, dim=1)
-    step = max(1, flat.shape[1] // _SAMPLE)
-    return observed, draws, flat[:, ::step]
+    share = torch.as_tensor(generator.random(N_DRAWS), device=device)
+    for r, row in enumerate(rows.tolist()):
+        keys = torch.nonzero(seen[r]).flatten()
+        if len(keys) < 2:
+            continue
+        offset = (share * len(keys)).long().expand(vectors.n_heads, -1)
+        apart = row - keys * step
+        one, shifted = circular_shift_statistic(rank[apart - 1], level[:, r, keys], offset)
+        observed += one
+        draws += shifted
+    return observed, draws
