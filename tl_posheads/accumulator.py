@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_posheads.capture import hook_names
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import token_run
+from tl_posheads.inputs import require_finite, token_run
 from tl_posheads.statistics import (
     benjamini_hochberg,
     bootstrap_interval,
@@ -202,15 +202,9 @@ class ScoreAccumulator:
         geometry = self.geometry[layer]
         for i, run in enumerate(self._runs(rot_q, attention_mask)):
             q, k = rot_q[i, run][self.skip_first :], rot_k[i, run][self.skip_first :]
-            for kind, x in (("queries", q), ("keys", k)):
-                bad = ~torch.isfinite(x).all(-1).all(0)
-                if bool(bad.any()):
-                    head = int(torch.nonzero(bad)[0])
-                    named = head if kind == "queries" else geometry.kv_head.index(head)
-                    raise PosheadsError(
-                        f"the {kind} of layer {layer} head {named} hold NaN or infinity; load the "
-                        "model with dtype float32 or bfloat16, or leave the layer out"
-                    )
+            if q.device.type == "mps":  # it has no float64
+                q, k = q.cpu(), k.cpu()
+            require_finite(layer, q, k, geometry.kv_head)
             if q.shape[0] < 2:
                 raise PosheadsError(
                     f"a text of {q.shape[0]} positions (after skip_first={self.skip_first}) was "

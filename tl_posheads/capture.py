@@ -199,6 +199,20 @@ def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]
             point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
 
 
+@contextmanager
+def others_hooks_suspended(model: Any) -> Iterator[None]:
+    """Inside, no HookPoint calls anyone; afterwards all do again, in their order."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    kept = [(point, point.__dict__["_forward_hooks"]) for point in points]
+    for point, hooks in kept:
+        point.__dict__["_forward_hooks"] = type(hooks)()
+    try:
+        yield
+    finally:
+        for point, hooks in kept:
+            point.__dict__["_forward_hooks"] = hooks
+
+
 def require_clean(model: Any) -> None:
     """Refuse a model on which someone forgot hooks: scores would be those of another model.
 

@@ -177,10 +177,11 @@ class PairVectors:
     pair axis in a loop, so its peak is five arrays of shape ``[head, rows, keys]``.
 
     Args:
-        rot_q: rotated queries of one text, any float dtype; the arithmetic is float32.
+        rot_q: rotated queries of one text, any float dtype.
         rot_k: rotated keys of the same text.
         geometry: of the layer.
         scale: as in :func:`dimension_contributions`.
+        precision: of the products and exponentials, at least; sums are float64.
     """
 
     def __init__(
@@ -190,16 +191,17 @@ class PairVectors:
         geometry: PairGeometry,
         *,
         scale: Literal["none", "attention"] = "none",
+        precision: torch.dtype = torch.float32,
     ) -> None:
         keys = _expand_keys(rot_k, rot_q, geometry)
         factor = geometry.attention_scale if scale == "attention" else 1.0
         layout = "two pos head pair -> two pair head pos"
-        precision = torch.promote_types(rot_q.dtype, torch.float32)
-        pairs_of = lambda x: rearrange(  # noqa: E731
-            torch.stack(split_pairs(x.to(precision), geometry)), layout
-        ).contiguous()
-        self.q = pairs_of(rot_q) * factor
-        self.k = pairs_of(keys)
+        precision = torch.promote_types(rot_q.dtype, precision)
+        self.q, self.k = (
+            rearrange(torch.stack(split_pairs(x.to(precision), geometry)), layout).contiguous()
+            for x in (rot_q, keys)
+        )
+        self.q *= factor
         self.n_pairs, self.n_heads = self.q.shape[1], self.q.shape[2]
 
     def dominant_rows(

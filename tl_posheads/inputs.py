@@ -116,3 +116,16 @@ def length_matters(model: Any) -> bool:
     return bool(kinds & {"dynamic", "longrope"}) or bool(
         getattr(model.cfg, "use_dynamic_ntk_rope", False)
     )
+
+
+def require_finite(layer: int, rot_q: Tensor, rot_k: Tensor, kv_head: Sequence[int]) -> None:
+    """Refuse NaN and infinity in ``[pos, head, d_head]`` tensors, by layer and head."""
+    for kind, x in (("queries", rot_q), ("keys", rot_k)):
+        bad = ~torch.isfinite(x).all(-1).all(0)
+        if bool(bad.any()):
+            at = int(torch.nonzero(bad)[0])
+            head = at if kind == "queries" else list(kv_head).index(at)
+            raise PosheadsError(
+                f"the {kind} of layer {layer} head {head} hold NaN or infinity; load the model "
+                "with dtype float32 or bfloat16, or leave the layer out"
+            )

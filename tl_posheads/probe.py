@@ -10,10 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_posheads.capture import attention, model_name, own_hooks, rotary_hook_points, run_forward
+from tl_posheads.capture import (
+    attention,
+    model_name,
+    others_hooks_suspended,
+    own_hooks,
+    rotary_hook_points,
+    run_forward,
+)
 from tl_posheads.contributions import rotate_by
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, share_keys
+from tl_posheads.inputs import require_finite
 
 _POINTS = ("hook_rot_q", "hook_rot_k", "hook_q", "hook_k", "hook_attn_scores", "hook_cos",
            "hook_sin")  # fmt: skip
@@ -116,7 +124,8 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
         for name in _POINTS
         if hasattr(attention(model, layer), name)
     ]
-    with own_hooks(hooks), _complex_rotations(model, seen):
+    # Others' hooks edit what the model does; the probe asks what its own rotation is.
+    with others_hooks_suspended(model), own_hooks(hooks), _complex_rotations(model, seen):
         run_forward(model, tokens)
     n = tokens.shape[1]
     for layer in layers:
@@ -140,10 +149,11 @@ def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) 
             f"{type(attention(model, layer)).__name__}"
         )
     rot_q, rot_k = seen["hook_rot_q"][0], seen["hook_rot_k"][0]
+    kv_head = share_keys(rot_q.shape[1], rot_k.shape[1])
+    require_finite(layer, rot_q, rot_k, kv_head)
     layout, inv_freq, scale = _rotation(rot_q, seen, where)
     scores = seen.get("hook_attn_scores")
     declared_scale, softcap = _declared_scale(model, layer, rot_q.shape[-1])
-    kv_head = share_keys(rot_q.shape[1], rot_k.shape[1])
     q, k = _whole_vectors(seen, rot_q, rot_k)
     attention_scale = _attention_scale(q, k, scores, softcap, declared_scale, where)
     return LayerGeometry(
@@ -265,9 +275,14 @@ def _attention_scale(
     seen = scores[0].double()
     causal = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
     valid = causal & (seen > _MASKED)
-    rows = seen[:, -1][valid[:, -1]]
-    if bool(((rows >= 0) & (rows <= 1)).all()) and abs(float(rows.sum()) / len(seen) - 1) < 1e-2:
-        return declared  # GPT-J on the Bridge: the pattern goes under the scores' name
+    if _is_pattern(scores):
+        return declared
+    if bool((seen[..., ~causal] > _MASKED).any()):
+        raise PosheadsError(
+            f"the queries of {where} see later tokens, as in an encoder or a wrapper without its "
+            "causal mask (TransformerLens 3.9 on DeepSeek: install 4.3); only causal attention "
+            "can be scored"
+        )
     x, y = product[valid], seen[valid]
     if softcap is not None:
         inside = y.abs() < 0.9 * softcap
@@ -281,6 +296,12 @@ def _attention_scale(
             "this kind of attention is not supported"
         )
     return declared if abs(measured / declared - 1) < 0.02 else measured
+
+
+def _is_pattern(scores: Tensor) -> bool:
+    """GPT-J on the Bridge: the pattern goes under the scores' name."""
+    sums = scores[0, :, -1].double().sum(-1)
+    return float(scores.min()) >= 0 and bool(((sums - 1).abs() < 1e-2).all())
 
 
 def _window(scores: Tensor | None, declared: int | None, where: str) -> int | None:

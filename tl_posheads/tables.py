@@ -278,7 +278,10 @@ def count_document(
         raise PosheadsError(
             f"a text of {n_pos} positions was given; a pair of tokens needs at least 2"
         )
-    vectors = PairVectors(rot_q, rot_k, geometry)
+    # Exact ranks are those of D itself, not of its rounding: heads that hardly move have pairs
+    # that only float64 can tell apart.
+    precision = torch.float64 if settings.exact else torch.float32
+    vectors = PairVectors(rot_q, rot_k, geometry, precision=precision)
     generator = document_seed(settings, document)
     permuted = PairVectors(*permuted_content(rot_q, rot_k, geometry, generator), geometry)
     if grids is None:

@@ -1,0 +1,160 @@
+"""Hook points on rotated queries and keys: read, edited, removed without a trace."""
+
+from __future__ import annotations
+
+import architectures
+import pytest
+import torch
+
+from tl_posheads import PosheadsError, capture_rotary, hook_names, rotary_hook_points, score_heads
+
+pytestmark = pytest.mark.lens
+
+OWN = ["GPT-NeoX, Pythia", "GPT-J", "Phi-3, longrope", "Falcon"]
+NAMES = [*OWN, "Llama", "DeepSeek-V3"]
+TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return warm(architectures.rotary_model(request.param))
+
+
+def warm(model):
+    """The lens fills tables of its own in its first passes; those are none of our traces."""
+    with torch.no_grad():
+        model.run_with_cache(TOKENS)
+        model.run_with_hooks(TOKENS, fwd_hooks=[("hook_embed", lambda value, hook: None)])
+        model.hook_dict  # noqa: B018
+    return model
+
+
+def state(model):
+    """Everything that hooks and wrappers could leave behind."""
+    out = {}
+    for name, module in model.named_modules():
+        hooks = [getattr(module, a) for a in ("_forward_hooks", "_forward_pre_hooks")]
+        out[name] = ([len(h) for h in hooks], sorted(k for k in module.__dict__ if k != "ctx"))
+    points = {name: len(p.fwd_hooks) + len(p.bwd_hooks) for name, p in model.hook_dict.items()}
+    weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    return out, points, weights
+
+
+def assert_same(before, after):
+    for name in before[0]:
+        assert before[0][name] == after[0][name], name
+    assert before[1] == after[1]
+    assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+
+
+def test_run_with_cache_reads_and_run_with_hooks_edits(model):
+    with torch.no_grad():
+        plain = model(TOKENS)
+        before = state(model)
+        with rotary_hook_points(model):
+            logits, cache = model.run_with_cache(TOKENS, names_filter=hook_names([0, 1]))
+            assert torch.equal(logits, plain)
+            assert set(hook_names([0, 1])) <= set(cache.keys())
+            q = cache["blocks.1.attn.hook_rot_q"]
+            assert q.shape[:3] == (2, 12, 4)
+            seen = []
+
+            def zero(value, hook):
+                return torch.zeros_like(value)
+
+            def look(value, hook):
+                seen.append(value)
+
+            edited = model.run_with_hooks(
+                TOKENS,
+                fwd_hooks=[("blocks.0.attn.hook_rot_k", zero), ("blocks.0.attn.hook_attn_scores", look)],
+            )
+            assert not torch.allclose(edited, plain, atol=1e-4)
+        assert_same(before, state(model))
+        assert torch.equal(model(TOKENS), plain)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_edited_keys_are_edited_in_the_kv_cache_too(name):
+    """Token by token with a cache gives what one pass gives, under an edit of every key."""
+    model = architectures.rotary_model(name)
+    hf_model = model.original_model
+
+    def louder(value, hook):
+        return value * 1.7
+
+    with torch.no_grad(), rotary_hook_points(model):
+        points = [model.blocks[layer].attn.hook_rot_k for layer in (0, 1)]
+        for point in points:
+            point.add_hook(louder)
+        whole = model(TOKENS)
+        past, steps = None, []
+        for t in range(TOKENS.shape[1]):
+            out = hf_model(TOKENS[:, t : t + 1], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            steps.append(out.logits)
+        model.reset_hooks()
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_capture_hands_over_what_the_cache_holds_and_stops_early(model):
+    with torch.no_grad(), rotary_hook_points(model):
+        _, cache = model.run_with_cache(TOKENS, names_filter=hook_names([0, 1]))
+    before, got, later = state(model), [], []
+    model.hook_dict["blocks.1.attn.hook_attn_scores"].add_perma_hook(lambda v, hook: later.append(1))
+    capture_rotary(model, TOKENS, lambda layer, q, k: got.append((layer, q.clone(), k.clone())))
+    assert later == []  # the pass ended before the last layer's attention
+    model.reset_hooks(including_permanent=True)
+    assert [layer for layer, _, _ in got] == [0, 1]
+    for layer, q, k in got:
+        assert torch.equal(q, cache[f"blocks.{layer}.attn.hook_rot_q"])
+        assert torch.equal(k, cache[f"blocks.{layer}.attn.hook_rot_k"])
+        assert not q.requires_grad
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
+def test_the_model_is_left_as_it_was_whatever_is_raised(model, raised):
+    before = state(model)
+
+    def consumer(layer, q, k):
+        raise raised("stop")
+
+    with pytest.raises(raised, match="stop"):
+        capture_rotary(model, TOKENS, consumer)
+    assert_same(before, state(model))
+    with pytest.raises(raised), rotary_hook_points(model), rotary_hook_points(model):
+        raise raised
+    assert_same(before, state(model))
+
+
+def test_nesting_keeps_the_hook_points_until_the_outer_one_leaves():
+    model = architectures.rotary_model("GPT-NeoX, Pythia")
+    names = hook_names([0])
+    with torch.no_grad(), rotary_hook_points(model):
+        with rotary_hook_points(model):
+            _, once = model.run_with_cache(TOKENS, names_filter=names)
+        _, still = model.run_with_cache(TOKENS, names_filter=names)
+        assert torch.equal(once[names[0]], still[names[0]])
+    with torch.no_grad():
+        _, gone = model.run_with_cache(TOKENS, names_filter=names)
+    assert names[0] not in gone
+
+
+def test_forgotten_hooks_are_refused_and_meant_ones_stay_in_force():
+    model = architectures.rotary_model("Llama")
+    plain = score_heads(model, TOKENS, progress=False)
+
+    def louder(value, hook):
+        return 3 * value
+
+    name = "blocks.0.attn.hook_rot_q"
+    model.add_hook(name, louder)
+    with pytest.raises(PosheadsError, match=r"blocks\.0\.attn\.hook_rot_q.*reset_hooks"):
+        score_heads(model, TOKENS, progress=False)
+    model.reset_hooks()
+    with model.hooks(fwd_hooks=[(name, louder)]):
+        meant = score_heads(model, TOKENS, progress=False)
+        assert len(model.blocks[0].attn.hook_rot_q.fwd_hooks) == 1
+    assert not torch.allclose(meant.rho[0], plain.rho[0], atol=1e-3)
+    assert torch.equal(score_heads(model, TOKENS, progress=False).rho, plain.rho)
