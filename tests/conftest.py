@@ -1,25 +1,71 @@
-"""Models that several test files share, loaded once."""
+"""Fixtures: SmolLM2 in every class that the installed transformer-lens has, and small models."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tl_posheads.models import has_hooked_transformer, load_model
+from tl_posheads import models
+from tl_posheads.errors import PosheadsError
 
-CLASSES = ["hooked", "bridge"] if has_hooked_transformer() else ["bridge"]
+CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]
 
 
-@pytest.fixture(scope="session", params=CLASSES)
-def smollm2(request):
-    """SmolLM2-135M in every class that the installed TransformerLens has."""
-    return load_model("smollm2-135m", cls=request.param)
+def pytest_report_header() -> str:
+    missing = "" if "hooked" in CLASSES else " (it has no HookedTransformer)"
+    return f"transformer-lens {models._lens_version()}: testing {', '.join(CLASSES)}{missing}"
 
 
 @pytest.fixture(scope="session")
-def smollm2_bridge():
-    return load_model("smollm2-135m", cls="bridge")
+def smollm2_folder() -> Path:
+    """SmolLM2 converted to a folder, in the user's cache so that it is converted once."""
+    try:
+        return Path(models._resolve("smollm2-135m")[0])
+    except PosheadsError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=CLASSES)
+def smollm2(request: pytest.FixtureRequest, smollm2_folder: Path):
+    """SmolLM2-135M on the CPU in float32, once as each class."""
+    return models.load_model("smollm2-135m", cls=request.param, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2_folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    """Makes folders of tiny random models with SmolLM2's tokenizer: small_folder("Llama", ...)."""
+    import torch
+    import transformers
+
+    def make(family: str, **overrides) -> Path:
+        options = dict(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        )  # fmt: skip
+        config = getattr(transformers, f"{family}Config")(**{**options, **overrides})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim == 2:
+                    weight.mul_(5)  # so that attention isn't flat
+        folder = tmp_path_factory.mktemp("models") / f"tiny-{family.lower()}"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

@@ -163,8 +163,7 @@ def test_a_head_whose_content_never_changes_is_all_geometry():
     q = k = rotate_by(same, steps, g)
     scores = accumulate(g, [(q, k)]).scores()
     torch.testing.assert_close(scores.rho, scores.rho_geometry, atol=5e-3, rtol=0)
-    # D is a function of distance alone, so its rank correlation can be had from the 119 distances
-    d = ph.dominant_dimension(ph.dimension_contributions(q, k, g))[0, :, 0].double()
+    d = ph.dominant_dimension(ph.dimension_contributions(q.double(), k.double(), g))[0]
     i, j = np.tril_indices(120, -1)
     expected = stats.spearmanr(i - j, d[i, j]).statistic
     assert scores.rho[0, 0].item() == pytest.approx(expected, abs=2e-3)
@@ -211,10 +210,10 @@ def test_a_planted_tie_is_found():
         turned = rotate_by(base, torch.arange(200), g)
         documents.append(tuple(turned + 0.7 * x for x in noise))
     scores = accumulate(g, documents, n_blocks=4).scores()
-    assert bool((scores.rho[0] > 0.3).all())
-    assert bool((scores.ci_low[0] > 0.1).all())
+    assert bool((scores.rho[0] > 0.2).all())
+    assert bool((scores.ci_low[0] > 0.05).all())
     assert bool((scores.p_null[0] < 0.01).all())
-    assert bool((scores.rho_geometry[0] > 0.3).all())
+    assert bool((scores.rho_geometry[0] > 0.2).all())
     assert scores.above(0.0) == scores.top(3)
     # The other way round nothing is found: the test asks for growth.
     falling = ph.LayerGeometry.from_inv_freq(torch.tensor([np.pi / 9000, np.pi / 220]), 3)

@@ -1,9 +1,13 @@
-"""Texts by what a person types: a name, a file, a folder, a hub data set; cut into documents."""
+"""Corpora by name: the Python documentation, text files, or a hub data set, cut into documents."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
+import random
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +18,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PYTHON_DOCS = "python-docs"
-_SUFFIXES = (".txt", ".md", ".rst")
-_HUB_CHARACTERS = 20_000_000  # read of a hub data set at most
+SUFFIXES = (".txt", ".md", ".rst")
+_BETWEEN = "\n\n"
+# A text with more characters than this for each token asked for is sampled before it is
+# tokenised; gigabytes would take minutes and nearly all tokens would be thrown away.
+_ENOUGH_CHARACTERS = 64
+
+
+def corpus_provenance(name_or_path: str | os.PathLike[str]) -> dict[str, str | None]:
+    """Name and SHA-256 of the corpus's text; reads the files, so bad ones are refused here.
+
+    The hash is of the text as UTF-8, files joined by an empty line; None for a hub data set,
+    which is streamed.
+
+    Raises:
+        PosheadsError: as :func:`load_corpus` does for the corpus itself.
+
+    Example:
+        >>> corpus_provenance("python-docs")["name"]
+        'python-docs'
+    """
+    name = os.fspath(name_or_path)
+    text = _text(name)
+    if text is None:
+        _require_datasets(name)
+        return {"name": name, "sha256": None}
+    return {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def load_corpus(
@@ -27,139 +55,208 @@ def load_corpus(
     prepend_bos: bool = True,
     seed: int = 0,
 ) -> Int[Tensor, "doc pos"]:
-    """Documents of equal length, from stretches of a corpus that don't overlap.
+    """Documents of equal length from non-overlapping stretches spread evenly over a corpus.
 
     Args:
-        name_or_path: ``"python-docs"`` (the language reference that every Python carries,
-            about 113,000 tokens), a text file, a folder of ``.txt``, ``.md`` and ``.rst`` files,
-            or the id of a hub data set with a column ``text`` (needs ``tl-posheads[datasets]``).
-        model: whose tokenizer is used.
-        n_docs, length: how many documents, of how many tokens.
-        prepend_bos: begin every document with the tokenizer's BOS token, where it has one.
-        seed: moves the stretches inside their equal shares of the corpus.
+        name_or_path: ``python-docs`` (the text that ships with every Python), a text file, a
+            folder of them (``.txt``, ``.md``, ``.rst``, below it too, hidden ones left out), or
+            a hub data set's id, ``id`` or ``id:configuration``, whose ``text`` column is
+            streamed through ``datasets``.
+        model: anything with ``.tokenizer``; its special tokens' names in the text stay text.
+        n_docs: rows of the result. length: tokens of each, BOS included.
+        prepend_bos: put the tokenizer's BOS token first, if it has one.
+        seed: moves each document within its n_docs-th part of the corpus.
+
+    Returns:
+        LongTensor [doc, pos] on the CPU.
 
     Raises:
-        PosheadsError: no text there, a file that isn't UTF-8, or too little of it.
+        PosheadsError: no such corpus, an empty one, a file that isn't UTF-8, too little text.
 
     Example:
-        >>> tokens = load_corpus("python-docs", model, n_docs=2, length=512)   # doctest: +SKIP
+        >>> load_corpus("python-docs", None, length=0)
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: length=0 was given; expected 2 or more tokens
     """
-    import numpy as np
-    import torch
-
-    if n_docs < 1 or length < 2:
-        raise PosheadsError(
-            f"n_docs={n_docs} and length={length} were given; expected at least 1 and 2"
-        )
+    if n_docs < 1:
+        raise PosheadsError(f"n_docs={n_docs} was given; expected 1 or more documents")
+    if length < 2:
+        raise PosheadsError(f"length={length} was given; expected 2 or more tokens")
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise PosheadsError(
-            "the model has no tokenizer; give it one (model.set_tokenizer) or pass token ids to "
-            "score_heads yourself"
-        )
-    ids = _token_ids(tokenizer, read_text(name_or_path))
+        raise PosheadsError("the model has no tokenizer; set model.tokenizer, or pass tokens")
+    _check_context(model, length)
+    import torch
+
     bos = tokenizer.bos_token_id if prepend_bos else None
-    piece = length - (bos is not None)
-    share = len(ids) // n_docs
-    if share < piece:
+    start = [] if bos is None else [bos]
+    body = length - len(start)
+    name = os.fspath(name_or_path)
+    text = _text(name)
+    if text is None:
+        text = _streamed(name, _ENOUGH_CHARACTERS // 2 * n_docs * body)
+    rng = random.Random(seed)
+    rows = _sampled(text, tokenizer, n_docs, body, rng)
+    if rows is None:
+        ids = _tokenise(text, tokenizer)
+        part = len(ids) // n_docs
+        if part < body:
+            raise PosheadsError(
+                f"{name} has {len(ids)} tokens, but {n_docs} documents of {length} need "
+                f"{n_docs * body}; {_what_to_lower(len(ids), n_docs, len(start))}"
+            )
+        firsts = [part * doc + rng.randint(0, part - body) for doc in range(n_docs)]
+        rows = [ids[first : first + body] for first in firsts]
+    return torch.tensor([start + row for row in rows], dtype=torch.long)
+
+
+def _what_to_lower(n_tokens: int, n_docs: int, n_start: int) -> str:
+    longest = n_tokens // n_docs + n_start
+    if longest < 2:
+        return "give more text"
+    return f"lower length to {longest} or n_docs, or give more text"
+
+
+def _check_context(model: Any, length: int) -> None:
+    n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if not n_ctx or length <= n_ctx:
+        return
+    # HookedTransformer keeps a table of n_ctx rotations; the Bridge's models go on.
+    if type(model).__name__ == "HookedTransformer":
         raise PosheadsError(
-            f"{name_or_path} holds {len(ids):,} tokens, too few for {n_docs} documents of "
-            f"{length}; lower the length, the number of documents, or give more text"
+            f"length={length} was given, but the model reads at most {n_ctx} tokens; lower length"
         )
-    generator = np.random.default_rng(seed)
-    starts = [i * share + int(generator.integers(share - piece + 1)) for i in range(n_docs)]
-    rows = torch.tensor([ids[start : start + piece] for start in starts], dtype=torch.long)
-    if bos is None:
-        return rows
-    return torch.cat([torch.full((n_docs, 1), bos, dtype=torch.long), rows], dim=1)
+    warnings.warn(f"length={length} is beyond the {n_ctx} tokens of the model", stacklevel=3)
 
 
-def corpus_provenance(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """``{"name", "sha256"}`` of a corpus; the hash is of its text, None for a hub data set.
-
-    Raises:
-        PosheadsError: as :func:`load_corpus`.
-    """
-    name = os.fspath(name_or_path)
-    if name != PYTHON_DOCS and not Path(name).exists():
-        _refuse_missing_file(name)
-        return {"name": name, "sha256": None}
-    digest = hashlib.sha256(read_text(name).encode("utf-8", "surrogatepass")).hexdigest()
-    return {"name": name, "sha256": digest}
+def _tokenise(text: str, tokenizer: Any) -> list[int]:
+    # verbose=False: a whole corpus is longer than any context, which is no news here.
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False
+    )
+    return list(encoded["input_ids"])
 
 
-def read_text(name_or_path: str | os.PathLike[str]) -> str:
-    """The whole text of a corpus."""
-    name = os.fspath(name_or_path)
-    path = Path(name)
+def _sampled(
+    text: str, tokenizer: Any, n_docs: int, body: int, rng: random.Random
+) -> list[list[int]] | None:
+    """Rows from a stretch of characters in each part of a long text; None where that is short."""
+    part, stretch = len(text) // n_docs, _ENOUGH_CHARACTERS // 2 * body
+    if part < 2 * stretch:
+        return None
+    # Drawn apart from the caller's stream, so that falling back to the whole text is no
+    # different from never having tried.
+    rng = random.Random(rng.getstate()[1][1])
+    rows = []
+    for doc in range(n_docs):
+        first = part * doc + rng.randint(0, part - stretch)
+        # Start behind white space, so that no word is cut and tokenised as another.
+        while first > 0 and first < part * doc + part - 1 and not text[first - 1].isspace():
+            first += 1
+        ids = _tokenise(text[first : min(first + stretch, part * (doc + 1))], tokenizer)
+        if len(ids) < body:
+            return None
+        rows.append(ids[:body])
+    return rows
+
+
+def _text(name: str) -> str | None:
+    """The whole text of a local corpus; None for what can only be a hub data set's id."""
     if name == PYTHON_DOCS:
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[key] for key in sorted(topics))
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-        text = "\n\n".join(_read_file(file) for file in files)
-        if not text.strip():
-            raise PosheadsError(
-                f"the folder {name} holds no text; expected files ending in {', '.join(_SUFFIXES)}"
-            )
-        return text
-    if path.exists():
-        text = _read_file(path)
-        if not text.strip():
-            raise PosheadsError(f"the file {name} is empty; give a file with text")
-        return text
-    _refuse_missing_file(name)
-    return _read_hub(name)
+        return _BETWEEN.join(topics[key] for key in sorted(topics))
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if path.exists():
+            text = _file(path)
+            if not text.strip():
+                raise PosheadsError(f"{path} is empty; expected a file with text")
+            return text
+    except OSError as error:
+        raise PosheadsError(f"{path} can't be read ({error.strerror}); check it") from None
+    id_, _, _ = name.partition(":")
+    if not name or name.startswith((".", "/", "~")) or id_.count("/") > 1 or "\\" in name:
+        raise PosheadsError(f"there is no file or folder {name!r}; check the path")
+    if path.suffix in SUFFIXES:
+        raise PosheadsError(f"there is no file {name!r}; check the path")
+    return None
 
 
-def _refuse_missing_file(name: str) -> None:
-    """A path that isn't there should not send anyone to the hub."""
-    looks_like_path = Path(name).suffix or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path or not name.strip():
+def _folder(path: Path) -> str:
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    texts = [text for text in map(_file, found) if text.strip()]
+    if not texts:
         raise PosheadsError(
-            f"there is no file or folder {name!r}; expected {PYTHON_DOCS}, a text file, a folder "
-            "of them, or a hub data set's id"
+            f"the folder {path} has no text; expected files ending in {', '.join(SUFFIXES)}"
+        )
+    return _BETWEEN.join(texts)
+
+
+def _file(path: Path) -> str:
+    if not path.is_file():
+        raise PosheadsError(f"{path} is no ordinary file; expected a file with text")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PosheadsError(
+            f"{path} isn't UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}); "
+            "convert it to UTF-8"
+        ) from None
+    # A byte order mark and the line ends of one system are no part of the text.
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def _require_datasets(name: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise PosheadsError(
+            f"{name!r} is no corpus of ours ({PYTHON_DOCS}) and no path; to look it up as a hub "
+            "data set, pip install 'tl-posheads[datasets]'"
         )
 
 
-def _read_file(path: Path) -> str:
+def _streamed(name: str, n_characters: int) -> str:
+    """The first texts of a hub data set, as many as are needed."""
+    _require_datasets(name)
+    texts, n = [], 0
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as problem:
-        raise PosheadsError(
-            f"the file {path} is not UTF-8 (byte {problem.start}); save it as UTF-8"
-        ) from problem
-
-
-def _read_hub(name: str) -> str:
-    try:
-        import datasets
-    except ImportError as problem:
-        raise PosheadsError(
-            f"there is no file or folder {name!r}, and to look for a hub data set of that name "
-            "the package datasets is needed: pip install 'tl-posheads[datasets]'"
-        ) from problem
-    texts, size = [], 0
-    try:
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            texts.append(str(row["text"]))
-            size += len(texts[-1])
-            if size > _HUB_CHARACTERS:
+        for text in _column(name):
+            texts.append(text)
+            n += len(text)
+            if n >= n_characters:
                 break
-    except Exception as problem:
-        reason = " ".join(str(problem).split())[:200]
+    except PosheadsError:
+        raise
+    # offline, no such data set, gated, script-based, broken shards: each has its own class
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PosheadsError(
-            f"{name!r} is no file or folder, and as a hub data set it can't be read "
-            f"[{type(problem).__name__}: {reason}]"
-        ) from problem
-    return "\n\n".join(texts)
+            f"{name!r} is no corpus of ours ({PYTHON_DOCS}) and no path, and the hub didn't give "
+            f"it as a data set ({line[:120]}); check the name and the connection"
+        ) from None
+    if not n:
+        raise PosheadsError(f"the data set {name!r} has no text; choose another")
+    return _BETWEEN.join(texts)
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    # Markers like <|im_start|> that a text merely mentions stay text.
-    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    try:
-        return list(tokenizer(text, split_special_tokens=True, **options)["input_ids"])
-    except (TypeError, NotImplementedError):
-        return list(tokenizer(text, **options)["input_ids"])
+def _column(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    id_, _, configuration = name.partition(":")
+    rows = load_dataset(id_, configuration or None, split="train", streaming=True)
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise PosheadsError(
+                f"the data set {name!r} has no column 'text' (it has {', '.join(row)}); choose "
+                "another, or save its text to a file"
+            )
+        yield row["text"]

