@@ -38,6 +38,11 @@ def smollm2(request: pytest.FixtureRequest, smollm2_folder: Path):
 
 
 @pytest.fixture(scope="session")
+def smollm2_bridge(smollm2_folder: Path):
+    return models.load_model("smollm2-135m", cls="bridge", device="cpu")
+
+
+@pytest.fixture(scope="session")
 def tokenizer(smollm2_folder: Path):
     from transformers import AutoTokenizer
 

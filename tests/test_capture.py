@@ -67,7 +67,10 @@ def test_run_with_cache_reads_and_run_with_hooks_edits(model):
 
             edited = model.run_with_hooks(
                 TOKENS,
-                fwd_hooks=[("blocks.0.attn.hook_rot_k", zero), ("blocks.0.attn.hook_attn_scores", look)],
+                fwd_hooks=[
+                    ("blocks.0.attn.hook_rot_k", zero),
+                    ("blocks.0.attn.hook_attn_scores", look),
+                ],
             )
             assert not torch.allclose(edited, plain, atol=1e-4)
         assert_same(before, state(model))
@@ -101,7 +104,9 @@ def test_capture_hands_over_what_the_cache_holds_and_stops_early(model):
     with torch.no_grad(), rotary_hook_points(model):
         _, cache = model.run_with_cache(TOKENS, names_filter=hook_names([0, 1]))
     before, got, later = state(model), [], []
-    model.hook_dict["blocks.1.attn.hook_attn_scores"].add_perma_hook(lambda v, hook: later.append(1))
+    model.hook_dict["blocks.1.attn.hook_attn_scores"].add_perma_hook(
+        lambda v, hook: later.append(1)
+    )
     capture_rotary(model, TOKENS, lambda layer, q, k: got.append((layer, q.clone(), k.clone())))
     assert later == []  # the pass ended before the last layer's attention
     model.reset_hooks(including_permanent=True)

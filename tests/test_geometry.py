@@ -43,9 +43,7 @@ def yarn(factor, original, dim=8, base=10000.0, fast=32, slow=1):
 
 
 LLAMA = ("half", 8, theta(10000.0, 8), 1.0, 8**-0.5, None, [None, None])
-EXPECTED = {
-    name: LLAMA for name in ("Llama", "Qwen2", "Qwen3", "OLMo 2", "Falcon")
-} | {
+EXPECTED = dict.fromkeys(("Llama", "Qwen2", "Qwen3", "OLMo 2", "Falcon"), LLAMA) | {
     "Llama, YaRN": ("half", 8, yarn(4.0, 64), 0.1 * math.log(4) + 1, 8**-0.5, None, [None, None]),
     "Mistral, sliding window": (*LLAMA[:6], [16, 16]),
     "Mixtral": ("half", 8, theta(1e6, 8), 1.0, 8**-0.5, None, [None, None]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CLASSES
 
-from tl_posheads import models
+from tl_posheads import gguf_cache, models
 from tl_posheads.errors import PosheadsError
 from tl_posheads.models import load_model
 
@@ -103,9 +103,8 @@ def test_hooked_from_other_architectures(family, overrides, small_folder):
         ("Llama", dict(rope_parameters=YARN), "yarn"),
         ("Llama", dict(head_dim=16), "LlamaForCausalLM"),
         ("Gemma2", dict(head_dim=8, sliding_window=16), "Gemma2ForCausalLM"),
-        ("Cohere", {}, "CohereForCausalLM"),
     ],
-    ids=["yarn", "head_dim", "Gemma 2", "Cohere"],
+    ids=["yarn", "head_dim", "Gemma 2"],
 )
 def test_what_hooked_cannot_hold_goes_to_the_bridge(family, overrides, why, small_folder):
     folder = small_folder(family, **overrides)
@@ -224,25 +223,25 @@ class TestCache:
     def gguf(self, tmp_path, monkeypatch) -> Path:
         """A stand-in whose conversion is recorded and instant."""
         monkeypatch.setenv("TL_POSHEADS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(models, "_check_gguf", lambda path: None)
+        monkeypatch.setattr(gguf_cache, "_check_gguf", lambda path: None)
         self.converted = []
 
         def convert(path: Path, folder: Path) -> None:
             self.converted.append(path)
             (folder / "config.json").write_text("{}")
 
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(gguf_cache, "_convert", convert)
         path = tmp_path / "model.gguf"
         path.write_bytes(b"weights")
         return path
 
     def test_converted_once_by_content(self, gguf, tmp_path):
-        first = models._converted(gguf)
+        first = gguf_cache.converted(gguf)
         copy = tmp_path / "copy.gguf"
         copy.write_bytes(b"weights")
-        assert models._converted(copy) == first
+        assert gguf_cache.converted(copy) == first
         gguf.write_bytes(b"others")
-        assert models._converted(gguf) != first
+        assert gguf_cache.converted(gguf) != first
         assert len(self.converted) == 2
 
     def test_a_stopped_conversion_leaves_nothing(self, gguf, monkeypatch):
@@ -250,33 +249,33 @@ class TestCache:
             (folder / "config.json").write_text("{}")
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(models, "_convert", stopped)
+        monkeypatch.setattr(gguf_cache, "_convert", stopped)
         with pytest.raises(KeyboardInterrupt):
-            models._converted(gguf)
-        assert list(models.cache_folder().iterdir()) == []
+            gguf_cache.converted(gguf)
+        assert list(gguf_cache.cache_folder().iterdir()) == []
 
     def test_a_second_run_that_was_faster_wins(self, gguf, monkeypatch):
-        convert = models._convert
+        convert = gguf_cache._convert
 
         def overtaken(path: Path, folder: Path) -> None:
-            monkeypatch.setattr(models, "_convert", convert)
-            models._converted(path)
+            monkeypatch.setattr(gguf_cache, "_convert", convert)
+            gguf_cache.converted(path)
             convert(path, folder)
 
-        monkeypatch.setattr(models, "_convert", overtaken)
-        folder = models._converted(gguf)
-        assert list(models.cache_folder().iterdir()) == [folder]
+        monkeypatch.setattr(gguf_cache, "_convert", overtaken)
+        folder = gguf_cache.converted(gguf)
+        assert list(gguf_cache.cache_folder().iterdir()) == [folder]
 
     def test_unwritable_cache(self, gguf, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("TL_POSHEADS_CACHE", str(tmp_path / "file" / "cache"))
         with pytest.raises(PosheadsError, match="set TL_POSHEADS_CACHE"):
-            models._converted(gguf)
+            gguf_cache.converted(gguf)
 
     def test_where(self, monkeypatch):
         monkeypatch.delenv("TL_POSHEADS_CACHE", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-        assert models.cache_folder() == Path("/x/tl_posheads")
+        assert gguf_cache.cache_folder() == Path("/x/tl_posheads")
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", "/h")
-        assert models.cache_folder() == Path("/h/.cache/tl_posheads")
+        assert gguf_cache.cache_folder() == Path("/h/.cache/tl_posheads")

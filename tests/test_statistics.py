@@ -48,7 +48,9 @@ def test_weighted_rho_equals_the_unweighted_one_on_repeated_pairs():
     )
     repeated = stats.spearmanr(np.repeat(distance, times), np.repeat(values, times)).statistic
     assert weighted.item() == pytest.approx(repeated, abs=1e-12)
-    assert weighted_midranks(np.array([5.0, 5.0, 7.0])).tolist() == pytest.approx([1 / 3, 1 / 3, 5 / 6])
+    assert weighted_midranks(np.array([5.0, 5.0, 7.0])).tolist() == pytest.approx(
+        [1 / 3, 1 / 3, 5 / 6]
+    )
 
 
 def test_shapes_are_checked():
@@ -106,7 +108,9 @@ def test_a_constant_head_has_no_score():
 def test_grid_gives_ties_bins_of_their_own_and_levels_by_share():
     values = torch.tensor([[1.0] * 60 + list(np.linspace(2, 3, 40))], dtype=torch.float64)
     grid = DominantGrid.from_sample(values, 4)
-    tied, above, below = grid.bins(torch.tensor([[1.0, np.nextafter(1, 2), np.nextafter(1, 0)]]).double())[0]
+    tied, above, below = grid.bins(
+        torch.tensor([[1.0, np.nextafter(1, 2), np.nextafter(1, 0)]]).double()
+    )[0]
     assert below < tied < above
     assert grid.level[0, tied].item() == pytest.approx(0.3)
     assert grid.same_as(DominantGrid.from_sample(values, 4))

@@ -303,7 +303,9 @@ class ScoreAccumulator:
             "layers": sorted(self.tables),
             "pairs": self.settings.pairs,
             "estimator": self._estimator(),
-            "interval": "documents" if n_documents >= FEW_DOCUMENTS else "stretches of queries and keys",
+            "interval": "documents"
+            if n_documents >= FEW_DOCUMENTS
+            else "stretches of queries and keys",
             "skip_first": self.skip_first,
             "seed": self.settings.seed,
             "n_documents": n_documents,

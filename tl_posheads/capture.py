@@ -8,7 +8,7 @@ projections: GPT-NeoX, Phi-3, Falcon; and GPT-J) :func:`rotary_hook_points` make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -292,12 +292,13 @@ def capture_rotary(
 
             return keep
 
-        hooks = [(points[layer][which], keeper(layer, "qk"[which])) for layer in wanted for which in (0, 1)]
-        with own_hooks(hooks):
-            try:
-                run_forward(model, tokens, attention_mask)
-            except _PassDone:
-                pass
+        hooks = [
+            (points[layer][which], keeper(layer, "qk"[which]))
+            for layer in wanted
+            for which in (0, 1)
+        ]
+        with own_hooks(hooks), suppress(_PassDone):
+            run_forward(model, tokens, attention_mask)
     missing = sorted(set(wanted) - set(seen))
     if missing:
         kind = type(attention(model, missing[0])).__name__

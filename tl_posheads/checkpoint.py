@@ -73,12 +73,10 @@ class Checkpoint:
         tables = {layer: LayerTable.from_tensors(parts) for layer, parts in by_layer.items()}
         return tables, grids
 
-    def save(
-        self, unit: str, tables: Mapping[int, LayerTable], grids: Mapping[int, Grids]
-    ) -> None:
+    def save(self, unit: str, tables: Mapping[int, LayerTable], grids: Mapping[int, Grids]) -> None:
         if self.folder is None:
             return
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for layer, table in tables.items():
             tensors |= {f"{layer}.{name}": t for name, t in table.to_tensors().items()}
             for which in ("dominant", "geometry"):

@@ -279,9 +279,7 @@ def _score(args: argparse.Namespace) -> None:
         return
     model = load_model(args.model, cls=args.cls, device=args.device, dtype=args.dtype)
     _check_layers(args.layers, model)
-    tokens = load_corpus(
-        args.corpus, model, n_docs=args.docs, length=args.length, seed=args.seed
-    )
+    tokens = load_corpus(args.corpus, model, n_docs=args.docs, length=args.length, seed=args.seed)
     if state == "resume":
         print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
     try:
@@ -365,7 +363,10 @@ def table_lines(scores: HeadScores, top: int) -> list[str]:
             number(row["n_pairs"], ",.0f"), number(row["window"], ".0f"),
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
     return [f"The {len(cells) - 1} highest positional scores of {len(rows)} heads:", *lines]
 
 

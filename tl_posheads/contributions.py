@@ -83,9 +83,7 @@ def rotate_by(
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = split_pairs(x, geometry)
     rest = x[..., geometry.rotary_dim :]
-    return join_pairs(
-        first * cos - second * sin, second * cos + first * sin, rest, geometry
-    )
+    return join_pairs(first * cos - second * sin, second * cos + first * sin, rest, geometry)
 
 
 def _expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:

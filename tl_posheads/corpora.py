@@ -166,6 +166,10 @@ def _text(name: str) -> str | None:
         from pydoc_data.topics import topics
 
         return _BETWEEN.join(topics[key] for key in sorted(topics))
+    if not name.strip():
+        raise PosheadsError(
+            f"there is no file {name!r}; give {PYTHON_DOCS}, a text file or a folder"
+        )
     path = Path(name).expanduser()
     try:
         if path.is_dir():

@@ -49,7 +49,9 @@ def documents_of(
             "token ids or a list of them (model.to_tokens(text) makes one)"
         )
     if not rows or any(row.ndim != 1 or row.is_floating_point() for row in rows):
-        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else [tuple(r.shape) for r in rows]
+        shape = (
+            tuple(tokens.shape) if isinstance(tokens, Tensor) else [tuple(r.shape) for r in rows]
+        )
         raise PosheadsError(
             f"tokens of shape {shape} were given; expected whole numbers of shape [doc, pos]"
         )
@@ -59,7 +61,10 @@ def documents_of(
                 f"an attention mask of shape {tuple(attention_mask.shape)} was given for tokens of "
                 f"shape {(len(rows), len(rows[0]))}; expected the same"
             )
-        rows = [row[token_run(mask.cpu(), i)] for i, (row, mask) in enumerate(zip(rows, attention_mask, strict=True))]
+        rows = [
+            row[token_run(mask.cpu(), i)]
+            for i, (row, mask) in enumerate(zip(rows, attention_mask, strict=True))
+        ]
     if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
         raise PosheadsError(f"skip_first={skip_first!r} was given; expected a whole number from 0")
     shortest = min(len(row) for row in rows)

@@ -5,20 +5,15 @@ Weights are never folded or centred: the numbers are those of the checkpoint as 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import io
 import os
 import re
-import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.gguf_cache import converted, first_line, quiet
 
 # registry name -> (package that ships it, file inside, how to get it)
 REGISTRY = {
@@ -82,7 +77,7 @@ def load_model(
         )
     device, dtype = _device(device), _dtype(dtype)
     source, readable = _resolve(os.fspath(name_or_path))
-    with _quiet():
+    with quiet():
         config = _from_pretrained("AutoConfig", source)
         if dtype is None:
             dtype = _own_dtype(config, device)
@@ -119,28 +114,6 @@ def _lens_version() -> str:
     return version("transformer-lens")
 
 
-def _first_line(error: BaseException, limit: int = 200) -> str:
-    """One short line of a message that may run over pages, as transformers' do."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and banners of other libraries between the lines of our own output."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _device(device: Any) -> Any:
     import torch
 
@@ -156,7 +129,7 @@ def _device(device: Any) -> Any:
     # torch raises RuntimeError, AssertionError, NotImplementedError or TypeError by the case
     except Exception as error:
         raise PosheadsError(
-            f"device={str(device)!r} can't be used here ({_first_line(error, 80)}); give 'cpu', or "
+            f"device={str(device)!r} can't be used here ({first_line(error, 80)}); give 'cpu', or "
             "'cuda' where there is a GPU"
         ) from None
     return found
@@ -192,20 +165,20 @@ def _own_dtype(config: Any, device: Any) -> Any:
 def _resolve(name: str) -> tuple[str, str]:
     """Where transformers finds the model (a folder or a hub id), and a name for people."""
     if name.lower() in REGISTRY:
-        return str(_converted(_registered(name.lower()))), name.lower()
+        return str(converted(_registered(name.lower()))), name.lower()
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
             return str(path), path.resolve().name
         inside = sorted(path.glob("*.gguf"))
         if len(inside) == 1:
-            return str(_converted(inside[0])), inside[0].stem
+            return str(converted(inside[0])), inside[0].stem
         raise PosheadsError(
             f"the folder {name!r} has no config.json; expected what save_pretrained writes, or "
             f"one GGUF file (it has {len(inside)})"
         )
     if path.exists():
-        return str(_converted(path)), path.stem
+        return str(converted(path)), path.stem
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         raise PosheadsError(f"there is no file {name!r}; check the path")
     return name, name
@@ -221,107 +194,6 @@ def _registered(name: str) -> Path:
     raise PosheadsError(f"{name} comes in a wheel that isn't installed; {install}")
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept; ``TL_POSHEADS_CACHE`` overrides the user's cache."""
-    own = os.environ.get("TL_POSHEADS_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tl_posheads"
-
-
-def _converted(gguf: Path) -> Path:
-    """The GGUF file as a ``save_pretrained`` folder in the cache, made if it isn't there."""
-    try:
-        with gguf.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else (
-                hashlib.sha256(file.read())
-            )  # fmt: skip
-    except OSError as error:
-        raise PosheadsError(f"{gguf} can't be read ({error.strerror}); check the path") from None
-    folder = cache_folder() / f"gguf-{digest.hexdigest()}"
-    if (folder / "config.json").is_file():
-        return folder
-    _check_gguf(gguf)
-    print(f"Converting {gguf.name}, once, into {folder.parent}", file=sys.stderr)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: a run that is stopped, or a second one, sees all or nothing.
-        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    except OSError as error:
-        raise _unwritable(folder.parent, error) from None
-    try:
-        _convert(gguf, aside)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():
-                raise
-    except OSError as error:
-        raise _unwritable(folder.parent, error) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def _unwritable(folder: Path, error: OSError) -> PosheadsError:
-    return PosheadsError(
-        f"the converted model can't be written to {folder} ({_first_line(error, 80)}); set "
-        "TL_POSHEADS_CACHE to a folder with room for it"
-    )
-
-
-def _check_gguf(path: Path) -> None:
-    """Read every header and tensor extent; a file cut short fails here, not as wrong weights."""
-    from gguf import GGUFReader
-
-    try:
-        GGUFReader(str(path))
-    # the reader has no error of its own: numpy's, mmap's and struct's come through
-    except Exception as error:
-        raise PosheadsError(
-            f"{path} isn't a whole GGUF file ({_first_line(error, 80)}); get it again"
-        ) from None
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = dict(gguf_file=gguf.name, local_files_only=True)
-    try:
-        with _quiet():
-            read = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), dtype=torch.float32, **where
-            )
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
-    except Exception as error:
-        raise PosheadsError(
-            f"transformers can't read the GGUF file {gguf} ({_first_line(error)}); give a "
-            "folder or hub id of the same model"
-        ) from None
-    # transformers marks the model as quantised and then refuses to save it, although the
-    # weights are plain numbers by now; a twin without the mark can be saved.
-    config = read.config
-    for mark in ("quantization_config", "_pre_quantization_dtype"):
-        config.__dict__.pop(mark, None)
-    with torch.device("meta"):
-        twin = type(read)(config)
-    state = read.state_dict()
-    twin.load_state_dict(state, assign=True)
-    # Dequantised weights need float32; a file of 16 bit weights is kept at half the size.
-    lossless = next(
-        (
-            dtype
-            for dtype in (torch.bfloat16, torch.float16)
-            if all(torch.equal(x.to(dtype).float(), x.float()) for x in state.values())
-        ),
-        torch.float32,
-    )
-    twin.to(lossless).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _from_pretrained(auto: str, source: str, **options: Any) -> Any:
     import transformers
 
@@ -334,12 +206,12 @@ def _from_pretrained(auto: str, source: str, **options: Any) -> Any:
     except Exception as error:
         if local:
             raise PosheadsError(
-                f"the folder {source} can't be loaded ({_first_line(error)}); expected what "
+                f"the folder {source} can't be loaded ({first_line(error)}); expected what "
                 "save_pretrained writes"
             ) from None
         raise PosheadsError(
             f"{source!r} is no registry name ({', '.join(REGISTRY)}) and no path, and the hub "
-            f"didn't give it ({_first_line(error, 120)}); check the name and the connection"
+            f"didn't give it ({first_line(error, 120)}); check the name and the connection"
         ) from None
 
 
@@ -375,7 +247,7 @@ def _bridge(
     except Exception as error:
         raise PosheadsError(
             f"transformer-lens {_lens_version()} can't load {_architecture(config)} "
-            f"({_first_line(error)}); choose another model"
+            f"({first_line(error)}); choose another model"
         ) from error
 
 
@@ -415,7 +287,7 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
         gap, allowed = _disagreement(model, hf_model), 1e-3 if dtype.itemsize >= 4 else 0.5
     # a converter meets an unforeseen config with KeyError, AttributeError, shape errors, ...
     except Exception as error:
-        raise _NotConvertible(_first_line(error, 120)) from None
+        raise _NotConvertible(first_line(error, 120)) from None
     if not gap <= allowed:
         raise _NotConvertible(f"its log-probabilities are {gap:.2g} off the original's")
     window = _window(hf_model.config)

@@ -130,7 +130,7 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
     n = tokens.shape[1]
     for layer in layers:
         attn: Any = attention(model, layer)
-        inner = getattr(attn, "original_component", None)
+        inner: Any = getattr(attn, "original_component", None)
         if hasattr(attn, "rotary_cos"):  # HookedTransformer
             seen[layer]["hook_cos"] = attn.rotary_cos[:n]
             seen[layer]["hook_sin"] = attn.rotary_sin[:n]
@@ -257,19 +257,19 @@ def _declared_scale(model: Any, layer: int, d_head: int) -> tuple[float, float |
     if hasattr(attn, "attn_scale"):  # HookedTransformer divides
         cap = float(getattr(model.cfg, "attn_scores_soft_cap", -1) or -1)
         return 1 / float(attn.attn_scale), cap if cap > 0 else None
-    inner = getattr(attn, "original_component", None)
-    cap = getattr(inner, "attn_logit_softcapping", None)
+    inner: Any = getattr(attn, "original_component", None)
+    softcap = getattr(inner, "attn_logit_softcapping", None)
     scale = getattr(inner, "scaling", None) or getattr(inner, "softmax_scale", None)
     if hasattr(inner, "scale_attn"):  # GPT-J divides
         scale = 1 / float(inner.scale_attn)
-    return float(scale or d_head**-0.5), float(cap) if cap else None
+    return float(scale or d_head**-0.5), float(softcap) if softcap else None
 
 
 def _attention_scale(
     q: Tensor, k: Tensor, scores: Tensor | None, softcap: float | None, declared: float, where: str
 ) -> float:
     """Scores against products, by least squares; the declared number where both agree."""
-    product = (q.double() @ k.double().transpose(-1, -2))
+    product = q.double() @ k.double().transpose(-1, -2)
     if scores is None or scores.shape[1:] != product.shape:
         return declared
     seen = scores[0].double()

@@ -61,7 +61,9 @@ def render(scores: HeadScores) -> str:
     name = _text(scores.provenance.get("model") or scores.provenance.get("model_name") or "a model")
     limit = _limit(rows)
     style, data = STYLE + _colours(), _json({"rows": rows})
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(SCRIPT)}"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(SCRIPT)}"
+    )
     best = f"{_label(rows[0])}, {_signed(rows[0]['rho'])}" if rows else "none"
     return f"""<!doctype html>
 <html lang="en">
@@ -108,7 +110,9 @@ def _plain(row: Mapping[Any, Any]) -> Row:
 
 def _text(value: object) -> str:
     # Control characters have no place in HTML, not even escaped.
-    shown = "".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    shown = "".join(
+        c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in str(value)
+    )
     return escape(shown, quote=True)
 
 
@@ -214,7 +218,7 @@ the arrow keys move from cell to cell.</p>
 def _best(rows: Sequence[Row]) -> str:
     best = rows[:_BEST]
     if not best:
-        return '<section><h2>Best heads</h2><p>No head has a score.</p></section>'
+        return "<section><h2>Best heads</h2><p>No head has a score.</p></section>"
     figures = [row[key] for row in best for key in ("rho", "ci_low", "ci_high", "rho_geometry")]
     known = [0.0, *(value for value in figures if value is not None)]
     low, high = min(known), max(known)

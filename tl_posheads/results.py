@@ -100,7 +100,9 @@ class HeadScores:
         """
         ranked = self._ranked()
         if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
-            raise PosheadsError(f"top({k!r}) was asked; expected a count like 20 or a share like 0.05")
+            raise PosheadsError(
+                f"top({k!r}) was asked; expected a count like 20 or a share like 0.05"
+            )
         if isinstance(k, int | np.integer):
             if k < 1:
                 raise PosheadsError(f"top({k}) was asked; expected a count of at least 1")
@@ -224,7 +226,9 @@ class HeadScores:
                 "HeadScores.save or tl-posheads score wrote"
             ) from problem
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise PosheadsError(f"the scores in {folder} are damaged ({problem}); score again") from problem
+            raise PosheadsError(
+                f"the scores in {folder} are damaged ({problem}); score again"
+            ) from problem
 
 
 def _tensor_names() -> list[str]:
@@ -242,5 +246,3 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-

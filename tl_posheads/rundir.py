@@ -63,7 +63,8 @@ def read_run(out: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as problem:
         raise PosheadsError(
-            f"{out / RUN_FILE} can't be read as the label of a run ({problem}); choose another --out"
+            f"{out / RUN_FILE} can't be read as the label of a run ({problem}); "
+            "choose another --out"
         ) from problem
     is_ours = isinstance(run, dict) and run.get("program") == _PROGRAM
     if not (is_ours and isinstance(run.get("request"), dict)):

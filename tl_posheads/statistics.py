@@ -1,7 +1,7 @@
 """Spearman's rho between token distance and D: exact on lists, and from mergeable tables.
 
 Two ways to the same number. :func:`spearman_by_distance` ranks a full list of pairs. For long
-texts the list is never kept: :class:`tl_posheads.tables.LayerTable` counts pairs in cells of (D, distance), with
+texts the list is never kept: ``tables.LayerTable`` counts pairs in cells of (D, distance), with
 about 144 D bins per head that hold nearly equal shares. Replacing values by their bin's mid-rank
 loses a fraction ``sum(share**3)`` of the rank variance, 1e-4 here. Tables add cell by cell, so
 documents, batches and machines can be merged in any order.
@@ -138,10 +138,17 @@ class DominantGrid:
         fixed = torch.linspace(0, n_pairs - 1, N_FIXED_BINS + 1)[1:-1].double()
         edges = torch.cat([cuts, fixed.to(cuts.device).expand(heads, -1)], 1).sort(1).values
         upper = torch.searchsorted(ordered, edges.contiguous(), right=True).double()
-        share = torch.cat(
-            [torch.zeros_like(upper[:, :1]), upper, torch.full_like(upper[:, :1], ordered.shape[1])],
-            dim=1,
-        ) / ordered.shape[1]
+        share = (
+            torch.cat(
+                [
+                    torch.zeros_like(upper[:, :1]),
+                    upper,
+                    torch.full_like(upper[:, :1], ordered.shape[1]),
+                ],
+                dim=1,
+            )
+            / ordered.shape[1]
+        )
         return cls(edges.contiguous(), (share[:, 1:] + share[:, :-1]) / 2)
 
     @property

@@ -118,8 +118,7 @@ class LayerTable:
         blocks = {n[7:]: t for n, t in tensors.items() if n.startswith("blocks.")}
         n_lists = sum(n.startswith("lists.") for n in tensors) // 2
         lists = [
-            (tensors[f"lists.{i}.distance"], tensors[f"lists.{i}.dominant"])
-            for i in range(n_lists)
+            (tensors[f"lists.{i}.distance"], tensors[f"lists.{i}.dominant"]) for i in range(n_lists)
         ]
         return cls(**plain, blocks=blocks, lists=lists)
 
@@ -168,7 +167,12 @@ def rows_of(
         if window is not None:
             valid &= distance < window
         if bool(valid.any()):
-            yield vectors.dominant_rows(some, keys), distance, valid, some[:, None].expand(valid.shape)
+            yield (
+                vectors.dominant_rows(some, keys),
+                distance,
+                valid,
+                some[:, None].expand(valid.shape),
+            )
 
 
 def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:

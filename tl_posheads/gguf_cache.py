@@ -1,0 +1,138 @@
+"""GGUF files as folders that transformers loads: converted once, kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tl_posheads.errors import PosheadsError
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """One short line of a message that may run over pages, as transformers' do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and banners of other libraries between the lines of our own output."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; ``TL_POSHEADS_CACHE`` overrides the user's cache."""
+    own = os.environ.get("TL_POSHEADS_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tl_posheads"
+
+
+def converted(gguf: Path) -> Path:
+    """The GGUF file as a ``save_pretrained`` folder in the cache, made if it isn't there."""
+    try:
+        with gguf.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else (
+                hashlib.sha256(file.read())
+            )  # fmt: skip
+    except OSError as error:
+        raise PosheadsError(f"{gguf} can't be read ({error.strerror}); check the path") from None
+    folder = cache_folder() / f"gguf-{digest.hexdigest()}"
+    if (folder / "config.json").is_file():
+        return folder
+    _check_gguf(gguf)
+    print(f"Converting {gguf.name}, once, into {folder.parent}", file=sys.stderr)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: a run that is stopped, or a second one, sees all or nothing.
+        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
+    try:
+        _convert(gguf, aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> PosheadsError:
+    return PosheadsError(
+        f"the converted model can't be written to {folder} ({first_line(error, 80)}); set "
+        "TL_POSHEADS_CACHE to a folder with room for it"
+    )
+
+
+def _check_gguf(path: Path) -> None:
+    """Read every header and tensor extent; a file cut short fails here, not as wrong weights."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(str(path))
+    # the reader has no error of its own: numpy's, mmap's and struct's come through
+    except Exception as error:
+        raise PosheadsError(
+            f"{path} isn't a whole GGUF file ({first_line(error, 80)}); get it again"
+        ) from None
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = dict(gguf_file=gguf.name, local_files_only=True)
+    try:
+        with quiet():
+            read = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), dtype=torch.float32, **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+    except Exception as error:
+        raise PosheadsError(
+            f"transformers can't read the GGUF file {gguf} ({first_line(error)}); give a "
+            "folder or hub id of the same model"
+        ) from None
+    # transformers marks the model as quantised and then refuses to save it, although the
+    # weights are plain numbers by now; a twin without the mark can be saved.
+    config = read.config
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        config.__dict__.pop(mark, None)
+    with torch.device("meta"):
+        twin = type(read)(config)
+    state = read.state_dict()
+    twin.load_state_dict(state, assign=True)
+    # Dequantised weights need float32; a file of 16 bit weights is kept at half the size.
+    lossless = next(
+        (
+            dtype
+            for dtype in (torch.bfloat16, torch.float16)
+            if all(torch.equal(x.to(dtype).float(), x.float()) for x in state.values())
+        ),
+        torch.float32,
+    )
+    twin.to(dtype=lossless).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
