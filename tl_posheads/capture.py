@@ -7,6 +7,7 @@ projections: GPT-NeoX, Phi-3, Falcon; and GPT-J) :func:`rotary_hook_points` make
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -106,27 +107,68 @@ def _joint_projection(attn: Any) -> Iterator[None]:
 
 @contextmanager
 def _gptj(attn: Any) -> Iterator[None]:
-    inner = attn.original_component
-    attend, cached = inner._attn, False
+    """GPT-J's attention stays transformers' own: hook where it hands over rotated q and k."""
+    inner, cached = attn.original_component, False
+    cache_name = "layer_past" if hasattr(inner, "_attn") else "cache"
 
     def use_hooked_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         nonlocal cached
-        cached = kwargs.get("layer_past") is not None
+        cached = kwargs.get(cache_name) is not None
         if cached:
-            kwargs = {**kwargs, "layer_past": _HookedCache(kwargs["layer_past"], attn.hook_rot_k)}
+            kwargs = {**kwargs, cache_name: _HookedCache(kwargs[cache_name], attn.hook_rot_k)}
         return args, kwargs
 
-    def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        query = attn.hook_rot_q(query)
-        key = key if cached else attn.hook_rot_k(key)
-        return attend(query, key, *args, **kwargs)
+    def hooked(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return attn.hook_rot_q(query), key if cached else attn.hook_rot_k(key)
 
     handle = inner.register_forward_pre_hook(use_hooked_cache, with_kwargs=True)
     try:
-        with _instance_method(inner, "_attn", attend_and_hook):
-            yield
+        if hasattr(inner, "_attn"):  # transformers up to 5.23
+            attend = inner._attn
+
+            def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+                return attend(*hooked(query, key), *args, **kwargs)
+
+            with _instance_method(inner, "_attn", attend_and_hook):
+                yield
+        else:
+            with _eager_attention(inner, hooked):
+                yield
     finally:
         handle.remove()
+
+
+_EAGER: dict[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+
+
+@contextmanager
+def _eager_attention(
+    inner: nn.Module, hooked: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """From transformers 5.24 on, attention is a function of GPT-J's Python module.
+
+    It is replaced while any model's hook points are open, and asks whose attention it computes:
+    models that aren't ours get the original.
+    """
+    python_module = sys.modules[type(inner).__module__]
+    if not _EAGER:
+        original = python_module.eager_attention_forward  # type: ignore[attr-defined]
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if id(module) in _EAGER:
+                query, key = _EAGER[id(module)](query, key)
+            return original(module, query, key, *args, **kwargs)
+
+        attend.original = original  # type: ignore[attr-defined]
+        python_module.eager_attention_forward = attend  # type: ignore[attr-defined]
+    _EAGER[id(inner)] = hooked
+    try:
+        yield
+    finally:
+        del _EAGER[id(inner)]
+        if not _EAGER:
+            now = python_module.eager_attention_forward  # type: ignore[attr-defined]
+            python_module.eager_attention_forward = now.original  # type: ignore[attr-defined]
 
 
 def _seam(attn: Any) -> Any:

@@ -170,7 +170,9 @@ def _text(name: str) -> str | None:
         raise PosheadsError(
             f"there is no file {name!r}; give {PYTHON_DOCS}, a text file or a folder"
         )
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
+    if not name:
+        raise PosheadsError(f"there is no file or folder {name!r}; check the path")
     try:
         if path.is_dir():
             return _folder(path)
@@ -182,7 +184,7 @@ def _text(name: str) -> str | None:
     except OSError as error:
         raise PosheadsError(f"{path} can't be read ({error.strerror}); check it") from None
     id_, _, _ = name.partition(":")
-    if not name or name.startswith((".", "/", "~")) or id_.count("/") > 1 or "\\" in name:
+    if name.startswith((".", "/", "~")) or id_.count("/") > 1 or "\\" in name:
         raise PosheadsError(f"there is no file or folder {name!r}; check the path")
     if path.suffix in SUFFIXES:
         raise PosheadsError(f"there is no file {name!r}; check the path")

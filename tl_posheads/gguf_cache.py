@@ -134,5 +134,5 @@ def _convert(gguf: Path, folder: Path) -> None:
         ),
         torch.float32,
     )
-    twin.to(dtype=lossless).save_pretrained(folder)
+    torch.nn.Module.to(twin, dtype=lossless).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

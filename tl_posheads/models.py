@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +167,7 @@ def _resolve(name: str) -> tuple[str, str]:
     """Where transformers finds the model (a folder or a hub id), and a name for people."""
     if name.lower() in REGISTRY:
         return str(converted(_registered(name.lower()))), name.lower()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         if (path / "config.json").is_file():
             return str(path), path.resolve().name
@@ -261,7 +262,6 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
     other = _rope_types(hf_model.config) - _HOOKED_ROPE
     if other:
         raise _NotConvertible(f"its rotary scaling is {', '.join(sorted(other))}")
-    import torch
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
@@ -278,7 +278,10 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
             )
             state = loading.get_pretrained_state_dict(name, cfg, hf_model, dtype=dtype)
         cfg.tokenizer_name = source
-        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+        with warnings.catch_warnings():
+            # The user's choice where both exist; this module knows that 4.0 drops it.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            model = HookedTransformer(cfg, tokenizer, move_to_device=False)
         model.load_and_process_state_dict(
             state, fold_ln=False, center_writing_weights=False, center_unembed=False,
             fold_value_biases=False,
@@ -293,7 +296,6 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
     window = _window(hf_model.config)
     if window and window != cfg.window_size:
         raise _NotConvertible(f"its sliding window of {window} tokens would be lost")
-    torch.set_grad_enabled(torch.is_grad_enabled())
     return model
 
 

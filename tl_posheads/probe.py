@@ -89,8 +89,8 @@ class _Layer(dict[str, Tensor]):
 
 
 @contextmanager
-def _complex_rotations(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
-    """DeepSeek-V2 turns complex numbers and passes the lens's hook_cos by."""
+def _rotations_passed_by(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
+    """DeepSeek-V2 turns complex numbers, GPT-J is left to itself: both pass hook_cos by."""
     handles = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
@@ -98,8 +98,13 @@ def _complex_rotations(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
             for layer in seen.values():
                 layer.setdefault("hook_cos", output.real)
                 layer.setdefault("hook_sin", output.imag)
+        elif type(module).__name__ == "GPTJRotaryEmbedding":  # sine first
+            for layer in seen.values():
+                layer.setdefault("hook_sin", output[0])
+                layer.setdefault("hook_cos", output[1])
 
-    for module_name, module in model.named_modules():
+    inner = getattr(model, "original_model", model)
+    for module_name, module in inner.named_modules():
         if module_name.split(".")[-1] == "rotary_emb":
             handles.append(module.register_forward_hook(keep))
     try:
@@ -125,7 +130,7 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
         if hasattr(attention(model, layer), name)
     ]
     # Others' hooks edit what the model does; the probe asks what its own rotation is.
-    with others_hooks_suspended(model), own_hooks(hooks), _complex_rotations(model, seen):
+    with others_hooks_suspended(model), own_hooks(hooks), _rotations_passed_by(model, seen):
         run_forward(model, tokens)
     n = tokens.shape[1]
     for layer in layers:
