@@ -171,8 +171,6 @@ def _text(name: str) -> str | None:
             f"there is no file {name!r}; give {PYTHON_DOCS}, a text file or a folder"
         )
     path = Path(os.path.expanduser(name))
-    if not name:
-        raise PosheadsError(f"there is no file or folder {name!r}; check the path")
     try:
         if path.is_dir():
             return _folder(path)
