@@ -330,8 +330,8 @@ _PROSE = """<section aria-labelledby="read-title">
 and the head's dominant dimension, the mean index of its rotary pairs weighted by the softmax of
 their shares in query times key. Positive: the further apart the tokens, the slower the pairs that
 decide. Near zero: distance does not matter to which pairs decide.</dd>
-<dt>95% interval</dt><dd>Bootstrap over documents, or over blocks of query positions where there are
-few documents. Pairs of tokens within one text are not independent, so n_pairs says nothing about
+<dt>95% interval</dt><dd>Bootstrap over documents or, where there are few, over stretches of their
+queries and keys. Pairs of tokens within one text are not independent, so n_pairs says nothing about
 certainty.</dd>
 <dt>rho_geometry</dt><dd>The score of the same head after its content was permuted over the positions:
 what the rotation and the head's mean query and key give by themselves. The rest of rho is what
