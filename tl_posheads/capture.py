@@ -132,43 +132,58 @@ def _gptj(attn: Any) -> Iterator[None]:
             with _instance_method(inner, "_attn", attend_and_hook):
                 yield
         else:
-            with _eager_attention(inner, hooked):
+            with _attention_functions(inner, hooked):
                 yield
     finally:
         handle.remove()
 
 
-_EAGER: dict[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+_HOOKED: dict[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
 
 
 @contextmanager
-def _eager_attention(
+def _attention_functions(
     inner: nn.Module, hooked: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
-    """From transformers 5.24 on, attention is a function of GPT-J's Python module.
+    """From transformers 5.24 on, GPT-J takes its attention from a table in its Python module.
 
-    It is replaced while any model's hook points are open, and asks whose attention it computes:
-    models that aren't ours get the original.
+    The table is replaced while any model's hook points are open, and its functions ask whose
+    attention they compute: models that aren't ours get the original.
     """
-    python_module = sys.modules[type(inner).__module__]
-    if not _EAGER:
-        original = python_module.eager_attention_forward  # type: ignore[attr-defined]
-
-        def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if id(module) in _EAGER:
-                query, key = _EAGER[id(module)](query, key)
-            return original(module, query, key, *args, **kwargs)
-
-        attend.original = original  # type: ignore[attr-defined]
-        python_module.eager_attention_forward = attend  # type: ignore[attr-defined]
-    _EAGER[id(inner)] = hooked
+    python_module: Any = sys.modules[type(inner).__module__]
+    if not _HOOKED:
+        python_module.ALL_ATTENTION_FUNCTIONS = _HookedInterfaces(
+            python_module.ALL_ATTENTION_FUNCTIONS
+        )
+    _HOOKED[id(inner)] = hooked
     try:
         yield
     finally:
-        del _EAGER[id(inner)]
-        if not _EAGER:
-            now = python_module.eager_attention_forward  # type: ignore[attr-defined]
-            python_module.eager_attention_forward = now.original  # type: ignore[attr-defined]
+        del _HOOKED[id(inner)]
+        if not _HOOKED:
+            python_module.ALL_ATTENTION_FUNCTIONS = python_module.ALL_ATTENTION_FUNCTIONS.original
+
+
+class _HookedInterfaces:
+    """transformers' table of attention functions; those it gives out pass q and k by our hooks."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        attend = self.original.get_interface(*args, **kwargs)
+
+        def attend_and_hook(
+            module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            if id(module) in _HOOKED:
+                query, key = _HOOKED[id(module)](query, key)
+            return attend(module, query, key, *args, **kwargs)
+
+        return attend_and_hook
 
 
 def _seam(attn: Any) -> Any:
