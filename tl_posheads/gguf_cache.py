@@ -134,5 +134,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         ),
         torch.float32,
     )
-    torch.nn.Module.to(twin, dtype=lossless).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        torch.nn.Module.to(twin, dtype=lossless).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
