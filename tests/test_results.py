@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from tl_posheads import HeadScores, PosheadsError
-from tl_posheads.results import write_bytes
+from tl_posheads.files import write_bytes
 
 
 def scores(seed=0, layers=4, heads=5):

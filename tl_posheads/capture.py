@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from tl_posheads.errors import PosheadsError
 
-Consumer = Callable[[int, Tensor, Tensor], None]
-
 POSITIONS = {
     "standard": "learned absolute positions",
     "shortformer": "learned absolute positions added to queries and keys",

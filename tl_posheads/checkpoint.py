@@ -13,7 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.results import write_bytes
+from tl_posheads.files import write_bytes
 from tl_posheads.statistics import DominantGrid
 from tl_posheads.tables import Grids, LayerTable
 

@@ -20,6 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.files import write_bytes
 from tl_posheads.statistics import chance_overlap
 
 FORMAT = "tl_posheads.HeadScores"
@@ -233,16 +234,3 @@ class HeadScores:
 
 def _tensor_names() -> list[str]:
     return [f.name for f in fields(HeadScores)[:7]]
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

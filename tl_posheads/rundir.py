@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import PosheadsError
+from .files import write_bytes
 
 CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"
@@ -38,17 +39,8 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     ...     print((Path(folder) / "a.txt").read_text())
     whole
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # A path from the command line may hold bytes that are no text; they are shown escaped.
-        with open(part, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # A path from the command line may hold bytes that are no text; they are shown escaped.
+    write_bytes(Path(path), text.encode("utf-8", "backslashreplace"))
 
 
 def read_run(out: Path) -> dict[str, Any] | None:

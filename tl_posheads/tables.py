@@ -288,11 +288,12 @@ def count_document(
     vectors = PairVectors(rot_q, rot_k, geometry, precision=precision)
     generator = document_seed(settings, document)
     permuted = PairVectors(*permuted_content(rot_q, rot_k, geometry, generator), geometry)
+    sample = sample_of(vectors, geometry.window)
     if grids is None:
         grids = Grids(
             *(
-                DominantGrid.from_sample(sample_of(v, geometry.window), geometry.n_pairs)
-                for v in (vectors, permuted)
+                DominantGrid.from_sample(values, geometry.n_pairs)
+                for values in (sample, sample_of(permuted, geometry.window))
             )
         )
     longest = n_pos - 1 if geometry.window is None else min(n_pos, geometry.window) - 1
@@ -311,7 +312,6 @@ def count_document(
     for dominant, distance, valid, query in rows_of(permuted, rows, geometry.window):
         by_geometry.add(dominant[:, valid], distance[valid], query[valid])
     observed, draws = shift_null(vectors, grids.dominant, geometry.window, settings, generator)
-    sample = sample_of(vectors, geometry.window)
     table = LayerTable(
         counts=counter.counts.cpu(),
         geometry_counts=by_geometry.counts.cpu(),
