@@ -15,6 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_posheads import tasks
+    from tl_posheads.ablation import ablate, ablation_hooks
     from tl_posheads.accumulator import ScoreAccumulator
     from tl_posheads.capture import capture_rotary, hook_names, rotary_hook_points
     from tl_posheads.contributions import (
@@ -22,17 +24,23 @@ if TYPE_CHECKING:
         dominant_dimension,
         unrotated_contribution,
     )
+    from tl_posheads.controls import control_sets
     from tl_posheads.corpora import load_corpus
     from tl_posheads.curves import dominant_dimension_curve
     from tl_posheads.errors import PosheadsError
     from tl_posheads.geometry import LayerGeometry, RotaryGeometry
     from tl_posheads.models import load_model
+    from tl_posheads.patching import HeadPatching, patch_heads
     from tl_posheads.results import HeadScores
     from tl_posheads.scoring import score_heads
     from tl_posheads.statistics import spearman_by_distance
+    from tl_posheads.study import ablation_study
+    from tl_posheads.study_results import AblationStudy
 
 # Loaded when first asked for: `tl-posheads --help` need not wait for torch and the lens.
 _HOME = {
+    "ablate": "ablation",
+    "ablation_hooks": "ablation",
     "ScoreAccumulator": "accumulator",
     "capture_rotary": "capture",
     "hook_names": "capture",
@@ -40,21 +48,28 @@ _HOME = {
     "dimension_contributions": "contributions",
     "dominant_dimension": "contributions",
     "unrotated_contribution": "contributions",
+    "control_sets": "controls",
     "load_corpus": "corpora",
     "dominant_dimension_curve": "curves",
     "PosheadsError": "errors",
     "LayerGeometry": "geometry",
     "RotaryGeometry": "geometry",
     "load_model": "models",
+    "HeadPatching": "patching",
+    "patch_heads": "patching",
     "HeadScores": "results",
     "score_heads": "scoring",
     "spearman_by_distance": "statistics",
+    "ablation_study": "study",
+    "AblationStudy": "study_results",
 }
 
-__all__ = list(_HOME)
+__all__ = [*_HOME, "tasks"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tasks":
+        return import_module("tl_posheads.tasks")
     if name not in _HOME:
         raise AttributeError(f"module 'tl_posheads' has no attribute {name!r}")
     value = getattr(import_module(f"tl_posheads.{_HOME[name]}"), name)

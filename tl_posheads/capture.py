@@ -78,7 +78,7 @@ class _HookedCache:
 
 
 @contextmanager
-def _instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+def instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Shadow a method on one object; the class, and other objects, keep theirs."""
     before = owner.__dict__.get(name)
     owner.__dict__[name] = wrapper
@@ -99,7 +99,7 @@ def _joint_projection(attn: Any) -> Iterator[None]:
         q, k = rotate(q, k, *args, **kwargs)
         return attn.hook_rot_q(q), attn.hook_rot_k(k)
 
-    with _instance_method(attn, "_apply_rotary_pos_emb", rotate_and_hook):
+    with instance_method(attn, "_apply_rotary_pos_emb", rotate_and_hook):
         yield
 
 
@@ -127,7 +127,7 @@ def _gptj(attn: Any) -> Iterator[None]:
             def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
                 return attend(*hooked(query, key), *args, **kwargs)
 
-            with _instance_method(inner, "_attn", attend_and_hook):
+            with instance_method(inner, "_attn", attend_and_hook):
                 yield
         else:
             with _attention_functions(inner, hooked):
@@ -288,7 +288,7 @@ def require_clean(model: Any) -> None:
         )
 
 
-class _PassDone(Exception):
+class PassDone(Exception):
     """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
 
 
@@ -343,7 +343,7 @@ def capture_rotary(
                 seen.append(layer)
                 consumer(layer, both["q"], both["k"])
                 if layer == wanted[-1]:
-                    raise _PassDone
+                    raise PassDone
 
             return keep
 
@@ -352,7 +352,7 @@ def capture_rotary(
             for layer in wanted
             for which in (0, 1)
         ]
-        with own_hooks(hooks), suppress(_PassDone):
+        with own_hooks(hooks), suppress(PassDone):
             run_forward(model, tokens, attention_mask)
     missing = sorted(set(wanted) - set(seen))
     if missing:

@@ -1,4 +1,4 @@
-"""What a long scoring run has finished, kept in a folder so that it need not be done twice."""
+"""What a long run has finished, kept in a folder so that it need not be done twice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import write_bytes
@@ -21,7 +22,7 @@ _PLAN = "plan.json"
 
 
 class Checkpoint:
-    """A folder of finished units: one text in some layers each, with the D bins it was counted in.
+    """A folder of finished units, each a safetensors file.
 
     Args:
         folder: made if missing; None keeps nothing.
@@ -51,13 +52,32 @@ class Checkpoint:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(label, text.encode())
 
-    def load(self, unit: str) -> tuple[dict[int, LayerTable], dict[int, Grids]] | None:
-        """A finished unit; None where it isn't, or its file can't be read."""
+    def read(self, unit: str) -> dict[str, Tensor] | None:
+        """A finished unit's tensors; None where it isn't, or its file can't be read."""
         if self.folder is None:
             return None
         try:
-            tensors = load_tensors((self.folder / f"{unit}.safetensors").read_bytes())
+            tensors: dict[str, Tensor] = load_tensors(
+                (self.folder / f"{unit}.safetensors").read_bytes()
+            )
         except (OSError, SafetensorError):
+            return None
+        return tensors
+
+    def write(self, unit: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a unit: the whole of it or, if stopped in between, nothing."""
+        if self.folder is not None:
+            whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            write_bytes(self.folder / f"{unit}.safetensors", save_tensors(whole))
+
+
+class TableCheckpoint(Checkpoint):
+    """Units of a scoring run: one text in some layers, with the D bins it was counted in."""
+
+    def load(self, unit: str) -> tuple[dict[int, LayerTable], dict[int, Grids]] | None:
+        """A finished unit; None where it isn't, or its file can't be read."""
+        tensors = self.read(unit)
+        if tensors is None:
             return None
         by_layer: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
@@ -74,13 +94,11 @@ class Checkpoint:
         return tables, grids
 
     def save(self, unit: str, tables: Mapping[int, LayerTable], grids: Mapping[int, Grids]) -> None:
-        if self.folder is None:
-            return
-        tensors: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
         for layer, table in tables.items():
             tensors |= {f"{layer}.{name}": t for name, t in table.to_tensors().items()}
             for which in ("dominant", "geometry"):
                 grid: DominantGrid = getattr(grids[layer], which)
-                tensors[f"{layer}.{which}.edges"] = grid.edges.cpu().contiguous()
-                tensors[f"{layer}.{which}.level"] = grid.level.cpu().contiguous()
-        write_bytes(self.folder / f"{unit}.safetensors", save_tensors(tensors))
+                tensors[f"{layer}.{which}.edges"] = grid.edges
+                tensors[f"{layer}.{which}.level"] = grid.level
+        self.write(unit, tensors)

@@ -1,9 +1,8 @@
-"""The command ``tl-posheads``: scores the heads of a model, shows what was scored."""
+"""The command ``tl-posheads``: scores heads, shows what was scored, ablates."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import re
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import rundir
+from .cli_ablate import add_command
+from .cli_options import local_files, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ examples:
       ten layers of a model of your own, on eight stretches of your own texts
   tl-posheads show scores --top 50
       the table again, longer
+  tl-posheads ablate smollm2-135m scores --tasks passkey,copying --budget 20min --out ablation
+      whether the heads that scored highest matter
 
 what comes out, in the folder --out:
   run.json     what was asked for; tells this run's results from another's
@@ -130,15 +133,6 @@ def _one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def _whole(least: int) -> Any:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-        return int(text)
-
-    return parse
-
-
 def _pairs(text: str) -> str | int:
     if text in ("all", "per_distance"):
         return text
@@ -191,29 +185,30 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
     add("--corpus", metavar="NAME-OR-PATH", default="python-docs",
         help="a name, a text file, a folder of them, or a hub data set's id (default: python-docs)")  # fmt: skip
-    add("--length", metavar="N", type=_whole(2), default=1024, help="tokens a document (1024)")
-    add("--docs", metavar="N", type=_whole(1), default=4, help="number of documents (4)")
+    add("--length", metavar="N", type=whole(2), default=1024, help="tokens a document (1024)")
+    add("--docs", metavar="N", type=whole(1), default=4, help="number of documents (4)")
     add("--pairs", metavar="all|per_distance|N", type=_pairs, default="all",
         help="weigh every pair of tokens alike, every distance alike, or draw N pairs (all)")  # fmt: skip
     add("--layers", metavar="LIST", type=parse_layers, help="like 0-9 or 0,3,5-7 (every layer)")
-    add("--skip-first", metavar="N", type=_whole(0), default=0,
+    add("--skip-first", metavar="N", type=whole(0), default=0,
         help="leave out the first N positions, the attention sink for one (0)")  # fmt: skip
     add("--exact", action="store_true", default=None,
         help="exact ranks at any length; slower (short texts are exact anyway)")  # fmt: skip
-    add("--seed", metavar="N", type=_whole(0), default=0, help="for everything drawn (0)")
+    add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
     add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
     add("--cls", choices=("hooked", "bridge"),
         help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
-    add("--top", metavar="N", type=_whole(1), default=20, help="heads to print (20)")
+    add("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     score.set_defaults(action=_score)
 
+    add_command(commands)
     show = commands.add_parser(
         "show", help="print the table of a finished run", description="Print the best heads in DIR."
     )
     show.add_argument("dir", metavar="DIR", type=Path, help="a folder that score wrote")
-    show.add_argument("--top", metavar="N", type=_whole(1), default=20, help="heads to print (20)")
+    show.add_argument("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
     show.set_defaults(action=_show)
 
     report = commands.add_parser(
@@ -224,22 +219,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _local_files(name: str) -> str | None:
-    """Fingerprint of a local model: a path alone would call retrained weights the same model."""
-    path = Path(name)
-    if not path.exists():
-        return None
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
-
-
 def _request(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, and nothing else: two runs with equal requests are one run."""
     corpus = corpus_provenance(args.corpus)
     return {
         "model": args.model,
-        "model_files": _local_files(args.model),
+        "model_files": local_files(args.model),
         "cls": args.cls,
         "dtype": args.dtype,
         "corpus": corpus["name"],
@@ -309,7 +294,7 @@ def _write_results(scores: HeadScores, out: Path) -> None:
     from .report import write_report
 
     scores.save(out)
-    rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
+    rundir.writewhole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
     write_report(scores, out / rundir.PAGE)
 
 

@@ -1,4 +1,4 @@
-"""The folder that one ``tl-posheads score`` fills: whose it is, what may be removed, what goes on.
+"""The folder that a ``tl-posheads`` run fills: whose it is, what may be removed, what goes on.
 
 ``run.json`` is the folder's label. It is there before anything is computed, so that a run that was
 stopped can be told from another run's results, and nothing is removed from a folder without it.
@@ -21,9 +21,14 @@ CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"
 TABLE = "table.csv"
 PAGE = "index.html"
+EFFECTS, VERDICT, PICTURE = "effects.csv", "verdict.txt", "effects.png"
 SCORES = ("scores.json", "scores.safetensors", "table.parquet")
+STUDY = (
+    "study.json", "conditions.parquet", "cells.parquet", "screen.parquet", "screen_tests.parquet",
+    EFFECTS, VERDICT, PICTURE,
+)  # fmt: skip
 # Everything that a run writes. --overwrite touches these names and no others.
-MADE_BY_US = (*SCORES, TABLE, PAGE, CHECKPOINT, RUN_FILE)
+MADE_BY_US = (*SCORES, *STUDY, TABLE, PAGE, CHECKPOINT, RUN_FILE)
 _SET_ASIDE = ".replaced"
 _PROGRAM = "tl-posheads"
 

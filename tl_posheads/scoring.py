@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jaxtyping import Int
@@ -20,10 +19,11 @@ from tl_posheads.capture import (
     require_rotary,
     rotary_hook_points,
 )
-from tl_posheads.checkpoint import Checkpoint
+from tl_posheads.checkpoint import TableCheckpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import by_content, documents_of, layers_of, length_matters
+from tl_posheads.provenance import versions
 from tl_posheads.results import HeadScores
 from tl_posheads.statistics import DominantGrid
 from tl_posheads.tables import FEW_DOCUMENTS, N_BLOCKS, Grids, LayerTable, Weighting
@@ -116,7 +116,7 @@ def score_heads(
             "model": [model_name(model), str(next(model.parameters()).dtype)],
             "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
         }  # fmt: skip
-        kept = Checkpoint(checkpoint, plan)
+        kept = TableCheckpoint(checkpoint, plan)
         bar = tqdm(
             total=len(documents) * len(accumulator.layers), desc="scoring", unit="layer",
             disable=not progress, dynamic_ncols=True,
@@ -136,19 +136,9 @@ def score_heads(
         "n_tokens": sum(len(document) for document in documents),
         "longest": longest,
         "tokens_sha256": hashlib.sha256("".join(u for u, _ in by_key).encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": versions(),
     }
     return accumulator.scores({**facts, **(provenance or {})})
-
-
-def _versions() -> dict[str, str]:
-    out = {}
-    for package in ("tl-posheads", "transformer-lens", "torch", "transformers"):
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "not installed"
-    return out
 
 
 def _groups(
@@ -174,7 +164,7 @@ def _sweep(
     accumulator: ScoreAccumulator,
     by_key: Sequence[tuple[str, Tensor]],
     layers: Sequence[int],
-    kept: Checkpoint,
+    kept: TableCheckpoint,
     bar: Any,
     name: str = "",
 ) -> None:
@@ -215,7 +205,7 @@ def _refine(
     model: Any,
     accumulator: ScoreAccumulator,
     by_key: Sequence[tuple[str, Tensor]],
-    kept: Checkpoint,
+    kept: TableCheckpoint,
     bar: Any,
     attempt: int,
 ) -> None:

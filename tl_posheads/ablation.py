@@ -1,0 +1,395 @@
+"""Head ablation: what a head writes is replaced, in every pass, until the context is left.
+
+A head's output is ``hook_z``, ``[batch, pos, head, d_head]``, before the output projection. It is
+replaced by zero, by its mean over a reference corpus, or by what the head wrote in another text.
+The paper masks heads in the attention pattern (Hong et al. 2024, arXiv 2410.08703), which
+``on="pattern"`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.capture import (
+    PassDone,
+    attention,
+    model_name,
+    own_hooks,
+    run_forward,
+)
+from tl_posheads.errors import PosheadsError
+from tl_posheads.inputs import documents_of
+
+Head = tuple[int, int]
+Mode = Literal["zero", "mean", "resample"]
+Positions = slice | Sequence[int] | Int[Tensor, "n"] | None
+MODES = ("zero", "mean", "resample")
+
+
+def heads_of(model: Any, heads: Sequence[Head]) -> list[Head]:
+    """``heads`` as ``(layer, head)`` pairs of the model, in the order given.
+
+    Raises:
+        PosheadsError: a head that the model doesn't have, the same head twice, or no pairs.
+    """
+    n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+    try:
+        pairs = [(int(layer), int(head)) for layer, head in heads]
+    except (TypeError, ValueError):
+        raise PosheadsError(
+            f"heads={heads!r} was given; expected pairs like [(7, 8), (6, 6)], as scores.top gives"
+        ) from None
+    for layer, head in pairs:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise PosheadsError(
+                f"layer {layer} head {head} was given, but {model_name(model)} has layers 0 to "
+                f"{n_layers - 1} with heads 0 to {n_heads - 1}; choose among those"
+            )
+        if attention(model, layer) is None:
+            raise PosheadsError(
+                f"layer {layer} head {head} was given, but layer {layer} of {model_name(model)} "
+                "has no attention; leave it out"
+            )
+    if len(set(pairs)) < len(pairs):
+        twice = next(pair for pair in pairs if pairs.count(pair) > 1)
+        raise PosheadsError(
+            f"layer {twice[0]} head {twice[1]} was given twice; name every head once"
+        )
+    return pairs
+
+
+def by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:
+    """Heads of each layer, layers and heads ascending.
+
+    Example:
+        >>> by_layer([(3, 1), (0, 2), (3, 0)])
+        {0: [2], 3: [0, 1]}
+    """
+    out: dict[int, list[int]] = {}
+    for layer, head in sorted(heads):
+        out.setdefault(layer, []).append(head)
+    return out
+
+
+def ablation_hooks(
+    model: Any,
+    heads: Sequence[Head],
+    mode: Mode = "zero",
+    *,
+    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
+    per_position: bool = False,
+    positions: Positions = None,
+    on: Literal["z", "pattern"] = "z",
+    seed: int = 0,
+) -> list[tuple[str, Callable[..., Tensor | None]]]:
+    """Hooks that ablate ``heads``, for ``model.run_with_hooks(tokens, fwd_hooks=...)``.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        heads: pairs ``(layer, head)``, as ``scores.top`` gives; none gives no hooks.
+        mode: ``"zero"``; ``"mean"``, the head's mean over ``reference``; ``"resample"``, what the
+            head wrote at the same position in a text of ``reference``, the seed's choice for
+            every row of the batch.
+        reference: texts, run here and now: their mean does not change with later hooks.
+        per_position: the mean over texts at each position, not one mean over all positions.
+        positions: those to ablate, a slice or a list, counted from the text's start also when a
+            KV cache holds a part of it; None is all.
+        on: ``"z"``, or ``"pattern"``, which sets the head's attention weights to zero (with mode
+            ``"zero"`` alone; z is then zero too).
+        seed: of the choice of texts in ``"resample"``.
+
+    Returns:
+        Pairs of a hook point's name and a hook. They depend on each other; use all or none.
+
+    Memory: ``head * d_head`` numbers, times the reference's positions with ``per_position`` and
+    once more times its texts with ``"resample"``.
+
+    Raises:
+        PosheadsError: heads that don't exist or come twice; a mode, positions or reference that
+            don't fit. From the hooks, before the first layer: a text longer than a reference
+            that is used position by position.
+
+    Example:
+        >>> hooks = ablation_hooks(model, [(7, 8)])             # doctest: +SKIP
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=hooks)  # doctest: +SKIP
+    """
+    pairs = heads_of(model, heads)
+    keep = _positions(positions)
+    check_mode(mode, reference, per_position)
+    _check_on(on, mode)
+    if not pairs:
+        return []
+    layers = by_layer(pairs)
+    native = next((layer for layer in layers if _native(attention(model, layer))), None)
+    placed = keep is not None or per_position or mode == "resample"
+    if native is not None and (on == "pattern" or placed):
+        what = "on='pattern'" if on == "pattern" else "an ablation by position"
+        raise PosheadsError(
+            f"{what} was asked of {model_name(model)}, whose attention in TransformerLens shows "
+            "its pattern only afterwards; use on='z' without positions, mode 'zero' or 'mean'"
+        )
+    if on == "pattern":
+        return [
+            (f"blocks.{layer}.attn.hook_pattern", _zero_pattern(members, keep))
+            for layer, members in layers.items()
+        ]
+    values: dict[int, Tensor | None] = dict.fromkeys(layers)
+    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+    if mode != "zero":
+        documents = documents_of(model, reference, None, 0)
+        shortest = min(len(document) for document in documents)
+        values |= reference_z(model, layers, documents, mode, per_position)
+        if per_position or mode == "resample":
+            hooks.append(("hook_embed", _refuse_longer_than(shortest)))
+    for layer, members in layers.items():
+        start = _Start()
+        if placed:
+            hooks.append((f"blocks.{layer}.attn.hook_pattern", start.read))
+        hook = replacing(members, values[layer], keep=keep, start=start, seed=seed)
+        hooks.append((f"blocks.{layer}.attn.hook_z", hook))
+    return hooks
+
+
+@contextmanager
+def ablate(
+    model: Any,
+    heads: Sequence[Head],
+    mode: Mode = "zero",
+    *,
+    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
+    per_position: bool = False,
+    positions: Positions = None,
+    on: Literal["z", "pattern"] = "z",
+    seed: int = 0,
+) -> Iterator[Any]:
+    """Inside, ``heads`` are ablated in everything that the model does.
+
+    Forward passes, ``generate`` with a KV cache, ``run_with_cache``, ``transformer_lens.patching``,
+    ``head_detector`` and hooks of one's own all see the ablated model. Hooks that are added inside
+    come after the ablation: a cache holds the replaced values, and a patch of an ablated head has
+    the last word. On leaving, whatever was raised, no hook is left and the weights were never
+    touched.
+
+    Arguments, memory and errors are those of :func:`ablation_hooks`.
+
+    Yields:
+        The model.
+
+    Example:
+        >>> with ablate(model, scores.top(0.05), "mean", reference=tokens):   # doctest: +SKIP
+        ...     logits, cache = model.run_with_cache(prompt)
+    """
+    hooks = ablation_hooks(
+        model, heads, mode, reference=reference, per_position=per_position, positions=positions,
+        on=on, seed=seed,
+    )  # fmt: skip
+    points = model.hook_dict
+    with own_hooks([(points[name], hook) for name, hook in hooks]):
+        yield model
+
+
+def reference_z(
+    model: Any,
+    layers: dict[int, list[int]],
+    documents: Sequence[Int[Tensor, "pos"]],
+    mode: Mode,
+    per_position: bool = False,
+) -> dict[int, Tensor | None]:
+    """What the heads of ``layers`` write in the documents, as ``mode`` needs it.
+
+    Returns:
+        For each layer ``[head, d_head]``; ``[pos, head, d_head]`` with ``per_position``, up to the
+        shortest document; ``[doc, pos, head, d_head]`` with mode ``"resample"``; None for
+        ``"zero"``, where nothing is run.
+    """
+    if mode == "zero":
+        return dict.fromkeys(layers)
+    shortest = min(len(document) for document in documents)
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    n_positions = 0
+
+    def take(layer: int) -> Callable[..., None]:
+        def hook(z: Float[Tensor, "1 pos head d_head"], hook: Any) -> None:
+            mine = z[0][:, layers[layer]].detach()
+            if mode == "resample":
+                kept[layer].append(mine[:shortest].clone())
+            elif not kept[layer]:
+                kept[layer].append(_summed(mine, per_position, shortest))
+            else:
+                kept[layer][0] += _summed(mine, per_position, shortest)
+            if layer == max(layers):
+                raise PassDone
+
+        return hook
+
+    points = model.hook_dict
+    hooks = [(points[f"blocks.{layer}.attn.hook_z"], take(layer)) for layer in layers]
+    with own_hooks(hooks):
+        for document in documents:
+            n_positions += len(document)
+            with suppress(PassDone):
+                run_forward(model, document[None])
+    if mode == "resample":
+        return {layer: torch.stack(texts) for layer, texts in kept.items()}
+    count = len(documents) if per_position else n_positions
+    dtype = next(model.parameters()).dtype
+    return {layer: (sums[0] / count).to(dtype) for layer, sums in kept.items()}
+
+
+def _summed(z: Float[Tensor, "pos head d_head"], per_position: bool, shortest: int) -> Tensor:
+    # MPS has no float64.
+    wide = z.float() if z.device.type == "mps" else z.double()
+    return wide[:shortest] if per_position else wide.sum(0)
+
+
+class _Start:
+    """The position of a pass's first token: its KV cache's length, read off the pattern."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def read(self, pattern: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> None:
+        self.position = pattern.shape[-1] - pattern.shape[-2]
+
+
+def replacing(
+    heads: Sequence[int],
+    values: Tensor | None,
+    *,
+    keep: Callable[[Tensor], Tensor] | None = None,
+    start: _Start | None = None,
+    seed: int = 0,
+) -> Callable[..., Tensor]:
+    """A hook on ``hook_z`` that puts ``values``, as :func:`reference_z` gives them, or zero."""
+    members = list(heads)
+
+    def hook(z: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
+        first = start.position if start is not None else 0
+        at = torch.arange(first, first + z.shape[1], device=z.device)
+        new = torch.zeros((), dtype=z.dtype, device=z.device)
+        if values is not None:
+            if values.ndim > 2 and first + z.shape[1] > values.shape[-3]:
+                raise too_short(first + z.shape[1], values.shape[-3])
+            new = values.to(z)
+            if values.ndim == 3:
+                new = new[at]
+            elif values.ndim == 4:
+                new = new[chosen_text(len(new), z.shape[0], seed).to(z.device)][:, at]
+        index = torch.tensor(members, device=z.device)
+        mine = z[:, :, index]
+        new = new.expand_as(mine)
+        if keep is not None:
+            new = torch.where(rearrange(keep(at), "pos -> 1 pos 1 1"), new, mine)
+        # Not in place: others may hold the tensor, and autograd may need it.
+        return z.index_copy(2, index, new)
+
+    return hook
+
+
+def chosen_text(n_docs: int, n_rows: int, seed: int) -> Int[Tensor, "row"]:
+    order = torch.randperm(n_docs, generator=torch.Generator().manual_seed(seed))
+    return order[torch.arange(n_rows) % n_docs]
+
+
+def _zero_pattern(
+    heads: Sequence[int], keep: Callable[[Tensor], Tensor] | None
+) -> Callable[..., Tensor]:
+    members = list(heads)
+
+    def hook(pattern: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
+        n_q, n_k = pattern.shape[-2:]
+        out = pattern.clone()
+        if keep is None:
+            out[:, members] = 0
+        else:
+            rows = torch.nonzero(keep(torch.arange(n_k - n_q, n_k, device=pattern.device)))[:, 0]
+            out[:, torch.tensor(members, device=out.device)[:, None], rows] = 0
+        return out
+
+    return hook
+
+
+def _refuse_longer_than(length: int) -> Callable[..., None]:
+    def hook(embedded: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+        if embedded.shape[1] > length:
+            raise too_short(embedded.shape[1], length)
+
+    return hook
+
+
+def too_short(needed: int, length: int) -> PosheadsError:
+    return PosheadsError(
+        f"a text of {needed} tokens was given, but the reference has {length} positions; give "
+        "longer reference texts, or mode 'mean' without per_position"
+    )
+
+
+def _native(attn: Any) -> bool:
+    """Whether the lens only looks on as transformers' own attention runs, as with GPT-J."""
+    return type(attn).__name__ == "AttentionBridge"
+
+
+def _positions(positions: Positions) -> Callable[[Tensor], Tensor] | None:
+    """A test of absolute positions; None takes all."""
+    if positions is None:
+        return None
+    if isinstance(positions, slice):
+        first, last, step = positions.start or 0, positions.stop, positions.step or 1
+        if first < 0 or step < 1 or (last is not None and last <= first):
+            raise PosheadsError(
+                f"positions={positions} was given; expected a slice that goes up from 0 or later "
+                "and isn't empty"
+            )
+
+        def in_slice(at: Tensor) -> Tensor:
+            inside = (at >= first) & ((at - first) % step == 0)
+            return inside if last is None else inside & (at < last)
+
+        return in_slice
+    try:
+        wanted = torch.as_tensor(list(positions), dtype=torch.long)
+    except (TypeError, ValueError, RuntimeError):
+        wanted = torch.tensor([], dtype=torch.long)
+    if wanted.ndim != 1 or not len(wanted) or int(wanted.min()) < 0:
+        raise PosheadsError(
+            f"positions={positions!r} was given; expected a slice or whole numbers from 0"
+        )
+    return lambda at: torch.isin(at, wanted.to(at.device))
+
+
+def _check_on(on: str, mode: str) -> None:
+    if on not in ("z", "pattern"):
+        raise PosheadsError(f"on={on!r} was given; expected 'z' or 'pattern'")
+    if on == "pattern" and mode != "zero":
+        raise PosheadsError(
+            f"mode={mode!r} was given with on='pattern'; a pattern can only be set to zero, use "
+            "on='z'"
+        )
+
+
+def check_mode(mode: str, reference: Any, per_position: bool) -> None:
+    """Refuse a mode and a reference that don't go together.
+
+    Raises:
+        PosheadsError: as it says.
+    """
+    if mode not in MODES:
+        raise PosheadsError(f"mode={mode!r} was given; expected one of {', '.join(MODES)}")
+    if mode == "zero" and reference is not None:
+        raise PosheadsError(
+            "a reference was given with mode 'zero'; leave it out, or choose 'mean'"
+        )
+    if mode != "zero" and reference is None:
+        raise PosheadsError(
+            f"mode={mode!r} was given without a reference; give reference=tokens [doc, pos], as "
+            "load_corpus returns"
+        )
+    if per_position and mode != "mean":
+        raise PosheadsError(f"per_position was given with mode {mode!r}; it belongs to 'mean'")

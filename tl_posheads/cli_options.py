@@ -1,0 +1,68 @@
+"""Types of command line options, and what a local model's name stands for."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of some of ``known``, each once.
+
+    >>> names(("passkey", "copying"))("copying, passkey")
+    ['copying', 'passkey']
+    """
+
+    def parse(text: str) -> list[str]:
+        parts = [part.strip() for part in text.split(",")]
+        wrong = [part for part in parts if part not in known]
+        if wrong or len(set(parts)) < len(parts):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no list of some of {', '.join(known)}, each once"
+            )
+        return parts
+
+    return parse
+
+
+def shares(text: str) -> list[float]:
+    """Ascending shares, ``"0.02,0.05"``.
+
+    >>> shares("0.02,.05")
+    [0.02, 0.05]
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    fits = values and all(0 < value <= 1 for value in values)
+    if not fits or any(b <= a for a, b in pairwise(values)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of ascending shares above 0 and at most 1, like 0.02,0.05"
+        )
+    return values
+
+
+def local_files(name: str) -> str | None:
+    """Fingerprint of a local model: a path alone would call retrained weights the same model."""
+    path = Path(name)
+    if not path.exists():
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()

@@ -1,0 +1,41 @@
+"""Long-context tasks, a file each; every prompt has its short-context control beside it."""
+
+from tl_posheads.tasks.base import Prompt, Task, check_length
+from tl_posheads.tasks.copying import Copying
+from tl_posheads.tasks.generation import generate_answers
+from tl_posheads.tasks.key_value import KeyValue
+from tl_posheads.tasks.longppl import LongPPL
+from tl_posheads.tasks.multi_key import MultiKey
+from tl_posheads.tasks.needle import Needle
+from tl_posheads.tasks.passkey import Passkey
+from tl_posheads.tasks.perplexity import Perplexity, loss_by_position
+from tl_posheads.tasks.variable_tracking import VariableTracking
+
+# By the names that the command line has for them.
+TASKS: dict[str, type] = {
+    "passkey": Passkey,
+    "needle": Needle,
+    "key-value": KeyValue,
+    "multi-key": MultiKey,
+    "variable-tracking": VariableTracking,
+    "copying": Copying,
+    "perplexity": Perplexity,
+    "longppl": LongPPL,
+}
+
+__all__ = [
+    "TASKS",
+    "Copying",
+    "KeyValue",
+    "LongPPL",
+    "MultiKey",
+    "Needle",
+    "Passkey",
+    "Perplexity",
+    "Prompt",
+    "Task",
+    "VariableTracking",
+    "check_length",
+    "generate_answers",
+    "loss_by_position",
+]

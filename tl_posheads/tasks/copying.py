@@ -1,0 +1,111 @@
+"""Loss on a repeated text against the distance to its first occurrence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.tasks.base import (
+    Prompt,
+    begin,
+    check_fields,
+    check_length,
+    plain,
+    tokenizer_of,
+)
+from tl_posheads.tasks.filler import Filler
+
+
+@dataclass(frozen=True)
+class Copying:
+    """A segment of a text occurs again at the end of the prompt, so many tokens later.
+
+    Olsson et al., "In-context learning and induction heads", 2022, arXiv 2209.11895, score
+    repeated text so; here at chosen distances. Plain text, no chat template. The short control is
+    the same segment twice, with nothing between. Facts: ``distance`` from the first token of one
+    occurrence to that of the other, ``needle`` the first occurrence's first position and
+    ``length``, in tokens.
+
+    Attributes:
+        length: tokens of a prompt.
+        segment: tokens of the repeated text.
+        distances: as many distances from twice the segment to ``length - segment - 1``, in equal
+            ratios, taken in turn; one alone is the longest.
+        skip: first tokens of the second occurrence that aren't scored, for nothing tells yet that
+            the segment comes again.
+        n: prompts. seed: chooses stretches of the corpus.
+        corpus: what :func:`~tl_posheads.load_corpus` takes.
+
+    Raises:
+        PosheadsError: a field that can't be.
+
+    Example:
+        >>> Copying(length=1024, segment=64, distances=4).distance_grid()
+        [959, 128, 250, 490]
+        >>> Copying(length=128, segment=64)
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: length=128 was given, but a segment of 64 tokens twice,
+        as much between and BOS have 193; raise length or lower segment
+    """
+
+    length: int = 1024
+    segment: int = 64
+    distances: int = 4
+    skip: int = 4
+    n: int = 20
+    seed: int = 0
+    corpus: str = "python-docs"
+    name: ClassVar[str] = "copying"
+
+    def __post_init__(self) -> None:
+        check_fields(self, n=1, length=2, segment=2, distances=1, skip=0)
+        if self.skip >= self.segment:
+            raise PosheadsError(
+                f"skip={self.skip} was given; expected fewer than the segment's {self.segment} "
+                "tokens"
+            )
+        if self.length < 3 * self.segment + 1:
+            raise PosheadsError(
+                f"length={self.length} was given, but a segment of {self.segment} tokens twice, as "
+                f"much between and BOS have {3 * self.segment + 1}; raise length or lower segment"
+            )
+
+    def distance_grid(self) -> list[int]:
+        """The distances in the order in which they are taken, the longest first."""
+        low, high = 2 * self.segment, self.length - self.segment - 1
+        if self.distances == 1:
+            return [high]
+        steps = [k / (self.distances - 1) for k in range(self.distances)]
+        grid = [round(low * (high / low) ** step) for step in steps]
+        return [grid[-1], *grid[:-1]]
+
+    def prompts(self, model: Any) -> list[Prompt]:
+        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
+
+        Args:
+            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
+
+        Raises:
+            PosheadsError: no tokenizer, too long for the model, or a corpus that can't be read or
+                is too small.
+        """
+        tokenizer = tokenizer_of(model)
+        check_length(model, self.length)
+        filler = Filler(self.corpus, tokenizer, self.seed)
+        start, grid = begin(tokenizer), self.distance_grid()
+        found = []
+        for i in range(self.n):
+            distance = grid[i % len(grid)]
+            # One unbroken stretch up to the second occurrence: the first stands in its own text.
+            text = filler.stretch(i, self.length - self.segment - len(start))
+            tokens = start + text
+            first = len(tokens) - distance
+            segment = tokens[first : first + self.segment]
+            short = self._scored(start + segment + segment, self.segment)
+            found.append(self._scored(tokens + segment, distance, short))
+        return found
+
+    def _scored(self, tokens: list[int], distance: int, short: Prompt | None = None) -> Prompt:
+        second = len(tokens) - self.segment
+        return plain(tokens, second + self.skip, short, distance=distance, needle=second - distance)

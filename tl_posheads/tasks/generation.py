@@ -1,0 +1,67 @@
+"""Answers in a model's own words, for those who want more than log-probabilities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.tasks.base import Prompt, check_length, tokenizer_of
+
+
+def generate_answers(
+    model: Any, prompts: Iterable[Prompt], *, max_new_tokens: int | None = None
+) -> pd.DataFrame:
+    """Greedy continuations of prompts that were cut before their answers.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it are in force. Its own
+            ``generate`` is called, with a cache of keys and values.
+        prompts: of any task.
+        max_new_tokens: at most so many; by default as many as the answer has.
+
+    Returns:
+        A row per prompt: ``prompt`` (its index), ``answer`` (text from the first scored token to
+        the last), ``generated`` (text), both without outer white space, and ``exact``, whether
+        the generated text begins with the answer and its last word doesn't go on.
+
+    Raises:
+        PosheadsError: a count below 1, or a prompt with its answer is too long for the model.
+
+    Example:
+        >>> generate_answers(None, [], max_new_tokens=0)
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: max_new_tokens=0 was given; expected 1 or more
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise PosheadsError(f"max_new_tokens={max_new_tokens} was given; expected 1 or more")
+    tokenizer = tokenizer_of(model)
+    asked = []
+    for prompt in prompts:
+        first, end = int(prompt.targets[0]), int(prompt.targets[-1]) + 1
+        n_new = end - first if max_new_tokens is None else max_new_tokens
+        check_length(model, first + n_new)
+        asked.append((prompt.tokens, first, end, n_new))
+    rows = []
+    for index, (tokens, first, end, n_new) in enumerate(asked):
+        with torch.no_grad():
+            out = model.generate(
+                tokens[None, :first].to(next(model.parameters()).device),
+                max_new_tokens=n_new,
+                do_sample=False,
+                use_past_kv_cache=True,
+                stop_at_eos=tokenizer.eos_token_id is not None,
+                return_type="tokens",
+                verbose=False,
+            )
+        answer, generated = (
+            tokenizer.decode(ids, skip_special_tokens=True).strip()
+            for ids in (tokens[first:end], out[0, first:].cpu())
+        )
+        exact = re.match(re.escape(answer) + r"(?!\w)", generated) is not None
+        rows.append({"prompt": index, "answer": answer, "generated": generated, "exact": exact})
+    return pd.DataFrame(rows, columns=["prompt", "answer", "generated", "exact"])

@@ -1,0 +1,113 @@
+"""A needle in a haystack, over depths and lengths."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.tasks.base import check_fields
+from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
+
+_INTRO = (
+    "You are a helpful AI bot that answers questions for a user. Keep your response short and "
+    "direct."
+)
+_CITIES = (
+    "Aberdeen", "Athens", "Bergen", "Bogota", "Boston", "Brisbane", "Bruges", "Budapest",
+    "Cairo", "Chicago", "Copenhagen", "Dakar", "Denver", "Dublin", "Florence", "Geneva",
+    "Glasgow", "Hamburg", "Havana", "Helsinki", "Istanbul", "Kyoto", "Lagos", "Lima", "Lisbon",
+    "Madrid", "Manila", "Montreal", "Mumbai", "Nairobi", "Naples", "Oslo", "Ottawa", "Porto",
+    "Prague", "Riga", "San Francisco", "Santiago", "Seattle", "Seoul", "Sydney", "Toronto",
+    "Valencia", "Vienna", "Warsaw", "Zurich",
+)  # fmt: skip
+_DOING = (
+    "eat a sandwich", "fly a red kite", "count the pigeons", "paint a blue door",
+    "read an old atlas", "whistle a waltz", "feed the donkeys", "drink cold cider",
+    "juggle three lemons", "sketch a bicycle", "play chess with a sailor", "mend a torn sail",
+    "polish a brass bell", "plant a walnut tree", "knit a grey scarf", "bake rye bread",
+    "ride a wooden tram", "collect green glass", "repair a broken clock", "sing to the geese",
+)  # fmt: skip
+_WHERE = (
+    "beside the lighthouse", "under the stone bridge", "behind the bakery", "on the museum roof",
+    "near the fish market", "in the botanical garden", "at the abandoned station",
+    "above the harbour", "inside the clock tower", "by the second canal", "outside the library",
+    "along the city wall", "next to the windmill", "across from the opera",
+)  # fmt: skip
+_WHEN = (
+    "at dawn", "on a rainy Monday", "after midnight", "in late October", "before breakfast",
+    "during the parade", "on the first snowy day", "once the bells have rung", "on a sunny day",
+    "when the shops are closed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Needle(QuestionTask):
+    """The best thing to do in some city, said once in a long text and asked for at its end.
+
+    Kamradt, "Needle in a haystack: pressure testing LLMs", 2023,
+    github.com/gkamradt/LLMTest_NeedleInAHaystack. City and activity are drawn from thousands of
+    combinations, so that only the text tells the answer. Lengths are taken in turn, then depths.
+    Facts: ``depth`` of the needle as asked for, ``needle`` its first position, ``distance`` from
+    there to the answer and ``length``, in tokens.
+
+    Attributes:
+        lengths: tokens of the prompts, the answer included.
+        depths: as many depths from 0 to 1, equally far apart.
+        n: prompts. seed: chooses answers and stretches of the corpus.
+        corpus: what :func:`~tl_posheads.load_corpus` takes.
+        short_length: tokens of the short controls.
+        instruct: use the chat template (True), don't (False), or do where there is one (None).
+
+    Raises:
+        PosheadsError: a field that can't be.
+
+    Example:
+        >>> Needle(lengths=())
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: lengths=() was given; expected whole numbers of 2 or
+        more, like (512, 1024)
+    """
+
+    lengths: tuple[int, ...] = (512, 1024)
+    depths: int = 5
+    n: int = 20
+    seed: int = 0
+    corpus: str = "python-docs"
+    short_length: int = 128
+    instruct: bool | None = None
+    name: ClassVar[str] = "needle"
+
+    def __post_init__(self) -> None:
+        lengths = self.lengths
+        if not (
+            isinstance(lengths, tuple | list)
+            and lengths
+            and all(isinstance(length, int) and length > 1 for length in lengths)
+        ):
+            raise PosheadsError(
+                f"lengths={lengths!r} was given; expected whole numbers of 2 or more, like "
+                "(512, 1024)"
+            )
+        super().__post_init__()
+        check_fields(self, depths=1)
+
+    def _lengths(self) -> tuple[int, ...]:
+        return tuple(self.lengths)
+
+    def _question(self, i: int, rng: random.Random) -> Question:
+        city = rng.choice(_CITIES)
+        activity = " ".join(rng.choice(words) for words in (_DOING, _WHERE, _WHEN))
+        depth = depth_grid(self.depths)[i // len(self.lengths) % self.depths]
+        return Question(
+            intro=_INTRO,
+            needles=[(depth, f" The best thing to do in {city} is {activity}.")],
+            question=(
+                f"\nWhat is the best thing to do in {city}? Don't give information outside the "
+                "document or repeat your findings."
+            ),
+            prefix=f" The best thing to do in {city} is",
+            answer=[f" {activity}"],
+            facts={"depth": depth},
+        )

@@ -1,0 +1,135 @@
+"""Loss on ordinary long texts, by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.passes import target_logprobs
+from tl_posheads.tasks.base import (
+    Prompt,
+    Task,
+    begin,
+    check_fields,
+    check_length,
+    check_short,
+    plain,
+    plain_window,
+    tokenizer_of,
+)
+from tl_posheads.tasks.filler import Filler
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Ordinary long texts, all tokens of whose last part are scored.
+
+    Press et al., "Train short, test long", 2021, arXiv 2108.12409, and many since measure long
+    contexts so. Plain text, no chat template. The short control is a window that ends where the
+    long text ends, its second half scored. Facts: ``first`` scored position and ``length``, in
+    tokens.
+
+    Attributes:
+        length: tokens of a prompt.
+        last: share of the tokens that are scored, counted from the end; 1 is all but the first.
+        n: prompts. seed: chooses stretches of the corpus.
+        corpus: what :func:`~tl_posheads.load_corpus` takes.
+        short_length: tokens of the short controls.
+
+    Raises:
+        PosheadsError: a field that can't be.
+
+    Example:
+        >>> Perplexity(last=0)
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: last=0 was given; expected a share above 0 and at most 1
+    """
+
+    length: int = 1024
+    last: float = 0.5
+    n: int = 20
+    seed: int = 0
+    corpus: str = "python-docs"
+    short_length: int = 128
+    name: ClassVar[str] = "perplexity"
+
+    def __post_init__(self) -> None:
+        check_fields(self, n=1, length=3, short_length=2)
+        check_short(self.short_length, self.length)
+        if isinstance(self.last, bool) or not 0 < self.last <= 1:
+            raise PosheadsError(
+                f"last={self.last!r} was given; expected a share above 0 and at most 1"
+            )
+
+    def prompts(self, model: Any) -> list[Prompt]:
+        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
+
+        Args:
+            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
+
+        Raises:
+            PosheadsError: no tokenizer, too long for the model, or a corpus that can't be read or
+                is too small.
+        """
+        tokenizer = tokenizer_of(model)
+        check_length(model, self.length)
+        filler, start = Filler(self.corpus, tokenizer, self.seed), begin(tokenizer)
+        first = max(1, self.length - max(1, round(self.last * self.length)))
+        found = []
+        for i in range(self.n):
+            tokens = start + filler.stretch(i, self.length - len(start))
+            short = plain_window(tokens, start, self.short_length)
+            found.append(plain(tokens, first, short, first=first))
+        return found
+
+
+def loss_by_position(
+    model: Any, task: Task | Iterable[Prompt], *, edges: Sequence[int] | None = None
+) -> pd.DataFrame:
+    """Mean loss of the scored tokens, by their position in the prompt.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks on it are in force.
+        task: a task or its prompts; short controls are left out.
+        edges: ascending positions, bin k from ``edges[k]`` up to but without ``edges[k + 1]``;
+            by default eight equal bins from the first scored position to the last.
+
+    Returns:
+        A row per bin: ``start``, ``end`` (not part of it), ``loss`` (mean negative natural
+        logarithm, NaN in an empty bin) and ``n`` (tokens).
+
+    Raises:
+        PosheadsError: edges that don't ascend, or prompts that are too long for the model.
+
+    Example:
+        >>> loss_by_position(None, [], edges=[0, 512, 512])
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: edges=[0, 512, 512] was given; expected two or more
+        ascending positions
+    """
+    if edges is not None and (len(edges) < 2 or any(b <= a for a, b in pairwise(edges))):
+        raise PosheadsError(
+            f"edges={list(edges)} was given; expected two or more ascending positions"
+        )
+    prompts = task.prompts(model) if isinstance(task, Task) else list(task)
+    if not prompts:
+        raise PosheadsError("no prompts were given; expected at least one")
+    check_length(model, prompts)
+    positions = torch.cat([prompt.targets for prompt in prompts])
+    if edges is None:
+        low, high = int(positions.min()), int(positions.max()) + 1
+        edges = sorted({low + round(k * (high - low) / 8) for k in range(9)})
+    logprobs = [target_logprobs(model, prompt.tokens, prompt.targets)[0] for prompt in prompts]
+    loss = -torch.cat(logprobs).double()
+    rows = []
+    for start, end in pairwise(edges):
+        inside = (positions >= start) & (positions < end)
+        mean = float(loss[inside].mean())
+        rows.append({"start": start, "end": end, "loss": mean, "n": int(inside.sum())})
+    return pd.DataFrame(rows)

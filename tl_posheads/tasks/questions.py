@@ -1,0 +1,193 @@
+"""Questions about a haystack: prompts of an exact length, and the same question at short range."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.tasks.base import (
+    Prompt,
+    check_fields,
+    check_length,
+    check_short,
+    encode,
+    tokenizer_of,
+)
+from tl_posheads.tasks.filler import Filler
+from tl_posheads.tasks.framing import Frame
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt's text.
+
+    Attributes:
+        intro: what stands before the haystack. gap: between the two.
+        needles: where in the haystack, from 0 (start) to 1 (end), and what, in their order.
+        question: ends the user's message.
+        prefix: begins the reply; the answer follows at once. Behind plain text it keeps its
+            leading white space, at the start of an assistant's turn it loses it.
+        answer: pieces of the answer, all scored, white space excepted.
+        asked: index of the needle that the answer's distance is counted from.
+        facts: of this prompt alone.
+    """
+
+    intro: str
+    needles: Sequence[tuple[float, str]]
+    question: str
+    prefix: str
+    answer: Sequence[str]
+    asked: int = 0
+    gap: str = "\n"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def join(
+    tokenizer: Any,
+    body: Sequence[Sequence[int]],
+    asked: int,
+    closing: Sequence[int],
+    answer: Sequence[str],
+    facts: dict[str, Any],
+) -> Prompt:
+    """A prompt from its pieces; ``asked`` is the index in ``body`` that the distance counts from.
+
+    White space that is a token of its own is no part of the answer.
+    """
+    tokens = [token for piece in body for token in piece]
+    needle = sum(map(len, body[:asked]))
+    tokens += closing
+    targets = []
+    for piece in answer:
+        for token in encode(tokenizer, piece):
+            if tokenizer.decode([token]).strip():
+                targets.append(len(tokens))
+            tokens.append(token)
+    if not targets:
+        raise PosheadsError(
+            f"the tokenizer has no tokens for the answer {''.join(answer)!r}; set a tokenizer that "
+            "has letters and digits"
+        )
+    facts = {**facts, "length": len(tokens), "needle": needle, "distance": targets[0] - needle}
+    return Prompt(torch.tensor(tokens, dtype=torch.long), torch.tensor(targets), facts)
+
+
+def too_short(length: int, needed: int) -> PosheadsError:
+    return PosheadsError(
+        f"length={length} was given, but the question alone has {needed - 1} tokens; raise length "
+        f"to {needed} or more"
+    )
+
+
+def in_haystack(
+    frame: Frame, filler: Filler, i: int, question: Question, length: int, *, exact: bool = True
+) -> Prompt:
+    """The question in ``length`` tokens, needles at the sentence ends nearest to their depths.
+
+    Where it doesn't fit and the length needn't be ``exact``, it is as short as possible.
+
+    Raises:
+        PosheadsError: it doesn't fit and the length has to be exact.
+    """
+    tokenizer = frame.tokenizer
+    opening = frame.opening(question.intro)
+    closing = frame.closing(question.question, question.prefix)
+    gap = encode(tokenizer, question.gap)
+    needles = [encode(tokenizer, text) for _, text in question.needles]
+    answer = [encode(tokenizer, piece) for piece in question.answer]
+    fixed = len(opening) + len(closing) + sum(map(len, needles)) + sum(map(len, answer))
+    room = length - fixed
+    if room <= len(gap) and exact:
+        raise too_short(length, fixed + len(gap) + 1)
+    units = filler.sentences(i, room - len(gap))
+    if units:
+        units[0] = gap + units[0]
+    ends = list(accumulate(map(len, units), initial=0))
+    places = [
+        min(range(len(ends)), key=lambda k: abs(ends[k] - depth * ends[-1]))
+        for depth, _ in question.needles
+    ]
+    body, asked = [opening], 0
+    for k in range(len(ends)):
+        for j, place in enumerate(places):
+            if place == k:
+                asked = len(body) if j == question.asked else asked
+                body.append(needles[j])
+        body += units[k : k + 1]
+    return join(tokenizer, body, asked, closing, question.answer, question.facts)
+
+
+def depth_grid(depths: int) -> list[float]:
+    """Depths from 0 to 1, ordered so that the first few are spread too.
+
+    Example:
+        >>> depth_grid(5)
+        [0.0, 1.0, 0.5, 0.25, 0.75]
+    """
+    if depths == 1:
+        return [0.5]
+    bits = (depths - 1).bit_length()
+    order = sorted(range(depths), key=lambda k: int(f"{k:0{bits}b}"[::-1], 2))
+    return [k / (depths - 1) for k in order]
+
+
+class QuestionTask(ABC):
+    """A task of questions; a subclass is a dataclass with these fields and says what is asked."""
+
+    name: ClassVar[str]
+    n: int
+    seed: int
+    corpus: str
+    short_length: int
+    instruct: bool | None
+
+    def __post_init__(self) -> None:
+        check_fields(self, n=1, short_length=2)
+        if hasattr(self, "length"):
+            check_fields(self, length=2)
+        check_short(self.short_length, min(self._lengths()))
+
+    @abstractmethod
+    def _question(self, i: int, rng: random.Random) -> Question:
+        """What the i-th prompt asks."""
+
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of the prompts, taken in turn."""
+        return (self.length,)
+
+    def prompts(self, model: Any) -> list[Prompt]:
+        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
+
+        Args:
+            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
+
+        Raises:
+            PosheadsError: no tokenizer, too long for the model, too short for the question, or
+                a corpus that can't be read or is too small.
+        """
+        tokenizer = tokenizer_of(model)
+        check_length(model, max(self._lengths()))
+        frame = Frame(tokenizer, self.instruct)
+        filler = Filler(self.corpus, tokenizer, self.seed)
+        found = []
+        for i in range(self.n):
+            question = self._question(i, random.Random(f"{self.seed} {self.name} {i}"))
+            prompt, short = self._pair(frame, filler, i, question)
+            found.append(replace(prompt, short=short))
+        return found
+
+    def _pair(
+        self, frame: Frame, filler: Filler, i: int, question: Question
+    ) -> tuple[Prompt, Prompt]:
+        lengths = self._lengths()
+        return (
+            in_haystack(frame, filler, i, question, lengths[i % len(lengths)]),
+            in_haystack(frame, filler, i, question, self.short_length, exact=False),
+        )

@@ -1,0 +1,88 @@
+"""RULER's chains of variable assignments."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import ClassVar
+
+from tl_posheads.tasks.base import check_fields
+from tl_posheads.tasks.questions import Question, QuestionTask
+
+
+@dataclass(frozen=True)
+class VariableTracking(QuestionTask):
+    """All variables that have a value, when most have it from another variable.
+
+    Hsieh et al., "RULER: what's the real context size of your long-context language models?",
+    2024, arXiv 2404.06654: variable tracking, RULER's wording without its solved example. The
+    assignments of each chain lie anywhere in the text, in their order; the answer is the names of
+    one chain's variables in that order, and all their tokens are scored. Facts: ``hops`` and
+    ``chains``; ``depth`` of the asked chain's first assignment, ``needle`` its first position,
+    ``distance`` from there to the answer and ``length``, in tokens.
+
+    Attributes:
+        length: tokens of a prompt, the answer included.
+        hops: assignments of a variable to another in each chain. chains: how many chains.
+        n: prompts. seed: chooses names, values and stretches of the corpus.
+        corpus: what :func:`~tl_posheads.load_corpus` takes.
+        short_length: tokens of the short controls; where the assignments need more, as few as go.
+        instruct: use the chat template (True), don't (False), or do where there is one (None).
+
+    Raises:
+        PosheadsError: a field that can't be.
+
+    Example:
+        >>> VariableTracking(hops=0)
+        Traceback (most recent call last):
+        tl_posheads.errors.PosheadsError: hops=0 was given; expected a whole number of 1 or more
+    """
+
+    length: int = 1024
+    hops: int = 4
+    chains: int = 1
+    n: int = 20
+    seed: int = 0
+    corpus: str = "python-docs"
+    short_length: int = 128
+    instruct: bool | None = None
+    name: ClassVar[str] = "variable_tracking"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, hops=1, chains=1)
+
+    def _question(self, i: int, rng: random.Random) -> Question:
+        n_names = self.hops + 1
+        names: dict[str, None] = {}  # in the order drawn
+        while len(names) < n_names * self.chains:
+            names["".join(rng.choices(ascii_uppercase, k=5))] = None
+        drawn = list(names)
+        values = rng.sample(range(10_000, 100_000), self.chains)
+        needles = []
+        for chain, value in enumerate(values):
+            own = drawn[chain * n_names : (chain + 1) * n_names]
+            right = [str(value), *(f"VAR {name}" for name in own)]
+            depths = sorted(rng.random() for _ in own)
+            needles += [
+                (depth, f"\nVAR {name} = {what}") for depth, name, what in zip(depths, own, right)
+            ]
+        return Question(
+            intro=(
+                "Memorize and track the chain(s) of variable assignment hidden in the following "
+                "text."
+            ),
+            needles=needles,
+            question=(
+                f"\nQuestion: Find all variables that are assigned the value {values[0]} in the "
+                "text above."
+            ),
+            prefix=(
+                " Answer: According to the chain(s) of variable assignment in the text above, "
+                f"{n_names} variables are assigned the value {values[0]}, they are:"
+            ),
+            answer=[f" {name}" for name in drawn[:n_names]],
+            gap="\n\n",
+            facts={"depth": needles[0][0], "hops": self.hops, "chains": self.chains},
+        )
