@@ -134,15 +134,19 @@ def plain_logprob(plain, context, wanted):
     return total, greedy
 
 
-def plain_greedy(plain, tokenizer, context, n):
+def plain_ids(plain, context, n):
     ids = list(context)
     with torch.no_grad():
         for _ in range(n):
-            best = int(plain(torch.tensor([ids])).logits[0, -1].argmax())
-            if best == tokenizer.eos_token_id:
-                break
-            ids.append(best)
-    return tokenizer.decode(ids[len(context) :], skip_special_tokens=True)
+            ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(context) :]
+
+
+def plain_greedy(plain, tokenizer, context, n):
+    ids = plain_ids(plain, context, n)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 PAIRS = [(PASSAGE, " Ann has"), ("The sky is", " blue"), ("The sky is", " green today"),
@@ -249,20 +253,22 @@ def test_generation_stops_early_at_strings(model):
         handle.remove()
 
 
-def test_texts_end_at_eos(model, tokenizer):
-    prompts, wanted = ["The sky is", "A dog has"], {"max_gen_toks": 8, "until": []}
-    requests = instances("generate_until", *[(text, wanted) for text in prompts])
-    texts = LensLM(model).generate_until(requests, disable_tqdm=True)
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    # What the first text says third now ends texts; the second one may say it or not.
+def test_texts_end_at_eos(model, plain, tokenizer):
+    prompts = ["The sky is", "Two dogs have"]
+    contexts = [tokenizer(text)["input_ids"] for text in prompts]
+    assert len(contexts[0]) == len(contexts[1])
+    ids = [plain_ids(plain, context, 8) for context in contexts]
+    # What the first text says third now ends texts; it goes on no longer than that.
+    end = ids[0][2]
+    assert end not in ids[0][:2]
     other = copy.deepcopy(tokenizer)
-    other.eos_token = tokenizer.convert_ids_to_tokens(ids[0][2])
+    other.eos_token = tokenizer.convert_ids_to_tokens(end)
     lm = LensLM(model, batch_size=2, tokenizer=other)
-    ended = lm.generate_until(requests, disable_tqdm=True)
-    for text, full in zip(ended, ids):
-        end = full.index(ids[0][2]) if ids[0][2] in full else len(full)
-        assert text == tokenizer.decode(full[:end], skip_special_tokens=True)
-    assert len(ended[0]) < len(texts[0])
+    requests = instances("generate_until", *[(x, {"max_gen_toks": 8}) for x in prompts])
+    rest = ids[1][: ids[1].index(end)] if end in ids[1] else ids[1]
+    assert lm.generate_until(requests, disable_tqdm=True) == [
+        tokenizer.decode(x, skip_special_tokens=True) for x in (ids[0][:2], rest)
+    ]
 
 
 def test_sampling_follows_the_seed_and_unknown_options_are_refused(model):

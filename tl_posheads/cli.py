@@ -294,7 +294,7 @@ def _write_results(scores: HeadScores, out: Path) -> None:
     from .report import write_report
 
     scores.save(out)
-    rundir.writewhole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
+    rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
     write_report(scores, out / rundir.PAGE)
 
 

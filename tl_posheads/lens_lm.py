@@ -215,8 +215,10 @@ class LensLM(TemplateLM):
         start = tokens.shape[1]
 
         def text(row: Tensor) -> str:
-            # After EOS come only further ones, which are special tokens.
-            return self.tokenizer.decode(row[start:].tolist(), skip_special_tokens=True)
+            ids = row[start:].tolist()
+            # Not every tokenizer knows its EOS as a special token that decoding skips.
+            ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
         if "stopping_criteria" in inspect.signature(self.model.generate).parameters:
             if stop:
