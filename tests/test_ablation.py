@@ -294,5 +294,10 @@ def test_positions_with_native_attention_are_refused():
         ablation_hooks(model, [(0, 1)], positions=slice(0, 3))
 
 
+def test_what_is_no_lens_model_is_refused():
+    with pytest.raises(PosheadsError, match="a Linear was given; expected a HookedTransformer"):
+        ablation_hooks(torch.nn.Linear(2, 2), HEADS)
+
+
 def test_heads_keep_their_order(llama):
     assert heads_of(llama, torch.tensor(HEADS)) == HEADS

@@ -22,6 +22,7 @@ from tl_posheads.capture import (
     attention,
     model_name,
     own_hooks,
+    require_lens,
     run_forward,
 )
 from tl_posheads.errors import PosheadsError
@@ -37,8 +38,10 @@ def heads_of(model: Any, heads: Sequence[Head]) -> list[Head]:
     """``heads`` as ``(layer, head)`` pairs of the model, in the order given.
 
     Raises:
-        PosheadsError: a head that the model doesn't have, the same head twice, or no pairs.
+        PosheadsError: no TransformerLens model, a head that it doesn't have, the same head twice, or
+            no pairs.
     """
+    require_lens(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     try:
         pairs = [(int(layer), int(head)) for layer, head in heads]

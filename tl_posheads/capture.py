@@ -7,7 +7,6 @@ projections: GPT-NeoX, Phi-3, Falcon; and GPT-J) :func:`rotary_hook_points` make
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -31,15 +30,19 @@ def model_name(model: Any) -> str:
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
-def require_rotary(model: Any) -> None:
-    """Refuse what isn't a TransformerLens model with RoPE, by name, before anything is run."""
-    cfg = getattr(model, "cfg", None)
-    if cfg is None or not hasattr(model, "run_with_hooks"):
+def require_lens(model: Any) -> None:
+    """Refuse what isn't a TransformerLens model."""
+    if getattr(model, "cfg", None) is None or not hasattr(model, "run_with_hooks"):
         raise PosheadsError(
             f"a {type(model).__name__} was given; expected a HookedTransformer or a "
             "TransformerBridge, as tl_posheads.load_model returns"
         )
-    kind = str(getattr(cfg, "positional_embedding_type", None) or "none")
+
+
+def require_rotary(model: Any) -> None:
+    """Refuse what isn't a TransformerLens model with RoPE, by name, before anything is run."""
+    require_lens(model)
+    kind = str(getattr(model.cfg, "positional_embedding_type", None) or "none")
     if kind != "rotary":
         used = POSITIONS.get(kind, f"positions of the kind {kind!r}")
         raise PosheadsError(
@@ -107,81 +110,25 @@ def _joint_projection(attn: Any) -> Iterator[None]:
 def _gptj(attn: Any) -> Iterator[None]:
     """GPT-J's attention stays transformers' own: hook where it hands over rotated q and k."""
     inner, cached = attn.original_component, False
-    cache_name = "layer_past" if hasattr(inner, "_attn") else "cache"
+    attend = inner._attn
 
     def use_hooked_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         nonlocal cached
-        cached = kwargs.get(cache_name) is not None
+        cached = kwargs.get("layer_past") is not None
         if cached:
-            kwargs = {**kwargs, cache_name: _HookedCache(kwargs[cache_name], attn.hook_rot_k)}
+            kwargs = {**kwargs, "layer_past": _HookedCache(kwargs["layer_past"], attn.hook_rot_k)}
         return args, kwargs
 
-    def hooked(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return attn.hook_rot_q(query), key if cached else attn.hook_rot_k(key)
+    def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key = key if cached else attn.hook_rot_k(key)
+        return attend(attn.hook_rot_q(query), key, *args, **kwargs)
 
     handle = inner.register_forward_pre_hook(use_hooked_cache, with_kwargs=True)
     try:
-        if hasattr(inner, "_attn"):  # transformers up to 5.23
-            attend = inner._attn
-
-            def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-                return attend(*hooked(query, key), *args, **kwargs)
-
-            with instance_method(inner, "_attn", attend_and_hook):
-                yield
-        else:
-            with _attention_functions(inner, hooked):
-                yield
+        with instance_method(inner, "_attn", attend_and_hook):
+            yield
     finally:
         handle.remove()
-
-
-_HOOKED: dict[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
-
-
-@contextmanager
-def _attention_functions(
-    inner: nn.Module, hooked: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-) -> Iterator[None]:
-    """From transformers 5.24 on, GPT-J takes its attention from a table in its Python module.
-
-    The table is replaced while any model's hook points are open, and its functions ask whose
-    attention they compute: models that aren't ours get the original.
-    """
-    python_module: Any = sys.modules[type(inner).__module__]
-    if not _HOOKED:
-        python_module.ALL_ATTENTION_FUNCTIONS = _HookedInterfaces(
-            python_module.ALL_ATTENTION_FUNCTIONS
-        )
-    _HOOKED[id(inner)] = hooked
-    try:
-        yield
-    finally:
-        del _HOOKED[id(inner)]
-        if not _HOOKED:
-            python_module.ALL_ATTENTION_FUNCTIONS = python_module.ALL_ATTENTION_FUNCTIONS.original
-
-
-class _HookedInterfaces:
-    """transformers' table of attention functions; those it gives out pass q and k by our hooks."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
-
-    def get_interface(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        attend = self.original.get_interface(*args, **kwargs)
-
-        def attend_and_hook(
-            module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            if id(module) in _HOOKED:
-                query, key = _HOOKED[id(module)](query, key)
-            return attend(module, query, key, *args, **kwargs)
-
-        return attend_and_hook
 
 
 def _seam(attn: Any) -> Any:

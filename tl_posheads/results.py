@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import write_bytes
+from tl_posheads.files import read_labelled, write_labelled
 from tl_posheads.statistics import chance_overlap
 
 FORMAT = "tl_posheads.HeadScores"
@@ -168,25 +166,17 @@ class HeadScores:
         Each file is written whole or not at all, and the last one carries the others' checksums:
         a folder that a crash left between two of them is refused by :meth:`load`.
         """
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise PosheadsError(f"{folder} is a file; give a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in _tensor_names()}
         table = io.BytesIO()
         self.to_pandas().to_parquet(table, index=False)
-        parts = {_TENSORS: save_tensors(tensors), _TABLE: table.getvalue()}
-        label = {
+        facts = {
             "format": FORMAT,
             "version": 1,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
             "windows": list(self.windows),
             "provenance": self.provenance,
         }
-        parts[_LABEL] = (json.dumps(label, indent=2, allow_nan=False) + "\n").encode()
-        for name, data in parts.items():
-            write_bytes(folder / name, data)
-        return folder
+        parts = {_TENSORS: save_tensors(tensors), _TABLE: table.getvalue()}
+        return write_labelled(folder, _LABEL, parts, facts)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> HeadScores:
@@ -195,38 +185,17 @@ class HeadScores:
         Raises:
             PosheadsError: no such folder, another program's files, or damaged ones.
         """
-        folder = Path(folder)
+        label, parts = read_labelled(
+            folder, _LABEL, made_by="HeadScores", what="scores", again="score again"
+        )
         try:
-            label = json.loads((folder / _LABEL).read_text(encoding="utf-8"))
-            if not isinstance(label, dict) or label.get("format") != FORMAT:
-                raise PosheadsError(
-                    f"{folder / _LABEL} was not written by HeadScores.save; give a folder of scores"
-                )
-            if label.get("version") != 1:
-                raise PosheadsError(
-                    f"{folder} holds scores of format version {label.get('version')}; this version "
-                    "of tl_posheads reads 1; install a newer one"
-                )
-            data = {name: (folder / name).read_bytes() for name in label["sha256"]}
-            for name, digest in label["sha256"].items():
-                if hashlib.sha256(data[name]).hexdigest() != digest:
-                    raise PosheadsError(
-                        f"{folder / name} is damaged (its checksum differs); score again"
-                    )
-            tensors = load_tensors(data[_TENSORS])
+            tensors = load_tensors(parts[_TENSORS])
             return cls(
                 **{name: tensors[name] for name in _tensor_names()},
                 windows=tuple(label["windows"]),
                 provenance=label["provenance"],
             )
-        except PosheadsError:
-            raise
-        except FileNotFoundError as problem:
-            raise PosheadsError(
-                f"{folder} holds no scores ({problem.filename} is missing); give a folder that "
-                "HeadScores.save or tl-posheads score wrote"
-            ) from problem
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError) as problem:
             raise PosheadsError(
                 f"the scores in {folder} are damaged ({problem}); score again"
             ) from problem

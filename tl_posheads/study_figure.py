@@ -39,7 +39,7 @@ def figure(study: AblationStudy) -> Any:
             if mine.empty:
                 ax.text(0.5, 0.5, "no short control", ha="center", transform=ax.transAxes)
                 continue
-            effects = study.effects(task, variant).mean(0)
+            effects = study.effects(task, variant).mean(axis=0)
             for place, fraction in enumerate(fractions):
                 for i, control in enumerate(controls):
                     ids = study.condition_ids(control, fraction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from tl_posheads.effects import (
     sign_flip_p,
 )
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import write_bytes
+from tl_posheads.files import read_labelled, write_labelled
 
 FORMAT = "tl_posheads.AblationStudy"
 TABLES = ("conditions", "cells", "screen", "screen_tests")
@@ -299,25 +298,13 @@ class AblationStudy:
         others' checksums: a folder that a crash left between two of them is refused by
         :meth:`load`.
         """
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise PosheadsError(f"{folder} is a file; give a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         parts = {}
         for name in TABLES:
             buffer = io.BytesIO()
             getattr(self, name).to_parquet(buffer, index=False)
             parts[f"{name}.parquet"] = buffer.getvalue()
-        label = {
-            "format": FORMAT,
-            "version": 1,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
-            "provenance": self.provenance,
-        }
-        parts[_LABEL] = (json.dumps(label, indent=2, allow_nan=False) + "\n").encode()
-        for name, data in parts.items():
-            write_bytes(folder / name, data)
-        return folder
+        facts = {"format": FORMAT, "version": 1, "provenance": self.provenance}
+        return write_labelled(folder, _LABEL, parts, facts)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AblationStudy:
@@ -326,34 +313,15 @@ class AblationStudy:
         Raises:
             PosheadsError: no such folder, another program's files, or damaged ones.
         """
-        folder = Path(folder)
+        label, parts = read_labelled(
+            folder, _LABEL, made_by="AblationStudy", what="study results", again="run it again"
+        )
         try:
-            label = json.loads((folder / _LABEL).read_text(encoding="utf-8"))
-            if not isinstance(label, dict) or label.get("format") != FORMAT:
-                raise PosheadsError(
-                    f"{folder / _LABEL} was not written by AblationStudy.save; give its folder"
-                )
-            if label.get("version") != 1:
-                raise PosheadsError(
-                    f"{folder} holds a study of format version {label.get('version')}; this "
-                    "version of tl_posheads reads 1; install a newer one"
-                )
-            tables = {}
-            for name in TABLES:
-                data = (folder / f"{name}.parquet").read_bytes()
-                if hashlib.sha256(data).hexdigest() != label["sha256"][f"{name}.parquet"]:
-                    raise PosheadsError(
-                        f"{folder / name}.parquet is damaged (its checksum differs); run the "
-                        "study again"
-                    )
-                tables[name] = pd.read_parquet(io.BytesIO(data))
+            tables = {
+                name: pd.read_parquet(io.BytesIO(parts[f"{name}.parquet"])) for name in TABLES
+            }
             return cls(**tables, provenance=label["provenance"])
-        except FileNotFoundError as problem:
-            raise PosheadsError(
-                f"{folder} holds no study ({problem.filename} is missing); give a folder that "
-                "AblationStudy.save or tl-posheads ablate wrote"
-            ) from problem
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError) as problem:
             raise PosheadsError(
                 f"the study in {folder} is damaged ({problem}); run it again"
             ) from problem
