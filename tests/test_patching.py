@@ -111,7 +111,7 @@ def test_exactly_the_heads_asked_for_in_their_order(llama):
         return log_prob(logits)
 
     some = patch_heads(llama, CLEAN, CORRUPTED, counted, asked, progress=False)
-    assert len(runs) == len(asked) + 2
+    assert len(runs) == len(asked) + 3  # a rehearsal, the clean and the corrupted run
     frame = some.to_pandas().set_index(["layer", "head"])
     assert frame.index.tolist() == asked
     pd.testing.assert_frame_equal(frame, everything.set_index(["layer", "head"]).loc[asked])
@@ -202,16 +202,16 @@ def test_no_hook_is_left_whatever_the_metric_raises(llama, raised, at):
 
 
 BAD_VALUES = [
-    (lambda logits: logits.mean() * float("nan"), "the metric is nan on the clean run"),
-    (lambda logits: float("inf"), "the metric is inf on the clean run"),
-    (lambda logits: logits[:, -1, 0], r"gave Tensor tensor\(.*on the clean run; expected one real"),
-    (lambda logits: logits[:1, -1, 0], "on the clean run; expected one real"),
-    (lambda logits: None, "gave NoneType None on the clean run"),
-    (lambda logits: "0.5", "gave str '0.5' on the clean run"),
+    (lambda logits: logits.mean() * float("nan"), "the metric is nan on the rehearsal with random logits"),
+    (lambda logits: float("inf"), "the metric is inf on the rehearsal with random logits"),
+    (lambda logits: logits[:, -1, 0], r"gave Tensor tensor\(.*on the rehearsal.*; expected one real"),
+    (lambda logits: logits[:1, -1, 0], "on the rehearsal.*; expected one real"),
+    (lambda logits: None, "gave NoneType None on the rehearsal with random logits"),
+    (lambda logits: "0.5", "gave str '0.5' on the rehearsal with random logits"),
     (lambda logits: torch.tensor(1j), "expected one real"),
     (lambda logits: 0.25, "the metric is 0.25 on both runs"),
     # What comes before the first changed token doesn't know of it.
-    (lambda logits: logits[:, :5].square().mean(), "on both runs, so there is nothing to restore"),
+    (lambda logits: logits[:, :5].square().mean(), "both runs, so there is nothing to restore"),
 ]
 
 
@@ -223,14 +223,20 @@ def test_metrics_that_measure_nothing_are_refused_before_the_sweep(llama, metric
         runs.append(1)
         return metric(logits)
 
-    with pytest.raises(PosheadsError, match=message):
+    passes = []
+    with (
+        llama.hooks(fwd_hooks=[("hook_embed", lambda value, hook: passes.append(1))]),
+        pytest.raises(PosheadsError, match=message),
+    ):
         patch_heads(llama, CLEAN, CORRUPTED, counted, progress=False)
-    assert len(runs) == (2 if "both runs" in message or "nothing" in message else 1)
+    # What is no number is known before any pass; that nothing differs takes both runs.
+    assert len(runs) == (3 if "both runs" in message else 1)
+    assert len(passes) == len(runs) - 1
     assert_same(before, state(llama))
 
 
 def test_a_metric_that_breaks_later_names_the_run(llama):
-    for at, run in ((2, "corrupted run"), (4, "run with layer 1 head 0 patched")):
+    for at, run in ((3, "corrupted run"), (5, "run with layer 1 head 0 patched")):
         runs = []
 
         def later(logits, at=at, runs=runs):

@@ -38,7 +38,7 @@ def heads_of(model: Any, heads: Sequence[Head]) -> list[Head]:
     """``heads`` as ``(layer, head)`` pairs of the model, in the order given.
 
     Raises:
-        PosheadsError: no TransformerLens model, a head that it doesn't have, the same head twice, or
+        PosheadsError: no TransformerLens model, a head that it doesn't have, the same head twice,
             no pairs.
     """
     require_lens(model)

@@ -378,7 +378,7 @@ def smallest_detectable(
     return high
 
 
-def _spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     """Spearman's rho along the last axis; NaN where one side is constant."""
     x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
     x, y = (values - values.mean(axis, keepdims=True) for values in (x, y))
@@ -428,8 +428,8 @@ def screen_agreement(
     n = len(true)
     squares = float(estimated @ estimated)
     slope = float(estimated @ true) / squares if squares > 0 else float("nan")
-    rho = float(_spearman(estimated, true)) if n >= 3 else float("nan")
+    rho = float(spearman(estimated, true)) if n >= 3 else float("nan")
     low = high = float("nan")
     if np.isfinite(rho):
-        low, high = _bootstrap((estimated, true), _spearman, n_boot, seed)
+        low, high = _bootstrap((estimated, true), spearman, n_boot, seed)
     return Agreement(rho, low, high, slope, n)

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, StoppingCriteria
 
-from tl_posheads.capture import model_name
+from tl_posheads.capture import model_name, require_lens
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import _unembed_only, fused_attention
+from tl_posheads.passes import fused_attention, unembed_only
 
 if TYPE_CHECKING:
     TemplateLM: Any = object
@@ -71,10 +71,7 @@ class LensLM(TemplateLM):
     ) -> None:  # fmt: skip
         require_lm_eval()
         super().__init__()
-        if getattr(model, "cfg", None) is None or not hasattr(model, "run_with_hooks"):
-            raise PosheadsError(
-                f"a {type(model).__name__} was given; expected what tl_posheads.load_model returns"
-            )
+        require_lens(model)
         self.model = model
         self.tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
         n_ctx = int(model.cfg.n_ctx)
@@ -161,7 +158,7 @@ class LensLM(TemplateLM):
                 tokens = torch.tensor([rows[i] for i in batch], device=self.device)
                 n_wanted = [len(requests[i][2]) for i in batch]
                 n_in = tokens.shape[1] - 1
-                with _unembed_only(self.model, torch.arange(n_in - max(n_wanted), n_in)):
+                with unembed_only(self.model, torch.arange(n_in - max(n_wanted), n_in)):
                     logits = self.model(tokens[:, :-1], return_type="logits")
                 for i, row, scores, n in zip(batch, tokens, logits, n_wanted, strict=True):
                     if n:

@@ -24,7 +24,7 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
 
 @contextmanager
-def _unembed_only(model: Any, positions: Tensor) -> Iterator[None]:
+def unembed_only(model: Any, positions: Tensor) -> Iterator[None]:
     """Inside, logits are computed at ``positions`` alone: the vocabulary is the widest layer."""
 
     def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -42,7 +42,7 @@ def target_logits(
 ) -> Float[Tensor, "target d_vocab"]:
     """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it."""
     device = next(model.parameters()).device
-    with _unembed_only(model, targets - 1):
+    with unembed_only(model, targets - 1):
         return model(tokens[None].to(device), return_type="logits")[0].float()
 
 

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformer_lens import patching as lens_patching
 
 from tl_posheads.ablation import Head, heads_of
-from tl_posheads.capture import attention, instance_method, model_name, require_clean
-from tl_posheads.effects import _spearman
+from tl_posheads.capture import attention, instance_method, model_name, require_clean, require_lens
+from tl_posheads.effects import spearman
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
 from tl_posheads.provenance import versions
@@ -109,7 +109,7 @@ class HeadPatching:
         random = np.random.default_rng(self.provenance["seed"] if seed is None else seed)
         drawn = both[random.integers(len(both), size=(n_boot, len(both)))]
         # A resample of a few heads can hold one head alone; it has no order and is left out.
-        low, high = np.nanpercentile(_spearman(drawn[:, :, 0], drawn[:, :, 1]), [2.5, 97.5])
+        low, high = np.nanpercentile(spearman(drawn[:, :, 0], drawn[:, :, 1]), [2.5, 97.5])
         rho, p = float(found.statistic), float(found.pvalue)
         return RankCorrelation(rho, float(low), float(high), p, len(both))
 
@@ -160,6 +160,7 @@ def patch_heads(
         ...     scores.top(0.05), scores=scores)                # doctest: +SKIP
         >>> patching.rank_correlation().rho                     # doctest: +SKIP
     """
+    require_lens(model)
     if heads is None:
         layers = [i for i in range(model.cfg.n_layers) if attention(model, i) is not None]
         heads = [(layer, head) for layer in layers for head in range(model.cfg.n_heads)]
@@ -177,6 +178,7 @@ def patch_heads(
     shape, weight = (int(model.cfg.n_layers), int(model.cfg.n_heads)), next(model.parameters())
     if scores is not None:
         _require_scores(scores, shape)
+    _rehearse(metric, inputs[0].shape, model, seed)
     clean_tokens, corrupted_tokens = (tokens.to(weight.device) for tokens in inputs)
     with torch.no_grad():
         names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({layer for layer, _ in pairs})]
@@ -237,6 +239,15 @@ def _require_head_outputs(model: Any, cache: Any, names: Sequence[str]) -> None:
                 f"{name} of {model_name(model)} has the shape {shape}; patching needs head "
                 f"outputs [batch, pos, {model.cfg.n_heads}, d_head], so leave the layer out"
             )
+
+
+def _rehearse(metric: Metric, shape: Sequence[int], model: Any, seed: int) -> None:
+    """Refuse a metric that gives no number, before any pass: on logits that nobody computed."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, int(model.cfg.d_vocab), generator=random)
+    weight = next(model.parameters())
+    with torch.no_grad():
+        _number(metric, logits.to(weight), "rehearsal with random logits")
 
 
 def _number(metric: Metric, logits: Tensor, run: str) -> float:
