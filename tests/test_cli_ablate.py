@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from test_cli import SCORE, place, run  # noqa: F401
 
-from tl_posheads import AblationStudy, study
+from tl_posheads import AblationStudy
 from tl_posheads.cli_ablate import CONTROLS, TASKS
+from tl_posheads.study import run as study_run
 
 pytestmark = pytest.mark.lens
 
@@ -26,7 +27,8 @@ def scored(run):  # noqa: F811
 
 
 def test_names_are_those_of_the_library():
-    from tl_posheads import controls, tasks
+    from tl_posheads import tasks
+    from tl_posheads.study import controls
 
     assert tuple(tasks.TASKS) == TASKS
     assert tuple(controls.CONTROLS) == CONTROLS
@@ -63,7 +65,7 @@ def test_writes_everything_and_shows_it_again(scored, tmp_path):
 def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
     words = (*ABLATE, "--controls", "random", "--mode", "mean", "--out", "a")
     started = []
-    passes = study.Trial.run
+    passes = study_run.Trial.run
 
     def stop(self, *args):
         started.append(args[1])
@@ -71,7 +73,7 @@ def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return passes(self, *args)
 
-    monkeypatch.setattr(study.Trial, "run", stop)
+    monkeypatch.setattr(study_run.Trial, "run", stop)
     code, _, err = scored(*words)
     assert code == 130
     assert "the same command goes on from there" in err

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_posheads import HeadScores, PosheadsError
-from tl_posheads.controls import CONTROLS, control_sets, top_sets
+from tl_posheads.study.controls import CONTROLS, control_sets, top_sets
 
 DRAWN = ("random", "layer_matched", "norm_matched")
 

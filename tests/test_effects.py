@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tl_posheads import PosheadsError
-from tl_posheads.effects import (
+from tl_posheads.study.effects import (
     holm,
     paired_effect,
     rank_tests,

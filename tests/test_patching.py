@@ -202,9 +202,15 @@ def test_no_hook_is_left_whatever_the_metric_raises(llama, raised, at):
 
 
 BAD_VALUES = [
-    (lambda logits: logits.mean() * float("nan"), "the metric is nan on the rehearsal with random logits"),
+    (
+        lambda logits: logits.mean() * float("nan"),
+        "the metric is nan on the rehearsal with random logits",
+    ),
     (lambda logits: float("inf"), "the metric is inf on the rehearsal with random logits"),
-    (lambda logits: logits[:, -1, 0], r"gave Tensor tensor\(.*on the rehearsal.*; expected one real"),
+    (
+        lambda logits: logits[:, -1, 0],
+        r"gave Tensor tensor\(.*on the rehearsal.*; expected one real",
+    ),
     (lambda logits: logits[:1, -1, 0], "on the rehearsal.*; expected one real"),
     (lambda logits: None, "gave NoneType None on the rehearsal with random logits"),
     (lambda logits: "0.5", "gave str '0.5' on the rehearsal with random logits"),

@@ -13,9 +13,9 @@ import torch
 from test_capture import state
 
 from tl_posheads import AblationStudy, PosheadsError, ablate, ablation_study
-from tl_posheads.budget import Cost, Spread, draws_to_try, make_plan, seconds_of
 from tl_posheads.passes import target_logprobs
-from tl_posheads.study_results import UNABLATED
+from tl_posheads.study.budget import Cost, Spread, draws_to_try, make_plan, seconds_of
+from tl_posheads.study.results import UNABLATED
 from tl_posheads.tasks import Prompt
 
 TOP = (3, 5)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         dominant_dimension,
         unrotated_contribution,
     )
-    from tl_posheads.controls import control_sets
     from tl_posheads.corpora import load_corpus
     from tl_posheads.curves import dominant_dimension_curve
     from tl_posheads.errors import PosheadsError
@@ -34,8 +33,9 @@ if TYPE_CHECKING:
     from tl_posheads.results import HeadScores
     from tl_posheads.scoring import score_heads
     from tl_posheads.statistics import spearman_by_distance
-    from tl_posheads.study import ablation_study
-    from tl_posheads.study_results import AblationStudy
+    from tl_posheads.study.controls import control_sets
+    from tl_posheads.study.results import AblationStudy
+    from tl_posheads.study.run import ablation_study
 
 # Loaded when first asked for: `tl-posheads --help` need not wait for torch and the lens.
 _HOME = {
@@ -48,7 +48,7 @@ _HOME = {
     "dimension_contributions": "contributions",
     "dominant_dimension": "contributions",
     "unrotated_contribution": "contributions",
-    "control_sets": "controls",
+    "control_sets": "study.controls",
     "load_corpus": "corpora",
     "dominant_dimension_curve": "curves",
     "PosheadsError": "errors",
@@ -60,8 +60,8 @@ _HOME = {
     "HeadScores": "results",
     "score_heads": "scoring",
     "spearman_by_distance": "statistics",
-    "ablation_study": "study",
-    "AblationStudy": "study_results",
+    "ablation_study": "study.run",
+    "AblationStudy": "study.results",
 }
 
 __all__ = [*_HOME, "tasks"]

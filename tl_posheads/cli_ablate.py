@@ -13,7 +13,7 @@ from .cli_options import local_files, names, shares, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
-    from .study_results import AblationStudy
+    from .study.results import AblationStudy
 
 # As tasks.TASKS and controls.CONTROLS have them; named here so that --help needs no torch.
 TASKS = (
@@ -117,15 +117,15 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
 
 
 def _ablate(args: argparse.Namespace) -> None:
-    from .budget import seconds_of
     from .results import HeadScores
+    from .study.budget import seconds_of
 
     seconds_of(args.budget)
     out: Path = args.out
     request = _request(args)
     state = rundir.look(out, request, overwrite=args.overwrite)
     if state == "finished":
-        from .study_results import AblationStudy
+        from .study.results import AblationStudy
 
         print(f"{out} already holds this run, finished; --overwrite computes it again.\n")
         _print(AblationStudy.load(out), out)
@@ -134,7 +134,7 @@ def _ablate(args: argparse.Namespace) -> None:
 
     from .corpora import load_corpus
     from .models import load_model
-    from .study import ablation_study
+    from .study.run import ablation_study
 
     model = load_model(args.model, cls=args.cls, device=args.device, dtype=args.dtype)
     reference = None

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_posheads.budget import Cost, Spread, spread_of
 from tl_posheads.checkpoint import Checkpoint
-from tl_posheads.conditions import conditions_of
-from tl_posheads.effects import screen_agreement
 from tl_posheads.passes import fused_attention, run_branch, run_trunk
 from tl_posheads.results import HeadScores
+from tl_posheads.study.budget import Cost, Spread, spread_of
+from tl_posheads.study.conditions import conditions_of
+from tl_posheads.study.effects import screen_agreement
+from tl_posheads.study.trial import Trial
 from tl_posheads.tasks.base import Prompt
-from tl_posheads.trial import Trial
 
 N_PROMPTS = 3
 _N_DRAWS = 64

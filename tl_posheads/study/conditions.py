@@ -12,9 +12,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_posheads.controls import Head, control_sets, top_sets
-from tl_posheads.effects import rank_tests
 from tl_posheads.results import HeadScores
+from tl_posheads.study.controls import Head, control_sets, top_sets
+from tl_posheads.study.effects import rank_tests
 
 N_SCREEN_DRAWS = 2000
 

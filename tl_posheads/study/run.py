@@ -19,18 +19,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.ablation import Mode
-from tl_posheads.budget import LEAST_DRAWS, LEAST_PROMPTS, Plan, draws_to_try, make_plan, seconds_of
 from tl_posheads.capture import model_name, require_clean, require_rotary
 from tl_posheads.checkpoint import Checkpoint
-from tl_posheads.conditions import Condition, conditions_of, screen_tests
-from tl_posheads.controls import CONTROLS, top_sets
 from tl_posheads.errors import PosheadsError
-from tl_posheads.pilot import Pilot, run_pilot
 from tl_posheads.provenance import versions
 from tl_posheads.results import HeadScores
-from tl_posheads.study_results import UNABLATED, AblationStudy
+from tl_posheads.study.budget import (
+    LEAST_DRAWS,
+    LEAST_PROMPTS,
+    Plan,
+    draws_to_try,
+    make_plan,
+    seconds_of,
+)
+from tl_posheads.study.conditions import Condition, conditions_of, screen_tests
+from tl_posheads.study.controls import CONTROLS, top_sets
+from tl_posheads.study.pilot import Pilot, run_pilot
+from tl_posheads.study.results import UNABLATED, AblationStudy
+from tl_posheads.study.trial import Trial
 from tl_posheads.tasks.base import Prompt, Task, check_length
-from tl_posheads.trial import Trial
 
 
 def ablation_study(

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_posheads.effects import (
+from tl_posheads.errors import PosheadsError
+from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.study.effects import (
     Agreement,
     holm,
     paired_effect,
@@ -22,8 +24,6 @@ from tl_posheads.effects import (
     screen_agreement,
     sign_flip_p,
 )
-from tl_posheads.errors import PosheadsError
-from tl_posheads.files import read_labelled, write_labelled
 
 FORMAT = "tl_posheads.AblationStudy"
 TABLES = ("conditions", "cells", "screen", "screen_tests")
@@ -46,7 +46,7 @@ class AblationStudy:
             the unablated model: ``logprob``, mean log-probability of the scored tokens in nats;
             ``accuracy``, the share of them that were the likeliest; ``exact``, all of them were.
         screen: estimated effect on ``logprob`` of ablating each head alone, one row per task,
-            variant, prompt, layer and head (:func:`tl_posheads.screen.head_effects`).
+            variant, prompt, layer and head (:func:`tl_posheads.study.screen.head_effects`).
         screen_tests: what these estimates say of the top heads and of many more draws of each
             control than were run, one row per task, variant, fraction and control.
         provenance: how the study came about, the plan among it.
@@ -161,7 +161,7 @@ class AblationStudy:
         "Evidence" needs the top heads' effect to be worse than every control's at 5 % after
         correction; otherwise the sentence says "no evidence".
         """
-        from tl_posheads.verdicts import verdict
+        from tl_posheads.study.verdicts import verdict
 
         return {task: verdict(self._table, task, self.provenance) for task in self.tasks}
 
@@ -171,7 +171,7 @@ class AblationStudy:
         Returns:
             A ``matplotlib.figure.Figure``; a row per task, long and short side by side.
         """
-        from tl_posheads.study_figure import figure
+        from tl_posheads.study.figure import figure
 
         return figure(self)
 

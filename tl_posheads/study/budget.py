@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tl_posheads.effects import smallest_detectable
 from tl_posheads.errors import PosheadsError
+from tl_posheads.study.effects import smallest_detectable
 
 LEAST_DRAWS = 12
 LEAST_PROMPTS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_posheads.study_results import AblationStudy
+    from tl_posheads.study.results import AblationStudy
 
 # Okabe and Ito's colours, told apart by colour-blind readers, with a marker each for print.
 _STYLE = {
