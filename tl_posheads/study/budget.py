@@ -92,8 +92,8 @@ class Plan:
         n_control: draws of each random control.
         seconds: expected for the rest of the study; NaN without a budget.
         budget: seconds given, None without.
-        smallest_detectable: by task and fraction (as text), nats a token below the mean draw,
-            found with a power of 80 % at 5 % after correction.
+        smallest_detectable: by task and fraction (as text), nats a token below the mean draw of
+            the first random control, found with a power of 80 % at 5 % after correction.
     """
 
     n_prompts: int

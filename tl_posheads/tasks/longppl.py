@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import target_logprobs
+from tl_posheads.passes import fused_attention, target_logprobs
 from tl_posheads.tasks.base import (
     Prompt,
     begin,
@@ -103,7 +103,8 @@ class LongPPL:
         for i in range(_TRIES * self.n):
             tokens = start + filler.stretch(i, self.length - len(start))
             whole = torch.tensor(tokens, dtype=torch.long)
-            targets = self.key_tokens(judge, whole)
+            with fused_attention(judge):
+                targets = self.key_tokens(judge, whole)
             if len(targets):
                 facts = {"length": self.length, "key_tokens": len(targets), "stretch": i}
                 short = plain_window(tokens, start, self.short_length)
