@@ -74,3 +74,14 @@ def small_folder(tokenizer, tmp_path_factory: pytest.TempPathFactory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of models so small that waiting for threads takes longer than the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

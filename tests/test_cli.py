@@ -14,7 +14,7 @@ import torch
 from tl_posheads import HeadScores, scoring
 from tl_posheads.cli import main, parse_layers
 
-pytestmark = pytest.mark.lens
+pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

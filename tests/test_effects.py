@@ -17,8 +17,8 @@ from tl_posheads.study.effects import (
     rank_tests,
     screen_agreement,
     sign_flip_p,
-    smallest_detectable,
 )
+from tl_posheads.study.power import smallest_detectable
 
 
 def test_the_interval_covers_the_mean_at_about_its_rate():

@@ -24,7 +24,7 @@ from tl_posheads import PosheadsError, ablation, models  # noqa: E402
 from tl_posheads.evals import LensLM, evaluate  # noqa: E402
 from tl_posheads.lens_lm import _cut  # noqa: E402
 
-pytestmark = pytest.mark.lens
+pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]
 
 FACTS = [("Ann", "a red hat"), ("Ben", "two dogs"), ("Cleo", "no time"), ("Dan", "a green boat"),
@@ -67,15 +67,6 @@ def qa_f1(doc, results):
         best = max(best, 2 * same / (len(said) + len(true)))
     return {"qa_f1_score": best + len(results[0])}  # the length, so that any change is seen
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are so small that waiting for threads takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from transformer_lens import patching as lens_patching
 from tl_posheads import HeadScores, PosheadsError, ablation
 from tl_posheads.patching import HeadPatching, patch_heads
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLEAN = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(1))
 CORRUPTED = CLEAN.clone()
 CORRUPTED[:, 5:7] = (CLEAN[:, 5:7] + 20) % 80 + 3
@@ -58,15 +60,6 @@ def scores_of(model, seed=0):
     rho = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     n_pairs = torch.full(shape, 10)
     return HeadScores(rho, rho, rho, rho, rho, rho, n_pairs, (None,) * shape[0], {})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are so small that waiting for threads takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from tl_posheads.tasks.base import Task
 
-pytestmark = pytest.mark.lens
+pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
 
 def logprobs(model, prompts, off=()):

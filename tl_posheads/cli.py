@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import rundir
 from .cli_ablate import add_command
-from .cli_options import local_files, whole
+from .cli_options import add_model_options, local_files, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -194,11 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out the first N positions, the attention sink for one (0)")  # fmt: skip
     add("--exact", action="store_true", default=None,
         help="exact ranks at any length; slower (short texts are exact anyway)")  # fmt: skip
-    add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
-    add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
-    add("--cls", choices=("hooked", "bridge"),
-        help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
+    add_model_options(add)
     add("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     score.set_defaults(action=_score)

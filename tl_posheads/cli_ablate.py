@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import rundir
-from .cli_options import local_files, names, shares, whole
+from .cli_options import add_model_options, local_files, names, shares, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -71,11 +71,7 @@ def add_command(commands: Any) -> None:
     add("--budget", metavar="TIME", help="like 60min or 2h: prompts and draws are chosen to fit")
     add("--corpus", metavar="NAME-OR-PATH", default="python-docs",
         help="text between the needles, as score takes it (python-docs)")  # fmt: skip
-    add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
-    add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
-    add("--cls", choices=("hooked", "bridge"),
-        help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
+    add_model_options(add)
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     parser.set_defaults(action=_ablate)
 

@@ -58,6 +58,15 @@ def shares(text: str) -> list[float]:
     return values
 
 
+def add_model_options(add: Callable[..., object]) -> None:
+    """Seed, and how the model is loaded."""
+    add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
+    add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
+    add("--cls", choices=("hooked", "bridge"),
+        help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
+
+
 def local_files(name: str) -> str | None:
     """Fingerprint of a local model: a path alone would call retrained weights the same model."""
     path = Path(name)

@@ -1,7 +1,8 @@
 """The ablation study, from the sets of heads to the sentence on what they matter for.
 
 - ``controls``: which heads are ablated beside the top ones; ``effects``: the statistics.
-- ``budget``: how much fits into a time; ``conditions``: the list of ablations.
+- ``power``: how small an effect could be found; ``budget``: how much fits into a time;
+  ``conditions``: the list of ablations.
 - ``screen``: what any ablation would do, estimated; ``trial``: a prompt under all of them.
 - ``pilot``: the passes that a plan rests on; ``verdicts``, ``figure``: sentences and picture.
 - ``results``: tables and files; ``run``: the study itself.

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.study.effects import smallest_detectable
+from tl_posheads.study.power import smallest_detectable
 
 LEAST_DRAWS = 12
 LEAST_PROMPTS = 2
