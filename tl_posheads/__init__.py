@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tl_posheads.study.controls import control_sets
     from tl_posheads.study.results import AblationStudy
     from tl_posheads.study.run import ablation_study
+    from tl_posheads.study.screen import head_effects
 
 # Loaded when first asked for: `tl-posheads --help` need not wait for torch and the lens.
 _HOME = {
@@ -62,6 +63,7 @@ _HOME = {
     "spearman_by_distance": "statistics",
     "ablation_study": "study.run",
     "AblationStudy": "study.results",
+    "head_effects": "study.screen",
 }
 
 __all__ = [*_HOME, "tasks"]

@@ -48,8 +48,8 @@ def figure(study: AblationStudy) -> Any:
                     # A fixed fan instead of random jitter: the same study gives the same picture.
                     fan = [x + width * 0.35 * ((7 * k) % 11 / 5 - 1) for k in range(len(ids))]
                     ax.scatter(
-                        fan if len(ids) > 1 else [x], effects[ids], s=14, color=colour,
-                        marker=marker, alpha=0.6, linewidths=0,
+                        fan if len(ids) > 1 else [x], effects[ids], s=18, color=colour,
+                        marker=marker, alpha=0.7, linewidths=0,
                     )  # fmt: skip
                 best = mine[mine["fraction"] == fraction].iloc[0]
                 x = place - 0.4 + width * 0.5
@@ -62,7 +62,7 @@ def figure(study: AblationStudy) -> Any:
             if column == 0:
                 ax.set_ylabel("change (nats a token)")
     for ax in axes[-1]:
-        ax.set_xticks(range(len(fractions)), [f"{fraction:.3g}" for fraction in fractions])
+        ax.set_xticks(range(len(fractions)), [f"{100 * fraction:.2g} %" for fraction in fractions])
         ax.set_xlabel("share of heads ablated")
     fig.legend(handles=_handles(controls), loc="outside upper center", ncols=5, frameon=False)
     return fig

@@ -163,7 +163,7 @@ class AblationStudy:
         """
         from tl_posheads.study.verdicts import verdict
 
-        return {task: verdict(self._table, task, self.provenance) for task in self.tasks}
+        return {task: verdict(self._table, task) for task in self.tasks}
 
     def plot(self) -> Any:
         """Effects of the top heads with their intervals over the controls' draws.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 
@@ -17,7 +15,7 @@ _NAMES = {
 }
 
 
-def verdict(table: pd.DataFrame, task: str, provenance: Mapping[str, Any]) -> str:
+def verdict(table: pd.DataFrame, task: str) -> str:
     """One sentence on a task, from the rows of :meth:`AblationStudy.to_pandas`.
 
     The fraction told of is the one where the worst of the controls' corrected p-values is
@@ -37,7 +35,7 @@ def verdict(table: pd.DataFrame, task: str, provenance: Mapping[str, Any]) -> st
     n_heads, n_prompts = int(hardest["n_heads"]), int(hardest["n_prompts"])
     start = (
         f"{task} ({n_prompts} prompt{'s' if n_prompts > 1 else ''}): without the top "
-        f"{fraction:.3g} of heads ({n_heads}) the scored tokens' log-probability goes from "
+        f"{100 * fraction:.2g} % of heads ({n_heads}) the scored tokens' log-probability goes from "
         f"{hardest['unablated']:.2f} to {hardest['unablated'] + hardest['effect']:.2f} nats a "
         f"token ({_signed(hardest['effect'])}{_interval(hardest)})"
     )
