@@ -112,8 +112,14 @@ class Plan:
         }
         return out
 
-    def describe(self, n_conditions: int) -> str:
-        """What the user is told before the study starts."""
+    def describe(self, n_conditions: int, agreements: Mapping[str, float]) -> str:
+        """What the user is told before the study starts.
+
+        Args:
+            n_conditions: ablations a prompt.
+            agreements: by task, the rank correlation of the screen, on which the sizes rest, with
+                the pilot's ablations.
+        """
         time = ""
         if self.budget is not None:
             time = f", about {self.seconds / 60:.0f} of {self.budget / 60:.0f} minutes"
@@ -124,8 +130,11 @@ class Plan:
             "80 % power, 5 % after correction):",
         ]
         for task, values in self.smallest_detectable.items():
-            sizes = [f"{float(f):.0%}: {_shown(value)}" for f, value in values.items()]
-            lines.append(f"  {task}: {', '.join(sizes)}")
+            sizes = [f"{100 * float(f):.2g} %: {_shown(value)}" for f, value in values.items()]
+            rho = agreements.get(task, math.nan)
+            trust = "unknown" if math.isnan(rho) else f"{rho:+.2f}"
+            lines.append(f"  {task}: {', '.join(sizes)} (by a screen whose rank correlation with "
+                         f"the pilot's ablations is {trust})")  # fmt: skip
         return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from tl_posheads.passes import fused_attention, run_branch, run_trunk
 from tl_posheads.results import HeadScores
 from tl_posheads.study.budget import Cost, Spread, spread_of
 from tl_posheads.study.conditions import conditions_of
-from tl_posheads.study.effects import screen_agreement
+from tl_posheads.study.effects import Agreement, screen_agreement
 from tl_posheads.study.trial import Trial
 from tl_posheads.tasks.base import Prompt
 
@@ -33,11 +33,13 @@ class Pilot:
     Attributes:
         costs: by task.
         spreads: by task and fraction, from the screen and scaled to true ablations.
+        agreements: by task, rank correlation of the screen with the few ablations done.
         norms: mean output norm of every head over the pilot's prompts, ``[layer, head]``.
     """
 
     costs: dict[str, Cost]
     spreads: dict[tuple[str, float], Spread]
+    agreements: dict[str, float]
     norms: Float[Tensor, "layer head"]
 
 
@@ -62,9 +64,11 @@ def run_pilot(
         screens.setdefault(name, []).append(trial.screened(prompts[name][i], i, unit, kept))
         seconds.setdefault(name, []).append(time.monotonic() - start)
     norms = torch.stack([s["norms"] for these in screens.values() for s in these]).mean(0)
-    costs, spreads = {}, {}
+    costs, spreads, agreements = {}, {}, {}
     for name, these in prompts.items():
-        cost, scale = _timed(trial, these[0], screens[name][0], scores, fractions, controls, norms)
+        cost, found = _timed(trial, these[0], screens[name][0], scores, fractions, controls, norms)
+        agreements[name], scale = found.rank_correlation, abs(found.slope)
+        scale = scale if np.isfinite(scale) and scale > 0 else 1.0
         # The fastest: the first pass of a process also fills caches.
         costs[name] = Cost(cost.trunk, cost.layer, min(seconds[name]))
         effects = torch.stack([s["long"] for s in screens[name]]).double().numpy()
@@ -83,7 +87,7 @@ def run_pilot(
             }  # fmt: skip
             if len(sums["draws"]):
                 spreads[name, fraction] = spread_of(sums["top"][0], sums["draws"].T, scale)
-    return Pilot(costs, spreads, norms)
+    return Pilot(costs, spreads, agreements, norms)
 
 
 def _timed(
@@ -94,8 +98,8 @@ def _timed(
     fractions: Sequence[float],
     controls: Sequence[str],
     norms: Tensor,
-) -> tuple[Cost, float]:
-    """Seconds of passes over a prompt and its short control; true effects per estimated one."""
+) -> tuple[Cost, Agreement]:
+    """Seconds of passes over a prompt and its short control; the screen beside true effects."""
     model, middle = trial.model, int(trial.model.cfg.n_layers) // 2
     sets = conditions_of(scores, fractions, controls, n=_N_TRUE, seed=trial.seed, norms=norms)
     sets = [c for c in sets if c.fraction == fractions[-1]][: 1 + _N_TRUE]
@@ -122,5 +126,5 @@ def _timed(
                 true.append(float((logprob - trunk.logprob).double().mean()))
                 estimated.append(float(sum(screened["long"][head] for head in c.heads)))
     layer = max(trunk_seconds - half_seconds, 0.0) / max(middle, 1)
-    slope = abs(screen_agreement(np.array(estimated), np.array(true)).slope)
-    return Cost(trunk_seconds, layer, 0.0), slope if np.isfinite(slope) and slope > 0 else 1.0
+    agreement = screen_agreement(np.array(estimated), np.array(true), seed=trial.seed)
+    return Cost(trunk_seconds, layer, 0.0), agreement

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import read_labelled, write_labelled
@@ -24,6 +25,7 @@ from tl_posheads.study.effects import (
     screen_agreement,
     sign_flip_p,
 )
+from tl_posheads.study.power import smallest_detectable
 
 FORMAT = "tl_posheads.AblationStudy"
 TABLES = ("conditions", "cells", "screen", "screen_tests")
@@ -149,9 +151,10 @@ class AblationStudy:
         ``control_max``, ``n_draws``; ``p``, the rank of ``effect`` among them (for ``lowest``,
         one set, a sign-flip test over prompts); ``p_adjusted``, corrected over tasks and
         fractions (Westfall-Young; Holm for ``lowest``); ``smallest_detectable`` effect below the
-        draws' mean by the plan's simulation. From the screen, all estimates: ``screen_effect``,
-        ``p_screen`` among ``n_screen_draws``, and ``screen_rho``, its rank correlation with the
-        ablations that were done, with ``screen_rho_low`` and ``screen_rho_high``.
+        draws' mean, which 4 of 5 such studies would have found, simulated from the spreads
+        measured. From the screen, all estimates: ``screen_effect``, ``p_screen`` among
+        ``n_screen_draws``, and ``screen_rho``, its rank correlation with the ablations that were
+        done, with ``screen_rho_low`` and ``screen_rho_high``.
         """
         return self._table.copy()
 
@@ -248,17 +251,10 @@ class AblationStudy:
                 "control_min": float(draw_means[:, i].min()),
                 "control_max": float(draw_means[:, i].max()), "n_draws": draw_means.shape[0],
                 "p": float(p[i]), "p_adjusted": float(adjusted[i]),
-                "smallest_detectable": self._detectable(task, fraction, control, variant),
+                "smallest_detectable": _detectable(tops[i], draws[i], len(tests), seed),
                 **self._screened(task, variant, fraction, control),
             })  # fmt: skip
         return rows
-
-    def _detectable(self, task: str, fraction: float, control: str, variant: str) -> float:
-        plan = self.provenance.get("plan", {}).get("smallest_detectable", {})
-        if variant != "long" or control == "lowest":
-            return float("nan")
-        value = plan.get(task, {}).get(str(fraction))
-        return float("nan") if value is None else float(value)
 
     def _screened(
         self, task: str, variant: str, fraction: float, control: str
@@ -325,3 +321,22 @@ class AblationStudy:
             raise PosheadsError(
                 f"the study in {folder} is damaged ({problem}); run it again"
             ) from problem
+
+
+def _detectable(
+    top: Float[np.ndarray, "prompt"],
+    draws: Float[np.ndarray, "prompt draw"],
+    n_tests: int,
+    seed: int,
+) -> float:
+    """What could have been found, from how the effects that were measured spread."""
+    n_prompts, n_draws = draws.shape
+    if n_prompts < 2 or n_draws < 2:
+        return float("nan")
+    prompt_sd = float((top[:, None] - draws).std(axis=0, ddof=1).mean())
+    # The draws' means differ by what prompts do to them, too; smallest_detectable adds that again.
+    between = draws.mean(axis=0).var(ddof=1) - prompt_sd**2 / (2 * n_prompts)
+    return smallest_detectable(
+        draw_sd=float(max(between, 0.0)) ** 0.5, prompt_sd=prompt_sd, n_draws=n_draws,
+        n_prompts=n_prompts, n_tests=n_tests, seed=seed, n_sim=1000,
+    )  # fmt: skip

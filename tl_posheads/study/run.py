@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -125,9 +124,8 @@ def ablation_study(
     plan = _plan(pilot, conditions, prompts, n_control, limit, time.monotonic() - began, seed, kept)
     chosen = conditions(plan.n_control)
     if progress:
-        print(plan.describe(len(chosen)), file=sys.stderr, flush=True)
+        print(plan.describe(len(chosen), pilot.agreements), file=sys.stderr, flush=True)
     done = _run(trial, prompts, chosen, plan, kept, began, progress)
-    plan = _as_run(plan, 1 + max(i for _, i in done), pilot, seed)
     screen = _screen_more(trial, prompts, kept, done, plan, began, progress)
     cells = _cells(done, chosen)
     tests = screen_tests(screen, scores, fractions, controls, pilot.norms, seed)
@@ -256,17 +254,6 @@ def _plan(
         "seconds": torch.tensor(plan.seconds, dtype=torch.float64),
     })  # fmt: skip
     return plan
-
-
-def _as_run(plan: Plan, n_prompts: int, pilot: Pilot, seed: int) -> Plan:
-    """The plan of what was really done; a slow machine may have ended it early."""
-    if n_prompts == plan.n_prompts:
-        return plan
-    fewer = make_plan(
-        pilot.costs, {}, pilot.spreads, n_prompts=n_prompts, n_control=plan.n_control, budget=None,
-        spent=0.0, seed=seed,
-    )  # fmt: skip
-    return replace(plan, n_prompts=n_prompts, smallest_detectable=fewer.smallest_detectable)
 
 
 def _run(
