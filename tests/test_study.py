@@ -205,6 +205,7 @@ def test_plot_shows_every_draw(study):
     )
     assert drawn >= 2 * (24 + 1 + 24)
     assert left.get_ylabel() == "change (nats a token)"
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
 
 
 def test_without_short_controls(model, scores):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,9 +26,17 @@ def figure(study: AblationStudy) -> Any:
     """
     from matplotlib.figure import Figure
 
+    class Shown(Figure):
+        """Shows itself in a notebook, without pyplot and its list of open figures."""
+
+        def _repr_png_(self) -> bytes:
+            out = io.BytesIO()
+            self.savefig(out, format="png", dpi=80)
+            return out.getvalue()
+
     table = study.to_pandas()
     tasks, fractions, controls = study.tasks, study.fractions, study.controls
-    fig = Figure(figsize=(9.0, 0.9 + 2.3 * len(tasks)), layout="constrained")
+    fig = Shown(figsize=(9.0, 0.9 + 2.3 * len(tasks)), layout="constrained")
     axes = fig.subplots(len(tasks), 2, squeeze=False, sharex=True, sharey="row")
     width = 0.8 / (len(controls) + 1)
     for row, task in enumerate(tasks):
