@@ -147,7 +147,7 @@ def test_masked_pattern_is_zero_z(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", [
-    {}, {"positions": slice(6, 9)}, {"mode": "resample"}, {"mode": "mean", "per_position": True},
+    {}, {"positions": slice(6, 12)}, {"mode": "resample"}, {"mode": "mean", "per_position": True},
 ])  # fmt: skip
 def test_generation_with_a_cache_is_that_without(smollm2, how):
     """Token by token, positions counted from the text's start."""
@@ -162,6 +162,27 @@ def test_generation_with_a_cache_is_that_without(smollm2, how):
                 stop_at_eos=False, verbose=False, return_type="tokens",
             ))  # fmt: skip
     assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_positions_count_on_through_the_cache(family):
+    """A step of generation shows one position; which one, the cache's length says."""
+    if type(family.blocks[0].attn).__name__ == "AttentionBridge":
+        return  # refused, see below
+    prompt, steps = TOKENS[:1], []
+    with (
+        ablate(family, [(0, 1)], positions=slice(18, 22)),
+        family.hooks(
+            fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: steps.append(z[0, :, 1]))]
+        ),
+    ):
+        family.generate(
+            prompt, max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False,
+            return_type="tokens",
+        )  # fmt: skip
+    assert [len(step) for step in steps] == [20, 1, 1, 1, 1]
+    zero = (torch.cat(steps) == 0).all(-1)
+    assert torch.nonzero(zero).flatten().tolist() == [18, 19, 20, 21]
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ def ablation_hooks(
         if per_position or mode == "resample":
             hooks.append(("hook_embed", _refuse_longer_than(shortest)))
     for layer, members in layers.items():
-        start = _Start()
+        start = _Start(_windowed(model))
         if placed:
             hooks.append((f"blocks.{layer}.attn.hook_pattern", start.read))
         hook = replacing(members, values[layer], keep=keep, start=start, seed=seed)
@@ -255,11 +255,22 @@ def _summed(z: Float[Tensor, "pos head d_head"], per_position: bool, shortest: i
 class _Start:
     """The position of a pass's first token: its KV cache's length, read off the pattern."""
 
-    def __init__(self) -> None:
-        self.position = 0
+    def __init__(self, windowed: bool) -> None:
+        self.position = self.seen = 0
+        self.windowed = windowed
 
     def read(self, pattern: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> None:
-        self.position = pattern.shape[-1] - pattern.shape[-2]
+        n_q, n_k = pattern.shape[-2:]
+        self.position = n_k - n_q
+        if self.windowed and self.position:
+            # The cache of a windowed layer forgets; what passed before has to be counted.
+            self.position = max(self.position, self.seen)
+        self.seen = self.position + n_q
+
+
+def _windowed(model: Any) -> bool:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return bool(getattr(config, "sliding_window", None) or getattr(model.cfg, "window_size", None))
 
 
 def replacing(
