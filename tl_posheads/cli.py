@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import rundir
 from .cli_ablate import add_command
-from .cli_options import add_model_options, local_files, whole
+from .cli_options import add_model_options, local_files, resumable, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -263,26 +263,20 @@ def _score(args: argparse.Namespace) -> None:
     tokens = load_corpus(args.corpus, model, n_docs=args.docs, length=args.length, seed=args.seed)
     if state == "resume":
         print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
-    try:
-        with rundir.running(out, request, state) as checkpoint:
-            scores = score_heads(
-                model,
-                tokens,
-                layers=args.layers,
-                pairs=args.pairs,
-                skip_first=args.skip_first,
-                exact=args.exact,
-                seed=args.seed,
-                checkpoint=checkpoint,
-                progress=True,
-                provenance={**request, "model_class": type(model).__name__},
-            )
-            _write_results(scores, out)
-    except KeyboardInterrupt:
-        hint = " without --overwrite" if args.overwrite else ""
-        raise KeyboardInterrupt(
-            f"stopped; what was done is in {out}, and the same command{hint} goes on from there"
-        ) from None
+    with resumable(out, args.overwrite), rundir.running(out, request, state) as checkpoint:
+        scores = score_heads(
+            model,
+            tokens,
+            layers=args.layers,
+            pairs=args.pairs,
+            skip_first=args.skip_first,
+            exact=args.exact,
+            seed=args.seed,
+            checkpoint=checkpoint,
+            progress=True,
+            provenance={**request, "model_class": type(model).__name__},
+        )
+        _write_results(scores, out)
     _print_table(scores, out, args.top)
 
 

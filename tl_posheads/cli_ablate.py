@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import rundir
-from .cli_options import add_model_options, local_files, names, shares, whole
+from .cli_options import add_model_options, local_files, names, resumable, shares, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -138,19 +138,13 @@ def _ablate(args: argparse.Namespace) -> None:
         reference = load_corpus(args.corpus, model, length=args.length, seed=args.seed + 1)
     if state == "resume":
         print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
-    try:
-        with rundir.running(out, request, state) as checkpoint:
-            study = ablation_study(
-                model, scores, tasks=tasks, fractions=args.fractions, controls=args.controls,
-                n_control=args.draws, mode=args.mode, reference=reference, budget=args.budget,
-                seed=args.seed, checkpoint=checkpoint, provenance={"request": request},
-            )  # fmt: skip
-            _write(study, out)
-    except KeyboardInterrupt:
-        hint = " without --overwrite" if args.overwrite else ""
-        raise KeyboardInterrupt(
-            f"stopped; what was done is in {out}, and the same command{hint} goes on from there"
-        ) from None
+    with resumable(out, args.overwrite), rundir.running(out, request, state) as checkpoint:
+        study = ablation_study(
+            model, scores, tasks=tasks, fractions=args.fractions, controls=args.controls,
+            n_control=args.draws, mode=args.mode, reference=reference, budget=args.budget,
+            seed=args.seed, checkpoint=checkpoint, provenance={"request": request},
+        )  # fmt: skip
+        _write(study, out)
     _print(study, out)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def local_files(name: str) -> str | None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+@contextmanager
+def resumable(out: Path, overwrite: bool) -> Iterator[None]:
+    """Says to whoever stops a run with Ctrl-C how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = " without --overwrite" if overwrite else ""
+        raise KeyboardInterrupt(
+            f"stopped; what was done is in {out}, and the same command{hint} goes on from there"
+        ) from None

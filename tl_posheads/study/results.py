@@ -30,7 +30,6 @@ from tl_posheads.study.power import smallest_detectable
 FORMAT = "tl_posheads.AblationStudy"
 TABLES = ("conditions", "cells", "screen", "screen_tests")
 VARIANTS = ("long", "short", "long - short")
-ALPHA = 0.05
 UNABLATED = -1
 # Passes in float32 that should agree differ by less than this, in nats.
 RESOLUTION = 1e-4
