@@ -14,7 +14,8 @@ import time
 import torch
 
 import tl_posheads as ph
-from tl_posheads.passes import fused_attention, run_branch, run_trunk, target_logprobs
+from tl_posheads.fused import fused_attention
+from tl_posheads.passes import run_branch, run_trunk, target_logprobs
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import torch
 from test_capture import state, warm
 
 from tl_posheads import ablation_hooks
-from tl_posheads.passes import fused_attention, run_branch, run_trunk, target_logprobs
+from tl_posheads.fused import fused_attention
+from tl_posheads.passes import run_branch, run_trunk, target_logprobs
 from tl_posheads.study.screen import head_effects
 
 pytestmark = pytest.mark.lens

@@ -17,16 +17,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_posheads.capture import (
-    PassDone,
-    attention,
-    model_name,
-    own_hooks,
-    require_lens,
-    run_forward,
-)
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
+from tl_posheads.lens import PassDone, attention, model_name, own_hooks, require_lens, run_forward
 
 Head = tuple[int, int]
 Mode = Literal["zero", "mean", "resample"]

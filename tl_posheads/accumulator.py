@@ -199,7 +199,7 @@ class ScoreAccumulator:
             PosheadsError: NaN or infinity, by layer and head; a text too short for its
                 ``skip_first``.
         """
-        geometry = self.geometry[layer]
+        geometry = self.geometry[layer].after(self.skip_first)
         for i, run in enumerate(self._runs(rot_q, attention_mask)):
             q, k = rot_q[i, run][self.skip_first :], rot_k[i, run][self.skip_first :]
             if q.device.type == "mps":  # it has no float64

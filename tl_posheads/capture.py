@@ -8,53 +8,23 @@ projections: GPT-NeoX, Phi-3, Falcon; and GPT-J) :func:`rotary_hook_points` make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_posheads.errors import PosheadsError
-
-POSITIONS = {
-    "standard": "learned absolute positions",
-    "shortformer": "learned absolute positions added to queries and keys",
-    "alibi": "ALiBi biases",
-    "relative_positional_bias": "relative position biases (T5)",
-    "none": "no position embedding at all (a recurrent or convolutional model)",
-}
-
-
-def model_name(model: Any) -> str:
-    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
-
-
-def require_lens(model: Any) -> None:
-    """Refuse what isn't a TransformerLens model."""
-    if getattr(model, "cfg", None) is None or not hasattr(model, "run_with_hooks"):
-        raise PosheadsError(
-            f"a {type(model).__name__} was given; expected a HookedTransformer or a "
-            "TransformerBridge, as tl_posheads.load_model returns"
-        )
-
-
-def require_rotary(model: Any) -> None:
-    """Refuse what isn't a TransformerLens model with RoPE, by name, before anything is run."""
-    require_lens(model)
-    kind = str(getattr(model.cfg, "positional_embedding_type", None) or "none")
-    if kind != "rotary":
-        used = POSITIONS.get(kind, f"positions of the kind {kind!r}")
-        raise PosheadsError(
-            f"{model_name(model)} uses {used}, not RoPE, so it has no rotary dimensions to score; "
-            "choose a model with rotary position embedding, like Llama, Pythia or SmolLM2"
-        )
-
-
-def attention(model: Any, layer: int) -> nn.Module | None:
-    """The layer's attention component; None in layers that have none (hybrid models)."""
-    block = model.blocks[layer]
-    return block._modules.get("attn") if isinstance(block, nn.Module) else None
+from tl_posheads.fused import fused_attention
+from tl_posheads.lens import (
+    PassDone,
+    attention,
+    instance_method,
+    model_name,
+    own_hooks,
+    require_rotary,
+    run_forward,
+)
 
 
 def hook_names(layers: Sequence[int]) -> list[str]:
@@ -78,20 +48,6 @@ class _HookedCache:
 
     def update(self, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._cache.update(self._rotated_key(key), *args, **kwargs)
-
-
-@contextmanager
-def instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Shadow a method on one object; the class, and other objects, keep theirs."""
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = wrapper
-    try:
-        yield
-    finally:
-        if before is None:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
 
 
 @contextmanager
@@ -180,65 +136,6 @@ def rotary_hook_points(model: Any) -> Iterator[Any]:
         yield model
 
 
-@contextmanager
-def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
-    """Hooks on HookPoints that go when this leaves; everyone else's stay, in their order.
-
-    ``run_with_hooks`` would do, but for two things: it may also clear hooks of a caller's level,
-    and on the Bridge it looks up thousands of names at every call.
-    """
-    ours = []
-    try:
-        for point, hook in hooks:
-            before = {id(handle) for handle in point.fwd_hooks}
-            # "Permanent" keeps a reset_hooks() that runs meanwhile from cutting the pass short.
-            point.add_hook(hook, is_permanent=True)
-            ours += [(point, h) for h in point.fwd_hooks if id(h) not in before]
-        yield
-    finally:
-        for point, handle in ours:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
-
-
-@contextmanager
-def others_hooks_suspended(model: Any) -> Iterator[None]:
-    """Inside, no HookPoint calls anyone; afterwards all do again, in their order."""
-    points = {id(point): point for point in model.hook_dict.values()}.values()
-    kept = [(point, point.__dict__["_forward_hooks"]) for point in points]
-    for point, hooks in kept:
-        point.__dict__["_forward_hooks"] = type(hooks)()
-    try:
-        yield
-    finally:
-        for point, hooks in kept:
-            point.__dict__["_forward_hooks"] = hooks
-
-
-def require_clean(model: Any) -> None:
-    """Refuse a model on which someone forgot hooks: scores would be those of another model.
-
-    Permanent hooks and those of a ``with model.hooks(...)`` that is still open are meant, and
-    stay in force.
-    """
-    dirty = [
-        name
-        for name, point in model.hook_dict.items()
-        for handle in (*point.fwd_hooks, *point.bwd_hooks)
-        if not handle.is_permanent and not handle.context_level
-    ]
-    if dirty:
-        more = f" and {len(set(dirty)) - 1} other hook points" if len(set(dirty)) > 1 else ""
-        raise PosheadsError(
-            f"{model_name(model)} still carries hooks on {dirty[0]}{more}; call "
-            "model.reset_hooks() first, or set those you mean inside `with model.hooks(...)`"
-        )
-
-
-class PassDone(Exception):
-    """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
-
-
 def capture_rotary(
     model: Any,
     tokens: Int[Tensor, "batch pos"],
@@ -253,8 +150,10 @@ def capture_rotary(
     """One forward pass; ``consumer(layer, rot_q, rot_k)`` is called in it, a layer at a time.
 
     Nothing is kept: a layer's tensors are let go when the consumer returns. The pass ends with
-    the last layer asked for, before its attention is computed. Peak memory beyond the consumer's:
-    that of the model's own eager attention, one ``[batch, head, pos, pos]`` layer.
+    the last layer asked for, before its attention is computed. Attention runs through fused kernels
+    where that is the same (:func:`tl_posheads.fused.fused_attention`); elsewhere, and with an
+    attention mask, peak memory beyond the consumer's is that of the lens's eager attention, some
+    ``[batch, head, pos, pos]`` tensors of one layer.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
@@ -299,7 +198,8 @@ def capture_rotary(
             for layer in wanted
             for which in (0, 1)
         ]
-        with own_hooks(hooks), suppress(PassDone):
+        whole = nullcontext() if attention_mask is not None else fused_attention(model)
+        with own_hooks(hooks), whole, suppress(PassDone):
             run_forward(model, tokens, attention_mask)
     missing = sorted(set(wanted) - set(seen))
     if missing:
@@ -308,10 +208,3 @@ def capture_rotary(
             f"the rotated queries of layer {missing[0]} of {model_name(model)} never came: "
             f"TransformerLens does not offer them for {kind}"
         )
-
-
-def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
-    device = next(model.parameters()).device
-    options = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
-    with torch.no_grad():
-        model(tokens.to(device), return_type=None, **options)

@@ -80,13 +80,27 @@ def rotate_by(
     would have been at ``r`` (rotations in one plane commute, and the amplitude stays).
     """
     angle = (steps[..., None].double() * geometry.inv_freq.to(steps.device))[..., None, :]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return turn(x, angle.cos(), angle.sin(), geometry)
+
+
+def turn(
+    x: Float[Tensor, "... d_head"],
+    cos: Float[Tensor, "... pair"],
+    sin: Float[Tensor, "... pair"],
+    geometry: PairGeometry,
+) -> Float[Tensor, "... d_head"]:
+    """Multiply every pair, read as a complex number, by ``cos + i sin``.
+
+    Coordinates past ``rotary_dim`` stay. Where ``cos`` is 1 and ``sin`` is 0, the pair stays too,
+    bit for bit.
+    """
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = split_pairs(x, geometry)
     rest = x[..., geometry.rotary_dim :]
     return join_pairs(first * cos - second * sin, second * cos + first * sin, rest, geometry)
 
 
-def _expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:
+def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:
     """One key per query head, whichever way grouped-query attention shares them."""
     n_heads, n_kv = len(geometry.kv_head), max(geometry.kv_head) + 1
     if rot_q.shape[-2] != n_heads or rot_k.shape[-2] != n_kv:
@@ -131,7 +145,7 @@ def dimension_contributions(
     """
     if scale not in ("none", "attention"):
         raise PosheadsError(f"scale={scale!r} was given; expected 'none' or 'attention'")
-    keys = _expand_keys(rot_k, rot_q, geometry)
+    keys = expand_keys(rot_k, rot_q, geometry)
     axes = "... q_pos head pair, ... k_pos head pair -> ... head q_pos k_pos pair"
     q1, q2 = split_pairs(rot_q, geometry)
     k1, k2 = split_pairs(keys, geometry)
@@ -145,7 +159,7 @@ def unrotated_contribution(
     geometry: PairGeometry,
 ) -> Float[Tensor, "*batch head q_pos k_pos"]:
     """The part of ``q . k`` that comes from coordinates RoPE leaves alone (partial rotary)."""
-    keys = _expand_keys(rot_k, rot_q, geometry)
+    keys = expand_keys(rot_k, rot_q, geometry)
     rest = slice(geometry.rotary_dim, None)
     axes = "... q_pos head rest, ... k_pos head rest -> ... head q_pos k_pos"
     return einsum(rot_q[..., rest], keys[..., rest], axes)
@@ -191,7 +205,7 @@ class PairVectors:
         scale: Literal["none", "attention"] = "none",
         precision: torch.dtype = torch.float32,
     ) -> None:
-        keys = _expand_keys(rot_k, rot_q, geometry)
+        keys = expand_keys(rot_k, rot_q, geometry)
         factor = geometry.attention_scale if scale == "attention" else 1.0
         layout = "two pos head pair -> two pair head pos"
         precision = torch.promote_types(rot_q.dtype, precision)

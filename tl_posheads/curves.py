@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from tl_posheads.capture import (
-    capture_rotary,
-    model_name,
-    require_clean,
-    require_rotary,
-    rotary_hook_points,
-)
-from tl_posheads.contributions import PairVectors
+from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of, length_matters
+from tl_posheads.lens import model_name, require_clean, require_rotary
+from tl_posheads.remapping import pair_vectors
 from tl_posheads.tables import rows_of
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
@@ -142,7 +137,8 @@ def dominant_dimension_curve(
         def consumer(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             chosen = sorted({head for at, head in wanted if at == layer})
             q, k = rot_q[0, skip_first:], rot_k[0, skip_first:]
-            _add_document(q, k, geometry[layer], chosen, [sums[layer, h] for h in chosen])
+            here = geometry[layer].after(skip_first)
+            _add_document(q, k, here, chosen, [sums[layer, h] for h in chosen])
             bar.update(1)
 
         with bar:
@@ -162,20 +158,20 @@ class _HeadSums:
         self.histogram = torch.zeros(n_bins, n_pos, dtype=torch.long)
 
 
-def _only(geometry: LayerGeometry, rot_k: Tensor, heads: Sequence[int]) -> tuple[Any, Tensor]:
+def _only(
+    geometry: LayerGeometry, rot_k: Tensor, heads: Sequence[int]
+) -> tuple[LayerGeometry, Tensor]:
     """Geometry and keys of some heads, one key each."""
     keys = rot_k[:, [geometry.kv_head[head] for head in heads]]
-    alone = LayerGeometry.from_inv_freq(
-        geometry.inv_freq, len(heads), d_head=geometry.d_head, layout=geometry.layout
-    )
-    return alone, keys
+    remapping = None if geometry.remapping is None else geometry.remapping.only(heads)
+    return replace(geometry, kv_head=tuple(range(len(heads))), remapping=remapping), keys
 
 
 def _add_document(
     rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: Sequence[int], sums: Sequence[Any]
 ) -> None:
     alone, keys = _only(geometry, rot_k, heads)
-    vectors = PairVectors(rot_q[:, list(heads)], keys, alone)
+    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone)
     rows = torch.arange(1, rot_q.shape[0], device=rot_q.device)
     n_pos = rot_q.shape[0]
     for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):

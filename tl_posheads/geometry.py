@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lens import changes_of
+from tl_posheads.remapping import Remapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,8 @@ class LayerGeometry:
         softcap: scores pass ``softcap * tanh(scores / softcap)``; None without.
         window: query ``i`` sees keys ``i - window < j <= i``; None sees all before it.
         kv_head: the key head of each query head.
+        remapping: other distances that the layer sees than the text has, as under SelfExtend;
+            None for its own.
 
     Example:
         >>> import torch
@@ -47,6 +51,7 @@ class LayerGeometry:
     softcap: float | None
     window: int | None
     kv_head: tuple[int, ...]
+    remapping: Remapping | None = None
 
     @classmethod
     def from_inv_freq(
@@ -88,6 +93,12 @@ class LayerGeometry:
             window=window,
             kv_head=share_keys(n_heads, n_kv),
         )
+
+    def after(self, first: int) -> LayerGeometry:
+        """The geometry of texts whose first positions were cut off."""
+        if self.remapping is None or not first:
+            return self
+        return replace(self, remapping=self.remapping.after(first))
 
     @property
     def n_pairs(self) -> int:
@@ -148,7 +159,12 @@ class RotaryGeometry:
         """
         from tl_posheads.probe import measure
 
-        return cls(*measure(model, length=length, layers=layers))
+        name, measured = measure(model, length=length, layers=layers)
+        for change in changes_of(model):
+            measured = tuple(
+                change.geometry(layer, length) if layer.n_pairs else layer for layer in measured
+            )
+        return cls(name, measured)
 
     def __getitem__(self, layer: int) -> LayerGeometry:
         return self.layers[layer]

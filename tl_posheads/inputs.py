@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_posheads.capture import model_name
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lens import changes_of, model_name
 
 
 def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
@@ -114,6 +114,8 @@ def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 
 def length_matters(model: Any) -> bool:
     """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
+    if any(change.length_matters for change in changes_of(model)):
+        return True
     config = getattr(getattr(model, "original_model", None), "config", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, dict) else []

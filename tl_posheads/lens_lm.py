@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, StoppingCriteria
 
-from tl_posheads.capture import model_name, require_lens
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import fused_attention, unembed_only
+from tl_posheads.fused import fused_attention
+from tl_posheads.lens import model_name, require_lens
+from tl_posheads.passes import unembed_only
 
 if TYPE_CHECKING:
     TemplateLM: Any = object

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from transformer_lens import patching as lens_patching
 
 from tl_posheads.ablation import Head, heads_of
-from tl_posheads.capture import attention, instance_method, model_name, require_clean, require_lens
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
+from tl_posheads.lens import attention, instance_method, model_name, require_clean, require_lens
 from tl_posheads.provenance import versions
 from tl_posheads.results import HeadScores
 from tl_posheads.study.effects import spearman

@@ -10,18 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_posheads.capture import (
-    attention,
-    model_name,
-    others_hooks_suspended,
-    own_hooks,
-    rotary_hook_points,
-    run_forward,
-)
+from tl_posheads.capture import rotary_hook_points
 from tl_posheads.contributions import rotate_by
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, share_keys
 from tl_posheads.inputs import require_finite
+from tl_posheads.lens import attention, model_name, others_hooks_suspended, own_hooks, run_forward
 
 _POINTS = ("hook_rot_q", "hook_rot_k", "hook_q", "hook_k", "hook_attn_scores", "hook_cos",
            "hook_sin")  # fmt: skip

@@ -12,17 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.accumulator import ScoreAccumulator, check_pairs
-from tl_posheads.capture import (
-    capture_rotary,
-    model_name,
-    require_clean,
-    require_rotary,
-    rotary_hook_points,
-)
+from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.checkpoint import TableCheckpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import by_content, documents_of, layers_of, length_matters
+from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.provenance import versions
 from tl_posheads.results import HeadScores
 from tl_posheads.statistics import DominantGrid
@@ -114,6 +109,7 @@ def score_heads(
             "texts": [unit for unit, _ in by_key], "settings": repr(accumulator.settings),
             "layers": accumulator.layers, "skip_first": skip_first,
             "model": [model_name(model), str(next(model.parameters()).dtype)],
+            "inside": [change.name for change in changes_of(model)],
             "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
         }  # fmt: skip
         kept = TableCheckpoint(checkpoint, plan)
@@ -132,6 +128,7 @@ def score_heads(
     facts = {
         "model": model_name(model),
         "model_class": type(model).__name__,
+        "inside": [change.name for change in changes_of(model)],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "n_tokens": sum(len(document) for document in documents),
         "longest": longest,

@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_posheads.contributions import PairVectors, rotate_by
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
+from tl_posheads.remapping import pair_vectors
 from tl_posheads.statistics import DominantGrid, circular_shift_statistic, distance_edges
 
 Weighting = Literal["all", "per_distance"] | int
@@ -285,9 +286,9 @@ def count_document(
     # Exact ranks are those of D itself, not of its rounding: heads that hardly move have pairs
     # that only float64 can tell apart.
     precision = torch.float64 if settings.exact else torch.float32
-    vectors = PairVectors(rot_q, rot_k, geometry, precision=precision)
+    vectors = pair_vectors(rot_q, rot_k, geometry, precision=precision)
     generator = document_seed(settings, document)
-    permuted = PairVectors(*permuted_content(rot_q, rot_k, geometry, generator), geometry)
+    permuted = pair_vectors(*permuted_content(rot_q, rot_k, geometry, generator), geometry)
     sample = sample_of(vectors, geometry.window)
     if grids is None:
         grids = Grids(

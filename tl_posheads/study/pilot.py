@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.checkpoint import Checkpoint
-from tl_posheads.passes import fused_attention, run_branch, run_trunk
+from tl_posheads.fused import fused_attention
+from tl_posheads.passes import run_branch, run_trunk
 from tl_posheads.results import HeadScores
 from tl_posheads.study.budget import Cost, Spread, spread_of
 from tl_posheads.study.conditions import conditions_of

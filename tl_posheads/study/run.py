@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.ablation import Mode
-from tl_posheads.capture import model_name, require_clean, require_rotary
 from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lens import model_name, require_clean, require_rotary
 from tl_posheads.provenance import versions
 from tl_posheads.results import HeadScores
 from tl_posheads.study.budget import (

@@ -18,8 +18,8 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_posheads.capture import attention, own_hooks
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lens import attention, own_hooks
 from tl_posheads.passes import target_logits
 
 

@@ -20,11 +20,12 @@ from tl_posheads.ablation import (
     replacing,
     too_short,
 )
-from tl_posheads.capture import attention, model_name
 from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
+from tl_posheads.fused import fused_attention
 from tl_posheads.inputs import documents_of
-from tl_posheads.passes import Hooks, fused_attention, run_branch, run_trunk
+from tl_posheads.lens import attention, model_name
+from tl_posheads.passes import Hooks, run_branch, run_trunk
 from tl_posheads.study.conditions import Condition
 from tl_posheads.study.controls import Head
 from tl_posheads.study.screen import head_effects

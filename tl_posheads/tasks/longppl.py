@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import fused_attention, target_logprobs
+from tl_posheads.fused import fused_attention
+from tl_posheads.passes import target_logprobs
 from tl_posheads.tasks.base import (
     Prompt,
     begin,

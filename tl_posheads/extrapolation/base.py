@@ -1,0 +1,285 @@
+"""What an extrapolation method is, and how it is put on a live model and taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.capture import rotary_hook_points
+from tl_posheads.contributions import turn
+from tl_posheads.errors import PosheadsError
+from tl_posheads.geometry import LayerGeometry, RotaryGeometry
+from tl_posheads.inputs import length_matters
+from tl_posheads.lens import (
+    Change,
+    attention,
+    changed,
+    changes_of,
+    model_name,
+    own_hooks,
+    require_rotary,
+)
+from tl_posheads.positions import Positions, watched_positions
+from tl_posheads.remapping import Remapping
+from tl_posheads.rescoring import require_scores, rescored
+
+# No method forbids a text that is longer than it was meant for: what happens there is the question.
+_ANY_LENGTH = 1 << 24
+
+
+class Frequencies(NamedTuple):
+    """Frequencies under a method.
+
+    Attributes:
+        inv_freq: radians per token of each pair, float64.
+        scale: factor on queries and keys both (YaRN's square root of its inverse temperature).
+    """
+
+    inv_freq: Float[Tensor, "pair"]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to let a model read longer texts than it was trained on, reversible and unlearned.
+
+    Call it with a model to get a context manager: inside, forward passes, ``generate`` with a KV
+    cache, ``run_with_cache`` and everything of this package see the extended model, and texts may
+    be longer than ``cfg.n_ctx``. Hooks set inside see the changed queries, keys and scores. On
+    leaving, whatever was raised, the model is as it was; its weights were never touched.
+
+    Layers with a sliding window are left alone in models that have others too: they never see a
+    distance that is new to them.
+
+    Raises:
+        PosheadsError: a setting that can't be; on entering: no RoPE, another method in force, a
+            model whose own frequencies depend on the length.
+    """
+
+    length_matters: ClassVar[bool] = False
+
+    def __call__(self, model: Any, *, trained: int | None = None) -> AbstractContextManager[Any]:
+        """The context manager.
+
+        Args:
+            model: HookedTransformer or TransformerBridge with RoPE.
+            trained: positions that it was trained on; ``cfg.n_ctx`` by default.
+
+        Returns:
+            A context manager that yields the model.
+        """
+        return _extended(model, self, trained)
+
+    def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
+        """A layer's geometry under the method, for texts of ``length`` tokens."""
+        return layer
+
+    def check_layer(self, layer: LayerGeometry, trained: int) -> None:
+        """Refuse a layer that the method can't change."""
+
+
+@dataclass(frozen=True)
+class FrequencyMethod(Method):
+    """A method that changes frequencies: a further rotation of the rotated queries and keys."""
+
+    def frequencies(
+        self, inv_freq: Float[Tensor, "pair"], trained: int, length: int
+    ) -> Frequencies:
+        """The method's formula.
+
+        Args:
+            inv_freq: the model's own, float64, fastest pair first.
+            trained: positions that it was trained on.
+            length: tokens of the text so far, those in the KV cache included.
+        """
+        raise NotImplementedError
+
+    def turns(
+        self, layer: LayerGeometry, position: Int[Tensor, "*batch pos"], trained: int, length: int
+    ) -> tuple[Float[Tensor, "*batch pos head pair"], Float[Tensor, "*batch pos head pair"]]:
+        """Cosine and sine, times the scale, of the further rotation at each position.
+
+        The axis of heads may be 1.
+        """
+        new = self.frequencies(layer.inv_freq, trained, length)
+        by = (new.inv_freq - layer.inv_freq).to(position.device)
+        angle = position[..., None, None].double() * by
+        return angle.cos() * new.scale, angle.sin() * new.scale
+
+    def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
+        new = self.frequencies(layer.inv_freq, trained, length)
+        return replace(
+            layer, inv_freq=new.inv_freq, rotation_scale=layer.rotation_scale * new.scale
+        )
+
+    def check_layer(self, layer: LayerGeometry, trained: int) -> None:
+        self.frequencies(layer.inv_freq, trained, trained)
+
+
+@dataclass(frozen=True)
+class DistanceMethod(Method):
+    """A method that treats pairs by their distance: the scores are computed again."""
+
+    def remapping(self, layer: LayerGeometry, trained: int) -> Remapping:
+        """Regions of query-key pairs, and where the pairs of each meet."""
+        raise NotImplementedError
+
+    def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
+        return replace(layer, remapping=self.remapping(layer, trained))
+
+    def check_layer(self, layer: LayerGeometry, trained: int) -> None:
+        self.remapping(layer, trained)
+
+
+def require_factor(method: str, factor: Any, name: str = "factor") -> None:
+    """Refuse a factor that isn't a number of at least 1.
+
+    Raises:
+        PosheadsError: it isn't.
+    """
+    known = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not known or not 1 <= factor < float("inf"):
+        raise PosheadsError(
+            f"{method}({name}={factor!r}) was given; expected a number of 1 or more: by how much "
+            "the texts are longer than those of training"
+        )
+
+
+def require_whole(method: str, **least: tuple[Any, int]) -> None:
+    """Refuse settings, given as value and least value, that aren't whole numbers.
+
+    Raises:
+        PosheadsError: the first that isn't.
+    """
+    for name, (value, smallest) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise PosheadsError(
+                f"{method}({name}={value!r}) was given; expected a whole number of {smallest} or "
+                "more"
+            )
+
+
+def _require_alone(model: Any, method: Method) -> None:
+    for change in changes_of(model):
+        if change.kind == "extrapolation":
+            raise PosheadsError(
+                f"{method} was asked of a {model_name(model)} on which {change.name} is in force; "
+                "leave that first, methods can't be nested"
+            )
+        raise PosheadsError(
+            f"{method} was asked of a {model_name(model)} on which {change.name} is in force; "
+            "enter the method first and the edit inside it"
+        )
+    changes_rotation = isinstance(method, FrequencyMethod | DistanceMethod)
+    if changes_rotation and length_matters(model):
+        raise PosheadsError(
+            f"{method} was asked of {model_name(model)}, whose own frequencies depend on the "
+            "text's length (dynamic NTK or LongRoPE); load it with rope_parameters of type "
+            "'default' and extend that"
+        )
+
+
+def trained_of(model: Any, trained: int | None) -> int:
+    """The training length asked for, or the model's own.
+
+    Raises:
+        PosheadsError: no whole number of 2 or more.
+    """
+    if trained is None:
+        return int(model.cfg.n_ctx)
+    if isinstance(trained, bool) or not isinstance(trained, int) or trained < 2:
+        raise PosheadsError(
+            f"trained={trained!r} was given; expected the number of positions that the model was "
+            "trained on, 2 or more"
+        )
+    return trained
+
+
+@contextmanager
+def any_length(model: Any) -> Iterator[None]:
+    """Inside, texts of any length can be read; tables that grew for them go on leaving."""
+    kept = []
+    for layer in range(model.cfg.n_layers):
+        attn: Any = attention(model, layer)
+        for owner in (attn, getattr(attn, "original_component", None)):
+            for name in ("rotary_cos", "rotary_sin", "embed_positions"):
+                if owner is not None and name in owner._buffers:
+                    kept.append((owner._buffers, name, owner._buffers[name]))
+    n_ctx = model.cfg.n_ctx
+    model.cfg.n_ctx = max(int(n_ctx), _ANY_LENGTH)
+    try:
+        yield
+    finally:
+        model.cfg.n_ctx = n_ctx
+        for buffers, name, value in kept:
+            buffers[name] = value
+
+
+@contextmanager
+def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
+    require_rotary(model)
+    _require_alone(model, method)
+    known = trained_of(model, trained)
+    if isinstance(method, DistanceMethod):
+        require_scores(model, repr(method))
+    with ExitStack() as stack:
+        stack.enter_context(rotary_hook_points(model))
+        bare = RotaryGeometry.from_model(model)
+        layers = _layers(bare)
+        for layer in layers.values():
+            method.check_layer(layer, known)
+        stack.enter_context(any_length(model))
+        positions = stack.enter_context(watched_positions(model))
+        remapped: dict[int, LayerGeometry] = {}
+        handles: list[Any] = []
+        if isinstance(method, FrequencyMethod):
+            stack.enter_context(own_hooks(_rotations(model, method, layers, positions, known)))
+        elif isinstance(method, DistanceMethod):
+            remapped = {i: method.layer_geometry(layer, known, 0) for i, layer in layers.items()}
+            handles = stack.enter_context(rescored(model, remapped, positions))
+
+        def geometry(layer: LayerGeometry, length: int) -> LayerGeometry:
+            if layer.layer not in layers:
+                return layer
+            return method.layer_geometry(layer, known, length)
+
+        change = Change(
+            name=repr(method), kind="extrapolation", trained=known, geometry=geometry,
+            length_matters=method.length_matters, remapped=remapped, handles=handles,
+        )  # fmt: skip
+        stack.enter_context(changed(model, change))
+        yield model
+
+
+def _layers(geometry: RotaryGeometry) -> dict[int, LayerGeometry]:
+    rotary = [layer for layer in geometry.layers if layer.n_pairs]
+    whole = [layer for layer in rotary if layer.window is None]
+    return {layer.layer: layer for layer in whole or rotary}
+
+
+def _rotations(
+    model: Any,
+    method: FrequencyMethod,
+    layers: Mapping[int, LayerGeometry],
+    positions: Positions,
+    trained: int,
+) -> list[tuple[Any, Callable[..., Tensor]]]:
+    def rotation(layer: LayerGeometry) -> Callable[..., Tensor]:
+        def hook(x: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
+            at = positions.of(x)
+            cos, sin = method.turns(layer, at, trained, int(at.max()) + 1)
+            return turn(x, cos.to(x.device), sin.to(x.device), layer)
+
+        return hook
+
+    points = model.hook_dict
+    return [
+        (points[f"blocks.{i}.attn.hook_rot_{which}"], rotation(layer))
+        for i, layer in layers.items()
+        for which in "qk"
+    ]

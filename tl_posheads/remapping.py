@@ -1,0 +1,290 @@
+"""Attention that sees other distances than the text has: the mathematics, on tensors alone.
+
+SelfExtend, ReRoPE and Dual Chunk Attention divide query-key pairs into regions, and in each let
+queries and keys meet as if they stood elsewhere. Rotated vectors can be moved there by a further
+rotation, so a :class:`Remapping` is all that such a method is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.contributions import PairVectors, expand_keys, turn
+
+if TYPE_CHECKING:
+    from tl_posheads.geometry import LayerGeometry
+
+Move = Callable[[Int[Tensor, "*batch pos"]], Float[Tensor, "*batch pos head pair"]]
+"""Positions to the positions that take their place; the axes of head and pair may be 1."""
+
+_ROWS = 1 << 22  # scores at a time and text: 16 MB in float32
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where queries and keys of a region stand when they meet.
+
+    Attributes:
+        queries, keys: their new positions; None leaves them where they are.
+        scale: factor on the scores by the query's position; None is 1.
+    """
+
+    queries: Move | None = None
+    keys: Move | None = None
+    scale: Callable[[Int[Tensor, "*batch pos"]], Float[Tensor, "*batch pos"]] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.queries is None and self.keys is None and self.scale is None
+
+
+@dataclass(frozen=True)
+class Remapping:
+    """Regions of query-key pairs, and where the pairs of each meet.
+
+    Attributes:
+        regions: at least one.
+        region: query and key positions, broadcast against each other, to the region's number.
+        heads: query heads that it holds for; None is all.
+        first: position of the first query and key given, where a text's start was cut off.
+    """
+
+    regions: tuple[Region, ...]
+    region: Callable[[Int[Tensor, "..."], Int[Tensor, "..."]], Int[Tensor, "..."]]
+    heads: tuple[int, ...] | None = None
+    first: int = 0
+
+    def after(self, first: int) -> Remapping:
+        """The same for a text whose first positions were cut off."""
+        return replace(self, first=self.first + first)
+
+    def only(self, heads: Sequence[int]) -> Remapping:
+        """The same for a layer of which some heads were taken out, in that order."""
+        mine = None
+        if self.heads is not None:
+            mine = tuple(i for i, head in enumerate(heads) if head in self.heads)
+        regions = tuple(
+            replace(
+                region, queries=_of_heads(region.queries, heads), keys=_of_heads(region.keys, heads)
+            )
+            for region in self.regions
+        )
+        return replace(self, heads=mine, regions=regions)
+
+
+def _of_heads(move: Move | None, heads: Sequence[int]) -> Move | None:
+    if move is None:
+        return None
+
+    def of_heads(position: Tensor) -> Tensor:
+        moved = move(position)
+        return moved if moved.shape[-2] == 1 else moved[..., list(heads), :]
+
+    return of_heads
+
+
+def every_pair(q_pos: Int[Tensor, "..."], k_pos: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The ``region`` of a remapping that has but one."""
+    return torch.zeros_like(q_pos - k_pos)
+
+
+def move_to(
+    x: Float[Tensor, "*batch pos head d_head"],
+    position: Int[Tensor, "*batch pos"],
+    move: Move | None,
+    geometry: LayerGeometry,
+    heads: tuple[int, ...] | None = None,
+) -> Float[Tensor, "*batch pos head d_head"]:
+    """Rotated vectors, turned on to the positions that ``move`` gives them."""
+    if move is None:
+        return x
+    steps = move(position).double() - position[..., None, None].double()
+    angle = steps * geometry.inv_freq.to(x.device)
+    if heads is not None:
+        mine = torch.zeros(x.shape[-2], 1, dtype=angle.dtype, device=x.device)
+        mine[list(heads)] = 1
+        angle = angle * mine
+    return turn(x, angle.cos(), angle.sin(), geometry)
+
+
+def _moved(
+    rot_q: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, geometry: LayerGeometry,
+    remapping: Remapping, region: Region,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Queries and keys of one region, one key a head; ``scale`` is in the queries."""
+    q = move_to(rot_q, q_pos, region.queries, geometry, remapping.heads)
+    if region.scale is not None:
+        factor = region.scale(q_pos).to(q.dtype)[..., None, None]
+        if remapping.heads is None:
+            q = q * factor
+        else:
+            q = q.clone()
+            q[..., list(remapping.heads), :] *= factor
+    return q, move_to(keys, k_pos, region.keys, geometry, remapping.heads)
+
+
+def remapped_scores(
+    rot_q: Float[Tensor, "batch q_pos head d_head"],
+    rot_k: Float[Tensor, "batch k_pos kv_head d_head"],
+    q_pos: Int[Tensor, "batch q_pos"],
+    k_pos: Int[Tensor, "batch k_pos"],
+    geometry: LayerGeometry,
+) -> Iterator[tuple[slice, Float[Tensor, "batch head rows k_pos"], Tensor]]:
+    """Scores under the geometry's remapping, some queries at a time, scaled and softcapped.
+
+    Not masked. Beside the scores, where they are those of the bare model: ``[batch, rows, k_pos]``.
+
+    Memory: for every region a copy of queries and keys, and five times 16 MB of scores a text.
+    """
+    remapping = geometry.remapping
+    assert remapping is not None
+    keys = expand_keys(rot_k, rot_q, geometry)
+    # GPT-NeoX and others broadcast one row of positions over the batch.
+    q_pos, k_pos = (p.expand(rot_q.shape[0], -1) for p in (q_pos, k_pos))
+    vectors = [
+        tuple(
+            rearrange(x, "batch pos head d -> batch head pos d")
+            for x in _moved(rot_q, keys, q_pos, k_pos, geometry, remapping, region)
+        )
+        for region in remapping.regions
+    ]
+    n_q, n_k, n_heads = q_pos.shape[1], k_pos.shape[1], rot_q.shape[2]
+    step = max(1, _ROWS // (n_k * n_heads))
+    for start in range(0, n_q, step):
+        rows = slice(start, min(n_q, start + step))
+        number = remapping.region(q_pos[:, rows, None], k_pos[:, None])
+        # Later keys are masked; they should not call for a region of their own.
+        number = torch.where(q_pos[:, rows, None] < k_pos[:, None], -1, number)
+        scores: Tensor | None = None
+        for r, (q, k) in enumerate(vectors):
+            here = (number == r)[:, None]
+            if not bool(here.any()):
+                continue
+            block = q[:, :, rows] @ k.transpose(-1, -2) * geometry.attention_scale
+            scores = block if scores is None else torch.where(here, block, scores)
+        if scores is None:
+            continue
+        if geometry.softcap is not None:
+            scores = geometry.softcap * torch.tanh(scores / geometry.softcap)
+        plain = [r for r, region in enumerate(remapping.regions) if region.is_plain]
+        unchanged = torch.isin(number, torch.tensor([-1, *plain], device=number.device))
+        yield rows, scores, unchanged
+
+
+def remapped_attention(
+    rot_q: Float[Tensor, "batch pos head d_head"],
+    rot_k: Float[Tensor, "batch pos kv_head d_head"],
+    v: Float[Tensor, "batch pos kv_head d_head"],
+    position: Int[Tensor, "batch pos"],
+    geometry: LayerGeometry,
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Causal attention under the geometry's remapping, without the whole pattern.
+
+    Memory: as :func:`remapped_scores`.
+    """
+    values = rearrange(expand_keys(v, rot_q, geometry), "batch pos head d -> batch head pos d")
+    z = torch.empty_like(values)
+    at = torch.arange(rot_q.shape[1], device=rot_q.device)
+    for rows, scores, _ in remapped_scores(rot_q, rot_k, position, position, geometry):
+        apart = at[rows, None] - at
+        hidden = apart < 0
+        if geometry.window is not None:
+            hidden = hidden | (apart >= geometry.window)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        z[:, :, rows] = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ values
+    return rearrange(z, "batch head pos d -> batch pos head d")
+
+
+def pair_vectors(
+    rot_q: Float[Tensor, "q_pos head d_head"],
+    rot_k: Float[Tensor, "k_pos kv_head d_head"],
+    geometry: LayerGeometry,
+    *,
+    precision: torch.dtype = torch.float32,
+) -> PairVectors:
+    """What D is computed from: the text's own vectors, or those of every region."""
+    if geometry.remapping is None:
+        return PairVectors(rot_q, rot_k, geometry, precision=precision)
+    return RemappedVectors(rot_q, rot_k, geometry, precision=precision)
+
+
+class RemappedVectors(PairVectors):
+    """:class:`PairVectors` of a layer that sees other distances: a set for every region."""
+
+    def __init__(
+        self,
+        rot_q: Float[Tensor, "q_pos head d_head"],
+        rot_k: Float[Tensor, "k_pos kv_head d_head"],
+        geometry: LayerGeometry,
+        *,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        remapping = geometry.remapping
+        assert remapping is not None
+        alone = replace(geometry, kv_head=tuple(range(geometry.n_heads)), remapping=None)
+        keys = expand_keys(rot_k, rot_q, geometry)
+        super().__init__(rot_q, keys, alone, precision=precision)
+        precision = torch.promote_types(rot_q.dtype, precision)
+        at = torch.arange(rot_q.shape[0], device=rot_q.device) + remapping.first
+        self.remapping = remapping
+        self.regions = [
+            PairVectors(
+                *_moved(rot_q.to(precision), keys.to(precision), at, at, alone, remapping, region),
+                alone,
+                precision=precision,
+            )
+            for region in remapping.regions
+        ]
+
+    def dominant_rows(
+        self, rows: Int[Tensor, "rows"], keys: slice
+    ) -> Float[Tensor, "head rows keys"]:
+        number = self._number(rows[:, None], self._positions(keys))
+        return self._chosen(number, lambda vectors: vectors.dominant_rows(rows, keys))
+
+    def weight_rows(
+        self, rows: Int[Tensor, "rows"], keys: slice
+    ) -> Iterator[Float[Tensor, "head rows keys"]]:
+        number = self._number(rows[:, None], self._positions(keys))
+        each = {
+            r: vectors.weight_rows(rows, keys)
+            for r, vectors in enumerate(self.regions)
+            if bool((number == r).any())
+        }
+        for _ in range(self.n_pairs):
+            out: Tensor | None = None
+            for r, weights in each.items():
+                value = next(weights)
+                out = value if out is None else torch.where(number == r, value, out)
+            assert out is not None
+            yield out
+
+    def dominant_pairs(
+        self, q_pos: Int[Tensor, "head n"], k_pos: Int[Tensor, "head n"]
+    ) -> Float[Tensor, "head n"]:
+        number = self._number(q_pos, k_pos)
+        return self._chosen(number, lambda vectors: vectors.dominant_pairs(q_pos, k_pos))
+
+    def _positions(self, keys: slice) -> Tensor:
+        return torch.arange(keys.start, keys.stop, device=self.q.device)
+
+    def _number(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        first = self.remapping.first
+        return self.remapping.region(q_pos + first, k_pos + first)
+
+    def _chosen(self, number: Tensor, of: Callable[[PairVectors], Tensor]) -> Tensor:
+        out: Tensor | None = None
+        for r, vectors in enumerate(self.regions):
+            here = number == r
+            if bool(here.any()):
+                value = of(vectors)
+                out = value if out is None else torch.where(here, value, out)
+        assert out is not None
+        return out

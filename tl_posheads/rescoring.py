@@ -1,0 +1,115 @@
+"""Scores of a live model computed again, for layers that are to see other distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.geometry import LayerGeometry
+from tl_posheads.lens import attention, instance_method, model_name, own_hooks
+from tl_posheads.positions import Positions, key_positions
+from tl_posheads.remapping import remapped_scores
+
+_MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
+
+
+def require_scores(model: Any, what: str) -> None:
+    """Refuse models whose scores can't be computed again from rotated queries and keys.
+
+    Raises:
+        PosheadsError: GPT-J and multi-head latent attention, by name.
+    """
+    for layer in range(model.cfg.n_layers):
+        attn = attention(model, layer)
+        name = type(attn).__name__
+        why = None
+        if name == "AttentionBridge":
+            why = "whose attention in TransformerLens shows its scores only afterwards"
+        elif "MLA" in name:
+            why = "whose rotated vectors are only a piece of its queries and keys"
+        if why is not None:
+            raise PosheadsError(
+                f"{what} was asked of {model_name(model)}, {why}; use a method that changes "
+                "frequencies alone, like YaRN"
+            )
+
+
+@contextmanager
+def rescored(
+    model: Any, layers: Mapping[int, LayerGeometry], positions: Positions
+) -> Iterator[list[Any]]:
+    """Inside, the scores of ``layers`` are those of their geometry's remapping.
+
+    Inside ``rotary_hook_points`` and ``watched_positions``. What hooks on ``hook_rot_q`` and
+    ``hook_rot_k`` return that were set before is what the scores are computed from.
+
+    Yields:
+        Handles of the hooks on the scores.
+    """
+    with ExitStack() as stack:
+        # One for all layers: they run one after the other, and nobody's tensors are held longer.
+        seen: dict[str, Tensor] = {}
+        rotated = []
+        for layer in layers:
+            attn: Any = attention(model, layer)
+            if hasattr(attn, "_update_kv_cache"):  # the Bridge caches rotated keys
+                spy = _with_cached(attn._update_kv_cache, seen)
+                stack.enter_context(instance_method(attn, "_update_kv_cache", spy))
+            rotated.append((attn.hook_rot_q, _keep_queries(seen, positions)))
+            rotated.append((attn.hook_rot_k, _keep_keys(seen)))
+        stack.enter_context(own_hooks(rotated))
+        points = model.hook_dict
+        scores = [
+            (points[f"blocks.{layer}.attn.hook_attn_scores"], _rescore(seen, geometry))
+            for layer, geometry in layers.items()
+        ]
+        yield stack.enter_context(own_hooks(scores))
+
+
+def _with_cached(update: Callable[..., Any], seen: dict[str, Tensor]) -> Callable[..., Any]:
+    def update_and_keep(k: Tensor, v: Tensor, **kwargs: Any) -> Any:
+        k, v = update(k, v, **kwargs)
+        seen["k"] = k.transpose(1, 2)
+        return k, v
+
+    return update_and_keep
+
+
+def _keep_queries(seen: dict[str, Tensor], positions: Positions) -> Callable[..., None]:
+    def keep(rot_q: Float[Tensor, "batch pos head d_head"], hook: Any) -> None:
+        seen["q"], seen["at"] = rot_q, positions.of(rot_q)
+
+    return keep
+
+
+def _keep_keys(seen: dict[str, Tensor]) -> Callable[..., None]:
+    def keep(rot_k: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> None:
+        seen["k"] = rot_k
+
+    return keep
+
+
+def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., Tensor]:
+    heads = None if geometry.remapping is None else geometry.remapping.heads
+
+    def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
+        q, k, q_pos = seen.pop("q"), seen.pop("k"), seen.pop("at")
+        k_pos = key_positions(q_pos, k.shape[1])
+        out = scores.clone()  # autograd and others may hold the old ones
+        for rows, new, unchanged in remapped_scores(q, k, q_pos, k_pos, geometry):
+            old = scores[:, :, rows]
+            stay = unchanged[:, None] | (old <= _MASKED)
+            new = torch.where(stay, old, new.to(old.dtype))
+            if heads is None:
+                out[:, :, rows] = new
+            else:
+                out[:, list(heads), rows] = new[:, list(heads)]
+        return out
+
+    return hook
