@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy import stats
 
-from tl_posheads import capture_rotary, (
+from tl_posheads import (
     LayerGeometry,
     PosheadsError,
     RotaryGeometry,
+    capture_rotary,
     dimension_contributions,
     dominant_dimension,
     rotary_hook_points,
