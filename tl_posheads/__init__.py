@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_posheads import tasks
+    from tl_posheads import extrapolation, tasks
     from tl_posheads.ablation import ablate, ablation_hooks
     from tl_posheads.accumulator import ScoreAccumulator
     from tl_posheads.capture import capture_rotary, hook_names, rotary_hook_points
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tl_posheads.corpora import load_corpus
     from tl_posheads.curves import dominant_dimension_curve
     from tl_posheads.errors import PosheadsError
+    from tl_posheads.extrapolation.compare import compare_extrapolations, sweep_theta
+    from tl_posheads.extrapolation.comparison import ExtrapolationComparison
+    from tl_posheads.extrapolation.stretch import BreakPoint, Stretch, break_point, stretch
     from tl_posheads.geometry import LayerGeometry, RotaryGeometry
     from tl_posheads.models import load_model
     from tl_posheads.patching import HeadPatching, patch_heads
@@ -53,6 +56,13 @@ _HOME = {
     "load_corpus": "corpora",
     "dominant_dimension_curve": "curves",
     "PosheadsError": "errors",
+    "compare_extrapolations": "extrapolation.compare",
+    "sweep_theta": "extrapolation.compare",
+    "ExtrapolationComparison": "extrapolation.comparison",
+    "BreakPoint": "extrapolation.stretch",
+    "Stretch": "extrapolation.stretch",
+    "break_point": "extrapolation.stretch",
+    "stretch": "extrapolation.stretch",
     "LayerGeometry": "geometry",
     "RotaryGeometry": "geometry",
     "load_model": "models",
@@ -66,12 +76,14 @@ _HOME = {
     "head_effects": "study.screen",
 }
 
-__all__ = [*_HOME, "tasks"]
+_PACKAGES = ("extrapolation", "tasks")
+
+__all__ = [*_HOME, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tasks":
-        return import_module("tl_posheads.tasks")
+    if name in _PACKAGES:
+        return import_module(f"tl_posheads.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'tl_posheads' has no attribute {name!r}")
     value = getattr(import_module(f"tl_posheads.{_HOME[name]}"), name)
@@ -80,4 +92,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_PACKAGES])

@@ -166,9 +166,29 @@ def capture_rotary(
         PosheadsError: no RoPE; a layer whose rotated queries never came.
     """
     wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
+
+    def until_last(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+        consumer(layer, rot_q, rot_k)
+        if layer == wanted[-1]:
+            raise PassDone
+
+    whole = nullcontext() if attention_mask is not None else fused_attention(model)
+    with rotary_consumer(model, until_last, wanted), whole, suppress(PassDone):
+        run_forward(model, tokens, attention_mask)
+
+
+@contextmanager
+def rotary_consumer(
+    model: Any, consumer: Callable[[int, Tensor, Tensor], None], layers: Sequence[int]
+) -> Iterator[None]:
+    """Inside, a pass without a KV cache hands ``(layer, rot_q, rot_k)`` over, layer by layer.
+
+    Raises:
+        PosheadsError: no RoPE; on leaving, a layer whose rotated queries never came.
+    """
     with rotary_hook_points(model):
         points = {}
-        for layer in wanted:
+        for layer in layers:
             attn: Any = attention(model, layer)
             if attn is None or not hasattr(attn, "hook_rot_q"):
                 raise PosheadsError(
@@ -176,8 +196,8 @@ def capture_rotary(
                     "of `layers`"
                 )
             points[layer] = (attn.hook_rot_q, attn.hook_rot_k)
-        waiting: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
-        seen: list[int] = []
+        waiting: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+        seen: set[int] = set()
 
         def keeper(layer: int, which: str) -> Callable[..., None]:
             def keep(value: Tensor, hook: Any) -> None:
@@ -185,23 +205,20 @@ def capture_rotary(
                 waiting[layer][which] = value.detach()
                 if len(waiting[layer]) < 2:
                     return
-                both = waiting.pop(layer)
-                seen.append(layer)
+                both, waiting[layer] = waiting[layer], {}
+                seen.add(layer)
                 consumer(layer, both["q"], both["k"])
-                if layer == wanted[-1]:
-                    raise PassDone
 
             return keep
 
         hooks = [
             (points[layer][which], keeper(layer, "qk"[which]))
-            for layer in wanted
+            for layer in layers
             for which in (0, 1)
         ]
-        whole = nullcontext() if attention_mask is not None else fused_attention(model)
-        with own_hooks(hooks), whole, suppress(PassDone):
-            run_forward(model, tokens, attention_mask)
-    missing = sorted(set(wanted) - set(seen))
+        with own_hooks(hooks):
+            yield
+    missing = sorted(set(layers) - seen)
     if missing:
         kind = type(attention(model, missing[0])).__name__
         raise PosheadsError(

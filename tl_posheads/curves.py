@@ -20,7 +20,7 @@ from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of, length_matters
 from tl_posheads.lens import model_name, require_clean, require_rotary
 from tl_posheads.remapping import pair_vectors
-from tl_posheads.tables import rows_of
+from tl_posheads.tables import evenly, rows_of
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 
@@ -145,6 +145,46 @@ def dominant_dimension_curve(
             for document in documents:
                 capture_rotary(model, document[None], consumer, layers=layers)
     return _curve(wanted, [sums[place] for place in wanted], geometry, levels)
+
+
+def mean_by_distance(
+    rot_q: Float[Tensor, "pos head d_head"],
+    rot_k: Float[Tensor, "pos kv_head d_head"],
+    geometry: LayerGeometry,
+    heads: Sequence[int],
+    *,
+    n_queries: int | None = None,
+) -> tuple[Float[Tensor, "head distance"], Int[Tensor, "distance"]]:
+    """Mean dominant dimension of some heads of one text at distances from 1, and pairs at each.
+
+    Args:
+        rot_q, rot_k, geometry: of one layer; :func:`tl_posheads.capture_rotary` gives them.
+        heads: those wanted.
+        n_queries: so many queries, evenly spread, stand for all; None takes all.
+
+    Returns:
+        The mean in float64, NaN where there is no pair, and the number of pairs of one head.
+
+    Example:
+        >>> import torch
+        >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]))
+        >>> mean, n_pairs = mean_by_distance(torch.zeros(4, 1, 4), torch.zeros(4, 1, 4), g, [0])
+        >>> mean.tolist(), n_pairs.tolist()
+        ([[0.5, 0.5, 0.5]], [3, 2, 1])
+    """
+    alone, keys = _only(geometry, rot_k, heads)
+    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone)
+    n_pos = rot_q.shape[0]
+    rows = evenly(n_pos, n_pos if n_queries is None else n_queries, rot_q.device)
+    total = torch.zeros(len(heads), n_pos, dtype=torch.float64, device=rot_q.device)
+    count = torch.zeros(n_pos, dtype=torch.long, device=rot_q.device)
+    for dominant, distance, valid, _ in rows_of(vectors, rows, geometry.window):
+        apart = distance[valid]
+        total.index_add_(1, apart, dominant[:, valid])
+        count += torch.bincount(apart, minlength=n_pos)
+    n_pairs = count[1:].cpu()
+    over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
+    return total[:, 1:].cpu() / over, n_pairs
 
 
 class _HeadSums:

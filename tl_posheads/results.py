@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,28 @@ class HeadScores:
         rho = stats.spearmanr(self.rho[both].numpy(), other.rho[both].numpy()).statistic
         return Comparison(float(rho), n, count, overlap, chance, p)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among the attributes, by name."""
+        return {name: getattr(self, name) for name in _tensor_names()}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        windows: Sequence[int | None],
+        provenance: dict[str, Any],
+    ) -> HeadScores:
+        """The inverse of :meth:`tensors`; a name that is missing is a ``KeyError``."""
+        named = {name: tensors[name] for name in _tensor_names()}
+        return cls(**named, windows=tuple(windows), provenance=provenance)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``scores.safetensors``, ``table.parquet`` and ``scores.json`` into a folder.
 
         Each file is written whole or not at all, and the last one carries the others' checksums:
         a folder that a crash left between two of them is refused by :meth:`load`.
         """
-        tensors = {name: getattr(self, name).contiguous() for name in _tensor_names()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         table = io.BytesIO()
         self.to_pandas().to_parquet(table, index=False)
         facts = {
@@ -190,11 +206,7 @@ class HeadScores:
         )
         try:
             tensors = load_tensors(parts[_TENSORS])
-            return cls(
-                **{name: tensors[name] for name in _tensor_names()},
-                windows=tuple(label["windows"]),
-                provenance=label["provenance"],
-            )
+            return cls.from_tensors(tensors, label["windows"], label["provenance"])
         except (ValueError, KeyError, TypeError) as problem:
             raise PosheadsError(
                 f"the scores in {folder} are damaged ({problem}); score again"

@@ -1,0 +1,277 @@
+"""Runs texts and tasks under several methods, one after the other, on one live model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_posheads.ablation import heads_of
+from tl_posheads.accumulator import ScoreAccumulator
+from tl_posheads.checkpoint import TableCheckpoint
+from tl_posheads.corpora import load_corpus
+from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.base import Method, any_length, trained_of
+from tl_posheads.extrapolation.comparison import ExtrapolationComparison
+from tl_posheads.extrapolation.none import None_
+from tl_posheads.extrapolation.observing import Plan, TextUnder, observe_once, scored_layers
+from tl_posheads.extrapolation.theta import Theta
+from tl_posheads.fused import fused_attention
+from tl_posheads.geometry import RotaryGeometry
+from tl_posheads.inputs import by_content, documents_of, layers_of
+from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.passes import target_logprobs
+from tl_posheads.provenance import versions
+from tl_posheads.scoring import score_heads
+from tl_posheads.tables import FEW_DOCUMENTS, N_BLOCKS
+from tl_posheads.tasks.base import Prompt, Task
+
+Head = tuple[int, int]
+Tokens = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
+
+
+def compare_extrapolations(
+    model: Any,
+    methods: Sequence[Method],
+    tokens: Tokens,
+    *,
+    heads: Sequence[Head] | int | float = 0.05,
+    trained: int | None = None,
+    tasks: Sequence[Task] = (),
+    layers: Sequence[int] | None = None,
+    pairs: int = 20_000,
+    skip_first: int = 0,
+    n_queries: int = 1024,
+    n_scored: int = 4096,
+    seed: int = 0,
+    checkpoint: str | None = None,
+    progress: bool = True,
+) -> ExtrapolationComparison:
+    """What methods do to dominant dimensions, scores, loss and tasks, within and past training.
+
+    The third finding of Hong et al. 2024 (arXiv 2410.08703, section 4.3): methods that extend the
+    context stretch the pattern of the dominant dimension; the bare model's breaks.
+
+    Args:
+        model: HookedTransformer or TransformerBridge with RoPE.
+        methods: of :mod:`tl_posheads.extrapolation`; the bare model, ``None_()``, is put first if
+            it isn't among them.
+        tokens: texts longer than the training length. ``load_corpus`` makes them inside
+            ``with None_()(model):``.
+        heads: those whose curves are drawn; a number is as in ``scores.top``, of the bare model's
+            scores within the training length.
+        trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
+        tasks: run under every method; give lengths on both sides of the training length.
+        layers: those whose heads are scored; all by default.
+        pairs: drawn per head and text for the scores, distance first, so that far ones count.
+        skip_first: positions at every text's start left out of curves and scores.
+        n_queries: of a text that a curve is made of, evenly spread.
+        n_scored: tokens of a text whose loss is measured, evenly spread.
+        seed: of everything drawn.
+        checkpoint: folder that keeps every finished text; the same call goes on from there.
+        progress: show a bar.
+
+    Returns:
+        :class:`ExtrapolationComparison`.
+
+    Memory: one text and layer at a time through fused attention where the model allows it
+    (methods that rescore, in blocks of queries); elsewhere the lens's eager
+    ``[head, pos, pos]`` tensors. Logits of ``n_scored`` positions.
+
+    Raises:
+        PosheadsError: no RoPE, no methods, the same one twice, texts no longer than the training
+            length, heads that don't exist, a method that refuses the model.
+
+    Example:
+        >>> from tl_posheads import extrapolation as ex
+        >>> found = compare_extrapolations(                     # doctest: +SKIP
+        ...     model, [ex.Linear(4), ex.YaRN(4)], tokens, trained=256)
+        >>> found.to_pandas(); found.plot()                     # doctest: +SKIP
+    """
+    require_rotary(model)
+    require_clean(model)
+    if changes_of(model):
+        raise PosheadsError(
+            f"{changes_of(model)[0].name} is in force on {model_name(model)}; compare methods "
+            "outside of it"
+        )
+    known = trained_of(model, trained)
+    chosen = _methods(methods)
+    wanted = layers_of(model, layers)
+    with any_length(model):
+        documents = documents_of(model, tokens, None, skip_first)
+        prompts = [(task.name, task.prompts(model)) for task in tasks]
+    shortest = min(len(document) for document in documents)
+    if shortest <= known:
+        raise PosheadsError(
+            f"a text of {shortest} tokens was given for a model trained on {known}; give texts "
+            "that are longer, or set trained="
+        )
+    for method in chosen:
+        with method(model, trained=known):
+            pass  # a method that refuses the model does so before the first pass
+    if isinstance(heads, int | float):
+        cut = [document[:known] for document in documents]
+        best = score_heads(
+            model, cut, layers=wanted, pairs=pairs, skip_first=skip_first, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        curved = best.top(heads)
+    else:
+        curved = heads_of(model, heads)
+    by_key = by_content(documents)
+    facts: dict[str, Any] = {
+        "model": model_name(model), "model_class": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "trained": known, "methods": [repr(method) for method in chosen], "pairs": pairs,
+        "skip_first": skip_first, "n_queries": n_queries, "n_scored": n_scored, "seed": seed,
+        "heads": [list(head) for head in curved], "layers": wanted,
+        "tasks": [repr(task) for task in tasks],
+        "tokens_sha256": hashlib.sha256("".join(u for u, _ in by_key).encode()).hexdigest(),
+        "n_documents": len(by_key), "longest": max(len(document) for document in documents),
+    }  # fmt: skip
+    kept = TableCheckpoint(checkpoint, facts)
+    total = len(chosen) * (len(by_key) + sum(len(p) for _, p in prompts))
+    results, answers = [], []
+    with tqdm(total=total, desc="methods", disable=not progress, dynamic_ncols=True) as bar:
+        for number, method in enumerate(chosen):
+            bar.set_description(repr(method)[:40])
+            with method(model, trained=known):
+                plan = Plan(tuple(curved), (), known, skip_first, n_queries, n_scored)
+                results.append(_texts(model, by_key, plan, wanted, pairs, seed, kept, number, bar))
+                for name, asked in prompts:
+                    answers += _answers(model, repr(method), name, asked, bar)
+    return ExtrapolationComparison.of(
+        methods=[repr(method) for method in chosen],
+        settings=[_settings(method) for method in chosen],
+        heads=list(curved),
+        trained=known,
+        texts=[texts for texts, _, _ in results],
+        within=[within for _, within, _ in results],
+        whole=[whole for _, _, whole in results],
+        tasks=pd.DataFrame(answers, columns=["method", "task", "length", "prompt", "logprob",
+                                             "exact"]),
+        provenance={**facts, "versions": versions()},
+    )  # fmt: skip
+
+
+def sweep_theta(
+    model: Any,
+    tokens: Tokens | None = None,
+    *,
+    bases: Sequence[float],
+    trained: int | None = None,
+    **options: Any,
+) -> ExtrapolationComparison:
+    """Curves, scores and loss against the base of the frequencies, the paper's open question.
+
+    The bare model comes first, then the model with each base in the place of its own; nothing is
+    trained again.
+
+    Args:
+        model: HookedTransformer or TransformerBridge with RoPE.
+        tokens: texts longer than the training length; by default two of the corpus
+            ``python-docs``, twice as long.
+        bases: above 1.
+        trained: as in :func:`compare_extrapolations`.
+        options: its others.
+
+    Returns:
+        :class:`ExtrapolationComparison`, with a column ``base`` in ``to_pandas()``.
+
+    Raises:
+        PosheadsError: no bases, and what :func:`compare_extrapolations` refuses.
+
+    Example:
+        >>> sweep_theta(model, bases=[1e4, 1e5, 1e6]).to_pandas()   # doctest: +SKIP
+    """
+    require_rotary(model)
+    if not len(bases):
+        raise PosheadsError("bases=[] was given; expected numbers above 1, like [1e4, 1e5, 1e6]")
+    methods = [Theta(float(base)) for base in bases]
+    if tokens is None:
+        length = 2 * trained_of(model, trained)
+        with any_length(model):
+            tokens = load_corpus("python-docs", model, n_docs=2, length=length)
+    return compare_extrapolations(model, methods, tokens, trained=trained, **options)
+
+
+def _methods(methods: Sequence[Method]) -> list[Method]:
+    chosen = list(methods)
+    wrong = [method for method in chosen if not isinstance(method, Method)]
+    if wrong or not chosen:
+        raise PosheadsError(
+            f"methods={methods!r} was given; expected methods of tl_posheads.extrapolation, like "
+            "[Linear(4), YaRN(4)]"
+        )
+    names = [repr(method) for method in chosen]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PosheadsError(f"{twice} was given twice; name every method once")
+    bare = [method for method in chosen if isinstance(method, None_)]
+    return [*(bare or [None_()]), *(m for m in chosen if not isinstance(m, None_))]
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    """Numbers and words of a method, for columns of a table."""
+    fields = asdict(method) if is_dataclass(method) else {}
+    plain = {k: v for k, v in fields.items() if isinstance(v, int | float | str)}
+    return {"name": type(method).__name__, **plain}
+
+
+def _texts(
+    model: Any,
+    by_key: Sequence[tuple[str, Tensor]],
+    plan: Plan,
+    layers: Sequence[int],
+    pairs: int,
+    seed: int,
+    kept: TableCheckpoint,
+    number: int,
+    bar: Any,
+) -> tuple[list[TextUnder], Any, Any]:
+    """Every text under the method in force: what each showed, and the scores of both kinds."""
+    found = []
+    longest = max(len(document) for _, document in by_key)
+    geometry = RotaryGeometry.from_model(model, length=longest)
+    scored = scored_layers(geometry, layers)
+    blocks = 1 if len(by_key) >= FEW_DOCUMENTS else -(-N_BLOCKS // len(by_key))
+    within, whole = (
+        ScoreAccumulator(
+            geometry, layers=scored, pairs=pairs, skip_first=plan.skip_first, exact=False,
+            seed=seed, n_blocks=blocks,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    here = Plan(plan.heads, scored, plan.trained, plan.skip_first, plan.n_queries, plan.n_scored)
+    for i, (unit, document) in enumerate(by_key):
+        found.append(
+            observe_once(
+                model, document, unit, geometry, (within, whole), here, kept, f"{number}-{i}"
+            )
+        )
+        bar.update(1)
+    inside = [change.name for change in changes_of(model)]
+    return found, within.scores({"inside": inside}), whole.scores({"inside": inside})
+
+
+def _answers(
+    model: Any, method: str, task: str, prompts: Sequence[Prompt], bar: Any
+) -> list[dict[str, Any]]:
+    rows = []
+    with fused_attention(model):
+        for i, prompt in enumerate(prompts):
+            logprob, hit = target_logprobs(model, prompt.tokens, prompt.targets)
+            rows.append({
+                "method": method, "task": task, "length": len(prompt.tokens), "prompt": i,
+                "logprob": float(np.mean(logprob.double().numpy())), "exact": bool(hit.all()),
+            })  # fmt: skip
+            bar.update(1)
+    return rows

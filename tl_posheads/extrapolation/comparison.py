@@ -1,0 +1,333 @@
+"""What methods did to a model's dominant dimensions, scores, losses and tasks: tables, files."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from scipy import stats
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.observing import Head, TextUnder
+from tl_posheads.extrapolation.stretch import BreakPoint, Stretch, break_point, log_bins, stretch
+from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.results import Comparison, HeadScores
+
+FORMAT = "tl_posheads.ExtrapolationComparison"
+_LABEL, _TENSORS, _TABLES = "comparison.json", "curves.safetensors", ("loss", "tasks")
+_CURVES = ("whole", "n_whole", "within", "n_within")
+
+
+@dataclass(frozen=True, eq=False)
+class ExtrapolationComparison:
+    """Curves, scores, losses and answers of the same texts under several methods.
+
+    ``within`` is what a text showed while query and key stood within the training length,
+    ``whole`` all of it. The bare model is method 0.
+
+    Attributes:
+        methods: each with its settings, as text.
+        settings: the same as numbers and words, by name.
+        heads: ``(layer, head)`` of the curves.
+        trained: positions of training.
+        whole, within: mean dominant dimension by distance from 1; NaN where there is no pair.
+        n_whole, n_within: pairs of each of these means.
+        scores_within, scores_whole: positional scores of each method, all heads.
+        loss: a row per method, document and scored token: ``position`` and ``loss`` in nats.
+        tasks: a row per method, task and prompt: ``length`` in tokens, ``logprob`` (mean of the
+            answer's tokens, nats) and ``exact`` (all of them were the likeliest).
+        provenance: how it came about.
+    """
+
+    methods: tuple[str, ...]
+    settings: tuple[dict[str, Any], ...]
+    heads: tuple[Head, ...]
+    trained: int
+    whole: Float[Tensor, "method doc head distance"]
+    n_whole: Int[Tensor, "doc distance"]
+    within: Float[Tensor, "method doc head near"]
+    n_within: Int[Tensor, "doc near"]
+    scores_within: tuple[HeadScores, ...]
+    scores_whole: tuple[HeadScores, ...]
+    loss: pd.DataFrame
+    tasks: pd.DataFrame
+    provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return (
+            f"ExtrapolationComparison({self.provenance.get('model')}: {', '.join(self.methods)}; "
+            f"{self.n_whole.shape[0]} texts, trained on {self.trained} tokens)"
+        )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        methods: Sequence[str],
+        settings: Sequence[Mapping[str, Any]],
+        heads: Sequence[Head],
+        trained: int,
+        texts: Sequence[Sequence[TextUnder]],
+        within: Sequence[HeadScores],
+        whole: Sequence[HeadScores],
+        tasks: pd.DataFrame,
+        provenance: Mapping[str, Any],
+    ) -> ExtrapolationComparison:
+        """From what each text showed under each method; texts of unequal length are padded."""
+        losses = [
+            pd.DataFrame({
+                "method": methods[m], "document": d, "position": text.positions.numpy(),
+                "loss": text.loss.numpy(),
+            })
+            for m, row in enumerate(texts)
+            for d, text in enumerate(row)
+        ]  # fmt: skip
+        return cls(
+            methods=tuple(methods), settings=tuple(dict(s) for s in settings),
+            heads=tuple((int(layer), int(head)) for layer, head in heads), trained=trained,
+            whole=torch.stack([_padded([t.whole for t in row], float("nan")) for row in texts]),
+            n_whole=_padded([t.n_whole for t in texts[0]], 0),
+            within=torch.stack([_padded([t.within for t in row], float("nan")) for row in texts]),
+            n_within=_padded([t.n_within for t in texts[0]], 0),
+            scores_within=tuple(within), scores_whole=tuple(whole),
+            loss=pd.concat(losses, ignore_index=True), tasks=tasks, provenance=dict(provenance),
+        )  # fmt: skip
+
+    def _number(self, method: str | int) -> int:
+        if isinstance(method, int) and 0 <= method < len(self.methods):
+            return method
+        named = [i for i, name in enumerate(self.methods) if str(method) in (name, repr(name))]
+        named += [i for i, s in enumerate(self.settings) if s["name"] == method]
+        if len(set(named)) != 1:
+            raise PosheadsError(
+                f"method={method!r} was given; expected one of {list(self.methods)}, or its number"
+            )
+        return named[0]
+
+    def stretch(self, method: str | int, *, seed: int = 0) -> Stretch:
+        """By how much a method draws the bare model's curves within training out.
+
+        Args:
+            method: its name, its text or its number. seed: of the bootstrap.
+        """
+        m = self._number(method)
+        return stretch(
+            self.whole[m].numpy(), self.within[0].numpy(), n_extended=self.n_whole.numpy(),
+            n_bare=self.n_within.numpy(), trained=self.trained, factor=self._factor(m), seed=seed,
+        )  # fmt: skip
+
+    def break_point(self, *, seed: int = 0) -> BreakPoint:
+        """The distance at which the bare model's curves leave their trend."""
+        return break_point(self.whole[0].numpy(), n_pairs=self.n_whole.numpy(), seed=seed)
+
+    def overlap(self, method: str | int, *, k: int | float = 0.05) -> Comparison:
+        """Positional Heads of the bare model within training, and the method's on whole texts."""
+        return self.scores_within[0].compare(self.scores_whole[self._number(method)], k=k)
+
+    def _factor(self, m: int) -> float | None:
+        settings = self.settings[m]
+        asked = settings.get("factor", settings.get("group"))
+        return None if asked is None else float(asked)
+
+    def losses(self, edges: Sequence[int] | None = None) -> pd.DataFrame:
+        """Mean loss by position, in nats, a row per method and bin.
+
+        Args:
+            edges: ascending positions; by default the training length halved and doubled.
+        """
+        if edges is None:
+            last = int(self.loss["position"].max()) + 1
+            near = [1, *(self.trained // 2**k for k in (2, 1, 0)), 2 * self.trained]
+            while near[-1] < last:
+                near.append(2 * near[-1])
+            edges = sorted({min(edge, last) for edge in near if edge >= 1})
+        place = pd.cut(self.loss["position"], list(edges), right=False, labels=False)
+        table = self.loss.assign(bin=place).dropna(subset="bin")
+        rows = table.groupby(["method", "bin"], sort=False)["loss"].agg(["mean", "size"])
+        rows = rows.reset_index().sort_values(["bin"], kind="stable")
+        rows["start"] = [edges[int(b)] for b in rows["bin"]]
+        rows["end"] = [edges[int(b) + 1] for b in rows["bin"]]
+        order = {name: i for i, name in enumerate(self.methods)}
+        rows = rows.sort_values("method", key=lambda names: names.map(order), kind="stable")
+        rows = rows.rename(columns={"mean": "loss", "size": "n"})
+        return rows[["method", "start", "end", "loss", "n"]].reset_index(drop=True)
+
+    def answers(self) -> pd.DataFrame:
+        """Mean answer of every task by length, a row per method, task and length."""
+        groups = self.tasks.groupby(["method", "task", "length"], sort=False)
+        return groups.agg(
+            logprob=("logprob", "mean"), exact=("exact", "mean"), n=("prompt", "size")
+        ).reset_index()
+
+    def curves(self, *, per_octave: int = 8) -> pd.DataFrame:
+        """Curves over bins of log distance, a row per method, head and bin, texts pooled."""
+        frames = []
+        distance = np.arange(1, self.whole.shape[-1] + 1)
+        for m, method in enumerate(self.methods):
+            bins = log_bins(
+                distance, self.n_whole.numpy()[:, None], self.whole[m].numpy(),
+                per_octave=per_octave,
+            )  # fmt: skip
+            weight = np.where(np.isfinite(bins.mean), bins.n_pairs, 0)
+            total = np.nansum(weight * np.nan_to_num(bins.mean), axis=0)
+            with np.errstate(invalid="ignore"):
+                pooled = total / weight.sum(0)
+            for h, (layer, head) in enumerate(self.heads):
+                frames.append(pd.DataFrame({
+                    "method": method, "layer": layer, "head": head, "distance": bins.distance,
+                    "mean": pooled[h], "n_pairs": weight.sum(0)[h],
+                }))  # fmt: skip
+        return pd.concat(frames, ignore_index=True)
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
+        rows = []
+        for m, method in enumerate(self.methods):
+            drawn, alike = self.stretch(m), self.overlap(m)
+            loss = self.loss[self.loss["method"] == method]
+            past = loss["position"] >= self.trained
+            row: dict[str, Any] = {
+                "method": method, "factor": self._factor(m),
+                **({"base": self.settings[m]["base"]} if "base" in self.settings[m] else {}),
+                "stretch": drawn.scale, "stretch_low": drawn.ci_low, "stretch_high": drawn.ci_high,
+                "misfit": drawn.misfit, "r2": drawn.r2,
+                "rho_within": self._mean_rho(self.scores_within[m]),
+                "rho_whole": self._mean_rho(self.scores_whole[m]),
+                "rank_correlation": alike.rank_correlation, "overlap": alike.overlap,
+                "k": alike.k, "chance": alike.chance, "p_chance": alike.p_chance,
+                "loss_within": loss["loss"][~past].mean(), "loss_past": loss["loss"][past].mean(),
+            }  # fmt: skip
+            asked = self.tasks[self.tasks["method"] == method]
+            for name, group in asked.groupby("task", sort=False):
+                far = group["length"] > self.trained
+                row[f"{name}_within"] = group["exact"][~far].mean()
+                row[f"{name}_past"] = group["exact"][far].mean()
+                row[f"{name}_logprob_past"] = group["logprob"][far].mean()
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per method.
+
+        Columns: ``factor`` asked for (``base`` of :func:`~tl_posheads.sweep_theta`); ``stretch``
+        with its 95 % interval, ``misfit`` (dimensions) and ``r2`` of its fit; mean score of
+        ``heads`` within training and on whole texts; ``rank_correlation`` and ``overlap`` of the
+        best ``k`` heads with the bare model's within training, beside ``chance``; mean loss of
+        tokens within and past the training length, nats; and for every task the share of prompts
+        answered exactly, and the answers' mean log-probability past training.
+        """
+        return self._summary.copy()
+
+    def _mean_rho(self, scores: HeadScores) -> float:
+        return float(np.mean([float(scores.rho[head]) for head in self.heads]))
+
+    def achievement(self) -> pd.DataFrame:
+        """Does stretch go with what a method achieves? Spearman's rho over methods.
+
+        The paper reads its finding so (Hong et al. 2024, section 4.3). A row per measure (loss
+        past training, log-probability of each task past training): ``rho`` of ``stretch`` with it
+        over methods, ``p`` of the t approximation and ``n``; NaN with fewer than four methods
+        whose stretch can be told. Few methods, chosen by hand, are no random sample.
+        """
+        table = self.to_pandas()
+        measures = [c for c in table.columns if c == "loss_past" or c.endswith("logprob_past")]
+        rows = []
+        for measure in measures:
+            known = table[["stretch", measure]].dropna()
+            rho = p = float("nan")
+            if len(known) >= 4 and known.nunique().min() > 1:
+                found = stats.spearmanr(known["stretch"], known[measure])
+                rho, p = float(found.statistic), float(found.pvalue)
+            rows.append({"measure": measure, "rho": rho, "p": p, "n": len(known)})
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Any:
+        """Curves, losses and answers by length; a matplotlib figure that shows itself."""
+        from tl_posheads.extrapolation.figure import figure
+
+        return figure(self)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``comparison.json``, ``curves.safetensors`` and two Parquet tables into a folder.
+
+        Each file is written whole or not at all, and the label, the last one, carries the others'
+        checksums.
+        """
+        tensors = {name: getattr(self, name).contiguous() for name in _CURVES}
+        label_scores: dict[str, Any] = {}
+        for kind in ("within", "whole"):
+            for m, scores in enumerate(getattr(self, f"scores_{kind}")):
+                tensors |= {f"{kind}.{m}.{n}": t.contiguous() for n, t in scores.tensors().items()}
+                label_scores[f"{kind}.{m}"] = {
+                    "windows": list(scores.windows), "provenance": scores.provenance,
+                }  # fmt: skip
+        parts = {_TENSORS: save_tensors(tensors)}
+        for name in _TABLES:
+            buffer = io.BytesIO()
+            getattr(self, name).to_parquet(buffer, index=False)
+            parts[f"{name}.parquet"] = buffer.getvalue()
+        facts = {
+            "format": FORMAT, "version": 1, "methods": list(self.methods),
+            "settings": list(self.settings), "heads": [list(head) for head in self.heads],
+            "trained": self.trained, "scores": label_scores, "provenance": self.provenance,
+        }  # fmt: skip
+        return write_labelled(folder, _LABEL, parts, facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ExtrapolationComparison:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PosheadsError: no such folder, another program's files, or damaged ones.
+        """
+        label, parts = read_labelled(
+            folder, _LABEL, made_by="ExtrapolationComparison", what="comparisons",
+            again="compare again",
+        )  # fmt: skip
+        try:
+            tensors = load_tensors(parts[_TENSORS])
+            scores = {
+                kind: tuple(
+                    HeadScores.from_tensors(
+                        {
+                            n.removeprefix(f"{kind}.{m}."): t
+                            for n, t in tensors.items()
+                            if n.startswith(f"{kind}.{m}.")
+                        },
+                        **label["scores"][f"{kind}.{m}"],
+                    )
+                    for m in range(len(label["methods"]))
+                )
+                for kind in ("within", "whole")
+            }
+            tables = {n: pd.read_parquet(io.BytesIO(parts[f"{n}.parquet"])) for n in _TABLES}
+            return cls(
+                methods=tuple(label["methods"]), settings=tuple(label["settings"]),
+                heads=tuple((layer, head) for layer, head in label["heads"]),
+                trained=label["trained"], provenance=label["provenance"],
+                scores_within=scores["within"], scores_whole=scores["whole"],
+                **{name: tensors[name] for name in _CURVES}, **tables,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise PosheadsError(
+                f"the comparison in {folder} is damaged ({problem}); compare again"
+            ) from problem
+
+
+def _padded(rows: Sequence[Tensor], value: float) -> Tensor:
+    longest = max(row.shape[-1] for row in rows)
+    return torch.stack(
+        [torch.nn.functional.pad(row, (0, longest - row.shape[-1]), value=value) for row in rows]
+    )

@@ -1,0 +1,82 @@
+"""The picture of a comparison: curves, loss and answers, a line for each method."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tl_posheads.extrapolation.comparison import ExtrapolationComparison
+
+# Okabe and Ito's colours, told apart by colour-blind readers; dashes and markers for print.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = "osD^vPX*"
+
+
+def figure(comparison: ExtrapolationComparison) -> Any:
+    """Above, the mean curve of the heads by distance; below, loss by position and task answers.
+
+    The training length is the upright line; what lies right of it the model has never seen.
+    """
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        """Shows itself in a notebook, without pyplot and its list of open figures."""
+
+        def _repr_png_(self) -> bytes:
+            out = io.BytesIO()
+            self.savefig(out, format="png", dpi=80)
+            return out.getvalue()
+
+    answers = comparison.answers()
+    tasks = list(dict.fromkeys(answers["task"]))
+    fig = Shown(figsize=(9.0, 7.0), layout="constrained")
+    grid = fig.add_gridspec(2, 1 + len(tasks), height_ratios=(1.25, 1))
+    curves_ax, loss_ax = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
+    task_axes = [fig.add_subplot(grid[1, 1 + i]) for i in range(len(tasks))]
+
+    curves, losses = comparison.curves(), comparison.losses()
+    for m, method in enumerate(comparison.methods):
+        style: dict[str, Any] = {
+            "color": _COLOURS[m % len(_COLOURS)], "linestyle": _DASHES[m // 2 % len(_DASHES)],
+            "linewidth": 2.2 if m == 0 else 1.5,
+        }  # fmt: skip
+        marked = {**style, "marker": _MARKERS[m % len(_MARKERS)], "markersize": 4}
+        mine = curves[curves["method"] == method]
+        by_distance = mine.groupby("distance")["mean"].mean()
+        label = "bare model" if m == 0 else method
+        curves_ax.plot(by_distance.index, by_distance.to_numpy(), label=label, **style)
+        mine = losses[losses["method"] == method]
+        middle = np.sqrt(mine["start"].to_numpy(dtype=float) * mine["end"].to_numpy(dtype=float))
+        loss_ax.plot(middle, mine["loss"].to_numpy(), **marked)
+        for ax, task in zip(task_axes, tasks, strict=True):
+            mine = answers[(answers["method"] == method) & (answers["task"] == task)]
+            by_length = mine.sort_values("length")
+            ax.plot(by_length["length"], by_length["logprob"], **marked)
+    heads = len(comparison.heads)
+    curves_ax.set_ylabel("dominant dimension\n(rotary pair, 0 = fastest)")
+    curves_ax.set_xlabel("token distance (tokens)")
+    curves_ax.set_title(
+        f"Mean of {heads} head{'s' if heads > 1 else ''} by token distance", loc="left", fontsize=10
+    )
+    loss_ax.set_ylabel("loss (nats a token)")
+    loss_ax.set_xlabel("position (tokens)")
+    loss_ax.set_title("Loss by position", loc="left", fontsize=10)
+    for ax, task in zip(task_axes, tasks, strict=True):
+        ax.set_ylabel("log-probability of the answer\n(nats a token)")
+        ax.set_xlabel("length of the prompt (tokens)")
+        ax.set_title(f"Task: {task}", loc="left", fontsize=10)
+    for ax in (curves_ax, loss_ax, *task_axes):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        ax.axvline(comparison.trained, color="0.5", linewidth=1)
+        ax.spines[["top", "right"]].set_visible(False)
+    curves_ax.annotate(
+        f" trained on {comparison.trained:,}", (comparison.trained, 1), color="0.3", fontsize=9,
+        xycoords=("data", "axes fraction"), va="top",
+    )  # fmt: skip
+    fig.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return fig
