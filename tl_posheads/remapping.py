@@ -136,10 +136,11 @@ def remapped_scores(
     q_pos: Int[Tensor, "batch q_pos"],
     k_pos: Int[Tensor, "batch k_pos"],
     geometry: LayerGeometry,
-) -> Iterator[tuple[slice, Float[Tensor, "batch head rows k_pos"], Tensor]]:
+) -> Iterator[tuple[slice, Float[Tensor, "batch head rows keys"], Tensor]]:
     """Scores under the geometry's remapping, some queries at a time, scaled and softcapped.
 
-    Not masked. Beside the scores, where they are those of the bare model: ``[batch, rows, k_pos]``.
+    Not masked, and only with the first ``keys`` keys: those that the last of the rows can see.
+    Beside the scores, where they are those of the bare model: ``[batch, rows, keys]``.
 
     Memory: for every region a copy of queries and keys, and five times 16 MB of scores a text.
     """
@@ -156,26 +157,26 @@ def remapped_scores(
         for region in remapping.regions
     ]
     n_q, n_k, n_heads = q_pos.shape[1], k_pos.shape[1], rot_q.shape[2]
+    plain = torch.tensor([-1, *(r for r, g in enumerate(remapping.regions) if g.is_plain)])
     step = max(1, _ROWS // (n_k * n_heads))
     for start in range(0, n_q, step):
         rows = slice(start, min(n_q, start + step))
-        number = remapping.region(q_pos[:, rows, None], k_pos[:, None])
+        end = n_k - n_q + rows.stop
+        at, key_at = q_pos[:, rows, None], k_pos[:, None, :end]
         # Later keys are masked; they should not call for a region of their own.
-        number = torch.where(q_pos[:, rows, None] < k_pos[:, None], -1, number)
-        scores: Tensor | None = None
+        number = torch.where(at < key_at, -1, remapping.region(at, key_at))
+        scores = vectors[0][0].new_zeros(len(q_pos), n_heads, rows.stop - start, end)
         for r, (q, k) in enumerate(vectors):
             here = (number == r)[:, None]
-            if not bool(here.any()):
+            columns = torch.nonzero(here.any(2)[:, 0].any(0)).flatten()
+            if not len(columns):
                 continue
-            block = q[:, :, rows] @ k.transpose(-1, -2) * geometry.attention_scale
-            scores = block if scores is None else torch.where(here, block, scores)
-        if scores is None:
-            continue
+            some = slice(int(columns[0]), int(columns[-1]) + 1)
+            part = q[:, :, rows] @ k[:, :, some].transpose(-1, -2) * geometry.attention_scale
+            scores[..., some] = torch.where(here[..., some], part, scores[..., some])
         if geometry.softcap is not None:
             scores = geometry.softcap * torch.tanh(scores / geometry.softcap)
-        plain = [r for r, region in enumerate(remapping.regions) if region.is_plain]
-        unchanged = torch.isin(number, torch.tensor([-1, *plain], device=number.device))
-        yield rows, scores, unchanged
+        yield rows, scores, torch.isin(number, plain.to(number.device))
 
 
 def remapped_attention(
@@ -193,12 +194,13 @@ def remapped_attention(
     z = torch.empty_like(values)
     at = torch.arange(rot_q.shape[1], device=rot_q.device)
     for rows, scores, _ in remapped_scores(rot_q, rot_k, position, position, geometry):
-        apart = at[rows, None] - at
+        apart = at[rows, None] - at[: rows.stop]
         hidden = apart < 0
         if geometry.window is not None:
             hidden = hidden | (apart >= geometry.window)
         scores = scores.masked_fill(hidden, float("-inf"))
-        z[:, :, rows] = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ values
+        pattern = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        z[:, :, rows] = pattern @ values[:, :, : rows.stop]
     return rearrange(z, "batch head pos d -> batch pos head d")
 
 

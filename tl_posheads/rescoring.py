@@ -103,13 +103,13 @@ def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., 
         k_pos = key_positions(q_pos, k.shape[1])
         out = scores.clone()  # autograd and others may hold the old ones
         for rows, new, unchanged in remapped_scores(q, k, q_pos, k_pos, geometry):
-            old = scores[:, :, rows]
+            old = scores[:, :, rows, : new.shape[-1]]
             stay = unchanged[:, None] | (old <= _MASKED)
             new = torch.where(stay, old, new.to(old.dtype))
             if heads is None:
-                out[:, :, rows] = new
+                out[:, :, rows, : new.shape[-1]] = new
             else:
-                out[:, list(heads), rows] = new[:, list(heads)]
+                out[:, list(heads), rows, : new.shape[-1]] = new[:, list(heads)]
         return out
 
     return hook
