@@ -84,7 +84,8 @@ def documents_of(
     if n_ctx and longest > int(n_ctx):
         raise PosheadsError(
             f"a document of {longest} tokens was given, but {model_name(model)} is set up for at "
-            f"most {n_ctx}; give shorter documents or load it with a larger n_ctx"
+            f"most {n_ctx}; give shorter documents, or do it inside a method of "
+            "tl_posheads.extrapolation (`with None_()(model):` lets the bare model read on)"
         )
     return [row.long().cpu() for row in rows]
 

@@ -128,16 +128,19 @@ def _whole(given: Any) -> tuple[int, ...] | None:
 
 
 def _frozen(key_pairs: Any, n_pairs: int) -> KeyPairs:
+    try:
+        layers = [list(heads) for heads in key_pairs]
+    except TypeError:
+        raise PosheadsError(
+            f"DPE(key_pairs={key_pairs!r}) was given; expected key_pairs[layer][head] to be the "
+            "pairs of that head, as key_pairs(model, tokens) returns"
+        ) from None
     out = []
-    for layer, heads in enumerate(key_pairs):
+    for layer, heads in enumerate(layers):
         mine = []
         for head, given in enumerate(heads):
-            pairs = _whole(given)
-            if (
-                pairs is None
-                or len(set(pairs)) < len(pairs)
-                or not set(pairs) <= set(range(n_pairs))
-            ):
+            pairs, all_pairs = _whole(given), set(range(n_pairs))
+            if pairs is None or len(set(pairs)) < len(pairs) or not set(pairs) <= all_pairs:
                 raise PosheadsError(
                     f"DPE was given {given!r} as the key pairs of layer {layer} head {head}; "
                     f"expected different whole numbers from 0 to {n_pairs - 1}: there are "

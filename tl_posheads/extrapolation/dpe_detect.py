@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_posheads.capture import capture_rotary, rotary_hook_points
+from tl_posheads.capture import capture_rotary
 from tl_posheads.contributions import expand_keys, split_pairs
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import require_whole, trained_of
@@ -26,8 +25,8 @@ from tl_posheads.passes import target_logprobs
 
 Texts = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
 
-# The groups' largest distances that the paper's code tries, in halves of the training length.
-_TRIED = (16, 4, 2, 1, 1 / 2, 1 / 4, 1 / 16)
+# The largest distances that the paper's code tries, in halves of the training length.
+_TRIED = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,47 +52,37 @@ class EffectiveLengths:
 
 
 def detect_effective_lengths(
-    model: Any,
-    tokens: Texts,
-    *,
-    targets: Sequence[Int[Tensor, "target"]] | None = None,
-    trained: int | None = None,
-    window: int | None = None,
-    groups: int = 8,
-    candidates: Sequence[int] | None = None,
-    chosen: KeyPairs | None = None,
-    tolerance: float = 0.01,
-    progress: bool = True,
-) -> EffectiveLengths:
+    model: Any, tokens: Texts, *, targets: Sequence[Int[Tensor, "target"]] | None = None,
+    trained: int | None = None, window: int | None = None, groups: int = 8,
+    candidates: Sequence[int] | None = None, chosen: KeyPairs | None = None,
+    tolerance: float = 0.01, progress: bool = True,
+) -> EffectiveLengths:  # fmt: skip
     """The effective relative distance of each group of rotary pairs, from the loss on long texts.
 
-    As in the DPE paper (arXiv 2504.18857) and its code, one group at a time is scaled so that the
-    text's length becomes a candidate distance, all others so that it becomes half the training
-    length. The paper scores needles found in generation; here it is the loss on chosen tokens,
-    which for needles are their answers. The tolerance is ours.
+    As in the DPE paper's code (Lu et al. 2025, arXiv 2504.18857), one group at a time is scaled so
+    that the text's length becomes a candidate distance, all others so that it becomes half the
+    training length. The paper scores needles found in generation; here it is the loss on chosen
+    tokens, which may be the needles' answers. The tolerance is ours.
 
     Args:
-        model: as for any method; no other may be in force.
+        model: HookedTransformer or TransformerBridge with RoPE, no method in force.
         tokens: texts as long as those that the method is for.
-        targets: positions scored in each text; by default those past the training length, in
-            shorter texts the last half.
+        targets: positions scored in each text; None scores all past the training length, or the
+            last half where that is more.
         trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
         window: of DPE; an eighth of the training length by default, as in the paper.
         groups: into how many neighbouring groups, as equal as can be, the pairs are divided.
-        candidates: largest relative distances to try; by default the multiples of half the
-            training length that the paper's code tries, up to the texts' length.
+        candidates: relative distances; None tries the paper's, up to the texts' length.
         chosen: key pairs, from :func:`key_pairs`; None changes all.
         tolerance: nats by which a larger distance may be worse than the best one.
         progress: show a bar.
-
-    Raises:
-        PosheadsError: settings or texts that can't be.
     """
     known, window = _settings(model, trained, window)
-    with _long(model, known):
+    if not 0 <= tolerance < float("inf"):
+        raise PosheadsError(f"tolerance={tolerance!r} was given; expected nats, 0 or more")
+    with None_()(model, trained=known):
         documents = documents_of(model, tokens, None, 0)
-    longest = max(len(document) for document in documents)
-    sizes = _groups(model, groups)
+    longest, sizes = max(len(document) for document in documents), _groups(model, groups)
     if candidates is None:
         candidates = [max(1, min(longest, int(known / 2 * factor))) for factor in _TRIED]
     tried = tuple(sorted(set(candidates)))
@@ -102,115 +91,81 @@ def detect_effective_lengths(
         targets = [torch.arange(min(known, len(d) // 2), len(d)) for d in documents]
     if len(targets) != len(documents):
         raise PosheadsError(
-            f"targets for {len(targets)} texts were given with {len(documents)} texts; expected "
-            "one tensor of positions for each"
+            f"{len(targets)} targets were given for {len(documents)} texts; expected one each"
         )
-    others = -(-2 * longest // known)
-    settings = {
-        (group, length): _by_pair(
-            [-(-longest // length) if g == group else others for g in range(groups)], sizes
-        )
-        for group in range(groups)
-        for length in tried
-    }
-    found: dict[tuple[int, ...], float] = {}
-    different = list(dict.fromkeys(settings.values()))
-    for scales in tqdm(different, desc="effective lengths", disable=not progress):
+    others = [-(-2 * longest // known)] * groups
+    settings = [
+        [_by_pair([*others[:g], -(-longest // e), *others[g + 1 :]], sizes) for e in tried]
+        for g in range(groups)
+    ]
+    found = dict.fromkeys((scales for row in settings for scales in row), 0.0)
+    for scales in tqdm(found, desc="effective lengths", disable=not progress):
         with DPE(scales, window, chosen)(model, trained=known), fused_attention(model):
-            logprobs = [
-                target_logprobs(model, document, at)[0].double()
-                for document, at in zip(documents, targets, strict=True)
-            ]
+            pairs = zip(documents, targets, strict=True)
+            logprobs = [target_logprobs(model, document, at)[0].double() for document, at in pairs]
         found[scales] = -float(torch.cat(logprobs).mean())
-    loss = torch.tensor(
-        [[found[settings[g, length]] for length in tried] for g in range(groups)],
-        dtype=torch.float64,
-    )
+    loss = torch.tensor([[found[scales] for scales in row] for row in settings], dtype=torch.double)
     good = loss <= loss.min(1, keepdim=True).values + tolerance
-    lengths = tuple(tried[int(torch.nonzero(row)[-1])] for row in good)
+    lengths = tuple(tried[int(row.nonzero()[-1])] for row in good)
     return EffectiveLengths(lengths, tried, loss, sizes)
 
 
 def key_pairs(
-    model: Any,
-    tokens: Texts,
-    *,
-    share: float = 0.75,
-    trained: int | None = None,
+    model: Any, tokens: Texts, *, share: float = 0.75, trained: int | None = None,
     progress: bool = True,
-) -> KeyPairs:
+) -> KeyPairs:  # fmt: skip
     """The pairs that each head's scores rest on most, by the DPE paper's 2-norm contribution.
 
-    A pair's contribution is the length of the query in it times that of the key at the same
-    position, mean over the positions of a text and then over texts, as in the paper's code.
+    That is the length of the query in the pair times that of the key at the same position, mean
+    over a text and then over texts, as in the paper's code.
 
     Args:
         model, tokens, trained, progress: as for :func:`detect_effective_lengths`.
-        share: of the pairs of each head that are chosen, above 0 and up to 1; rounded to whole
-            pairs, one at least (48 of 64 in the paper).
+        share: of each head's pairs that are chosen, above 0 and up to 1; 48 of 64 in the paper.
 
     Returns:
         ``key_pairs[layer][head]``, ascending; empty in layers without RoPE.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise PosheadsError(f"share={share!r} was given; expected a number above 0 and up to 1")
-    require_rotary(model)
-    require_clean(model)
-    with _long(model, trained), rotary_hook_points(model):
+    known, _ = _settings(model, trained, None)
+    geometry = RotaryGeometry.from_model(model)
+    rotary = [g.layer for g in geometry.layers if g.n_pairs]
+    total = [torch.zeros(g.n_heads, g.n_pairs).double() for g in geometry.layers]
+
+    def add(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+        both = (rot_q, expand_keys(rot_k, rot_q, geometry[layer]))
+        # Rotation keeps lengths: it need not be undone.
+        q, k = (torch.stack(split_pairs(x[0].float(), geometry[layer])).norm(dim=0) for x in both)
+        total[layer] += (q * k).mean(0).cpu()
+
+    with None_()(model, trained=known):
         documents = documents_of(model, tokens, None, 0)
-        geometry = RotaryGeometry.from_model(model)
-        rotary = [layer.layer for layer in geometry.layers if layer.n_pairs]
-        total = {
-            layer: torch.zeros(geometry.n_heads, geometry[layer].n_pairs, dtype=torch.float64)
-            for layer in rotary
-        }
-
-        def add(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
-            keys = expand_keys(rot_k, rot_q, geometry[layer])
-            # Rotation keeps lengths: it need not be undone.
-            q, k = (
-                torch.stack(split_pairs(x[0].float(), geometry[layer])).norm(dim=0)
-                for x in (rot_q, keys)
-            )
-            total[layer] += (q * k).double().mean(0).cpu()
-
         for document in tqdm(documents, desc="key pairs", disable=not progress):
             capture_rotary(model, document[None], add, layers=rotary)
     out = []
-    for layer in range(geometry.n_layers):
-        if layer not in total:
-            out.append(((),) * geometry.n_heads)
-            continue
-        n = max(1, round(share * geometry[layer].n_pairs))
+    for g in geometry.layers:
+        n = max(1, round(share * g.n_pairs)) if g.n_pairs else 0
         # Stable, so that equal contributions fall to the faster pair on every machine.
-        order = total[layer].argsort(dim=-1, descending=True, stable=True)[:, :n]
+        order = total[g.layer].argsort(dim=-1, descending=True, stable=True)[:, :n]
         out.append(tuple(tuple(sorted(row)) for row in order.tolist()))
     return tuple(out)
 
 
 def fit_dpe(
-    model: Any,
-    tokens: Texts,
-    *,
-    target: int,
-    share: float = 0.75,
-    trained: int | None = None,
-    window: int | None = None,
-    progress: bool = True,
-    **detection: Any,
-) -> DPE:
+    model: Any, tokens: Texts, *, target: int, share: float = 0.75, trained: int | None = None,
+    window: int | None = None, progress: bool = True, **detection: Any,
+) -> DPE:  # fmt: skip
     """DPE for texts of ``target`` tokens, set by the paper's three steps.
 
     Args:
         model, tokens, trained, window, progress: as for :func:`detect_effective_lengths`.
         target: tokens of the longest text that is to be read.
         share: as for :func:`key_pairs`.
-        detection: ``targets``, ``groups``, ``candidates`` and ``tolerance`` of
-            :func:`detect_effective_lengths`.
+        detection: ``targets``, ``groups``, ``candidates``, ``tolerance``.
 
     Example:
         >>> method = fit_dpe(model, long_tokens, target=32768)      # doctest: +SKIP
-        >>> with method(model): ...                                 # doctest: +SKIP
     """
     require_whole("fit_dpe", target=(target, 2))
     known, window = _settings(model, trained, window)
@@ -225,27 +180,19 @@ def _settings(model: Any, trained: int | None, window: int | None) -> tuple[int,
     require_rotary(model)
     require_clean(model)
     known = trained_of(model, trained)
-    window = max(1, known // 8) if window is None else window
-    require_whole("DPE", window=(window, 1))
-    return known, window
-
-
-@contextmanager
-def _long(model: Any, trained: int | None) -> Iterator[None]:
-    with None_()(model, trained=trained):
-        yield
+    return known, max(1, known // 8) if window is None else window
 
 
 def _groups(model: Any, groups: int) -> tuple[int, ...]:
-    """How many pairs each group has: as equally many as can be."""
+    """How many pairs each group has."""
     require_whole("detect_effective_lengths", groups=(groups, 1))
-    n_pairs = {layer.n_pairs for layer in RotaryGeometry.from_model(model).layers} - {0}
-    if len(n_pairs) != 1 or groups > min(n_pairs):
+    found = {layer.n_pairs for layer in RotaryGeometry.from_model(model).layers} - {0}
+    if len(found) != 1 or groups > min(found):
         raise PosheadsError(
-            f"groups={groups} was given for layers with {sorted(n_pairs)} rotary pairs; expected "
-            "at most as many groups as pairs, and layers with equally many"
+            f"groups={groups} was given for layers with {sorted(found)} rotary pairs; expected at "
+            "most as many groups as pairs, and layers with equally many"
         )
-    n = n_pairs.pop()
+    n = found.pop()
     return tuple(n * (g + 1) // groups - n * g // groups for g in range(groups))
 
 

@@ -163,3 +163,229 @@ def log_bins(
     with np.errstate(invalid="ignore"):
         mean = (pairs[..., held] * np.nan_to_num(values[..., held])) @ member / n
     return LogBins(2 ** ((per_distance[held] * log) @ member / per_bin), n, mean)
+
+
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """Sums over the pairs of every bin; what is drawn again is added up again."""
+
+    octave: np.ndarray  # [bin], log2 of the distance
+    total: np.ndarray  # [doc, head, bin]
+    weight: np.ndarray  # [doc, head, bin]
+
+    @classmethod
+    def of(
+        cls,
+        values: np.ndarray,
+        n_pairs: np.ndarray | None,
+        first: int,
+        last: float,
+        per_octave: int,
+    ) -> _Curves:
+        values = np.asarray(values, dtype=np.float64)
+        n = np.asarray(1.0 if n_pairs is None else n_pairs, dtype=np.float64)
+        n = n[:, None] if n.ndim == 2 else n
+        if values.ndim != 3 or 0 in values.shape or first < 1:
+            raise PosheadsError(
+                f"curves of shape {values.shape} and first={first} were given; expected "
+                "[doc, head, distance] with the mean at distances 1, 2, ..., and first of at least 1"
+            )
+        distance = np.arange(1, values.shape[2] + 1)
+        seen = (distance >= first) & (distance <= last)
+        if not seen.any():
+            raise PosheadsError(
+                f"curves that reach distance {values.shape[2]} have none from {first} to {last:g}; "
+                "give longer texts or another first="
+            )
+        pairs = (np.broadcast_to(n, values.shape) * np.isfinite(values)).sum(0)
+        filled = pairs >= _SPARSE * pairs.max(1, keepdims=True)
+        bins = log_bins(
+            distance[seen], n[..., seen] if n.ndim else n,
+            np.where(filled, values, np.nan)[..., seen], per_octave=per_octave,
+        )  # fmt: skip
+        return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * bins.n_pairs, bins.n_pairs)
+
+    def drawn(self, counts: np.ndarray, unit: str) -> np.ndarray:
+        """Curves ``[draw, head, bin]`` of the units drawn so many times; NaN without a pair."""
+        if unit == "heads":
+            picks = np.stack([np.repeat(np.arange(len(row)), row) for row in counts.astype(int)])
+            return self.drawn(np.ones((1, len(self.total))), "documents")[0, picks]
+        with np.errstate(invalid="ignore"):
+            weight = np.tensordot(counts, self.weight, 1)
+            return np.tensordot(counts, self.total, 1) / np.where(weight > 0, weight, np.nan)
+
+
+def _counts(n_units: int, n_boot: int, seed: int) -> np.ndarray:
+    """How often each draw of as many units as there are has each of them, ``[draw, unit]``."""
+    if n_boot < 1:
+        raise PosheadsError(f"n_boot={n_boot} was given; expected at least 1")
+    chances = np.full(n_units, 1 / n_units)
+    return np.random.default_rng(seed).multinomial(n_units, chances, size=n_boot).astype(np.float64)
+
+
+def _interval(values: np.ndarray, n_units: int, method: str = "linear") -> tuple[float, float]:
+    """Percentiles, set further apart for few units (Hesterberg 2015, Am. Stat. 69, 371)."""
+    if n_units < _FEWEST:
+        return float("nan"), float("nan")
+    t = stats.t.ppf(0.975, n_units - 1) * np.sqrt(n_units / (n_units - 1))
+    low, high = np.quantile(values, stats.norm.cdf([-t, t]), method=method)
+    return float(low), float(high)
+
+
+def _difference(
+    shift: np.ndarray, x: np.ndarray, extended: np.ndarray, x_bare: np.ndarray, bare: np.ndarray
+) -> np.ndarray:
+    """Extended minus bare moved by ``shift [draw]`` octaves, ``[draw, head, bin]``; NaN outside."""
+    at = x - shift[:, None]
+    left = np.clip(np.searchsorted(x_bare, at, side="right") - 1, 0, len(x_bare) - 2)
+    part = (at - x_bare[left]) / np.diff(x_bare)[left]
+    part = np.where((part < -_ROUNDING) | (part > 1 + _ROUNDING), np.nan, part)[:, None]
+    low, high = (np.take_along_axis(bare, i[:, None], 2) for i in (left, left + 1))
+    # Where a point lies on a bin, the bin's neighbour need not exist.
+    moved = np.where(part < _ROUNDING, low, low + part * (high - low))
+    return extended - moved
+
+
+def _best_shift(bounds: tuple[float, float], *curves: np.ndarray) -> np.ndarray:
+    """The shift with the least mean square difference for each draw: a grid, then sections."""
+
+    def misfit(shift: np.ndarray) -> np.ndarray:
+        square = _difference(shift, *curves) ** 2
+        n = np.isfinite(square).sum((1, 2))
+        return np.where(n > 0, np.nansum(square, axis=(1, 2)) / np.maximum(n, 1), np.inf)
+
+    grid = np.linspace(*bounds, max(3, int(8 * (bounds[1] - bounds[0])) + 1))
+    n_draws = len(curves[1])
+    best = np.argmin([misfit(np.full(n_draws, shift)) for shift in grid], axis=0)
+    low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
+    golden = (np.sqrt(5) - 1) / 2
+    for _ in range(24):
+        a, b = high - golden * (high - low), low + golden * (high - low)
+        left = misfit(a) <= misfit(b)
+        low, high = np.where(left, low, a), np.where(left, b, high)
+    return (low + high) / 2
+
+
+def _spread(curves: np.ndarray) -> np.ndarray:
+    """Sum of squares along distance about each head's mean, ``[draw]``."""
+    n = np.isfinite(curves).sum(2, keepdims=True)
+    mean = np.nansum(curves, axis=2, keepdims=True) / np.maximum(n, 1)
+    return np.nansum((curves - mean) ** 2, axis=(1, 2))
+
+
+def stretch(
+    extended: Float[np.ndarray, "doc head distance"],
+    bare: Float[np.ndarray, "doc head near"],
+    *,
+    trained: int,
+    n_extended: Float[np.ndarray, "doc distance"] | None = None,
+    n_bare: Float[np.ndarray, "doc near"] | None = None,
+    factor: float | None = None,
+    first: int = 1,
+    per_octave: int = 8,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Stretch:
+    """The scale ``s`` at which ``extended(d)`` is nearest to ``bare(d / s)``.
+
+    One scale for all heads, by least squares over bins of equal width in log distance, in which a
+    scale is a shift; every bin and head counts alike, since neighbouring pairs repeat each other
+    and counting pairs would leave the last octave alone. The bare curve is used up to ``trained``,
+    both where a distance has a tenth of the best-filled one's pairs, and scales are searched from
+    1/4 to four times the factor (or the longest distance over ``trained``, if that is more) where
+    half of the bare curve's octaves find a counterpart.
+
+    Heads have no offset of their own: of a curve straight in log distance an offset can't be told
+    from a stretch, and of others it would hide that the content changed. ``misfit`` and ``r2``
+    show that instead.
+
+    The interval is a percentile bootstrap over documents, the same in both curves, so that what
+    a text does to both cancels; with a single document over heads, for this text alone.
+
+    The scale can't be told (NaN, with the reason) if the bare curves vary along distance no more
+    than 19 in 20 resamples of the documents do about their mean, if the best scale lies at an end
+    of those searched, or if the interval covers half of them on a log scale.
+
+    Args:
+        extended: mean dominant dimension at distances 1, 2, ... under the method, in rotary
+            dimensions; NaN where there is no pair.
+        bare: the same documents' and heads' without it.
+        trained: positions that the model was trained on.
+        n_extended, n_bare: pairs of each document (or document and head) at each distance; all
+            alike by default.
+        factor: what the method was set to; it widens the search and is handed on.
+        first: nearer distances are left out of both curves.
+        per_octave: bins in a doubling of the distance.
+        n_boot: bootstrap draws.
+        seed: of the bootstrap.
+
+    Returns:
+        :class:`Stretch`.
+
+    Raises:
+        PosheadsError: shapes that don't fit, curves that share too few distances, a factor or
+            training length below 1, ``n_boot`` below 1, or what :func:`log_bins` refuses.
+
+    Example:
+        >>> import numpy as np
+        >>> d = np.arange(1, 1025)
+        >>> bare, extended = 5 + np.log(d)[None, None, :256], 5 + np.log(d / 4)[None, None]
+        >>> found = stretch(extended, bare, trained=256, factor=4)
+        >>> round(found.scale, 3), found.unit
+        (4.0, 'heads')
+    """
+    shapes = [np.shape(curves)[:2] for curves in (extended, bare)]
+    if shapes[0] != shapes[1] or trained < 1 or (factor is not None and not 1 <= factor < np.inf):
+        raise PosheadsError(
+            f"extended curves of {shapes[0]} and bare ones of {shapes[1]} documents and heads, "
+            f"trained={trained} and factor={factor} were given; expected the same documents and "
+            "heads in both, and a training length and a factor of at least 1"
+        )
+    long = _Curves.of(extended, n_extended, first, np.inf, per_octave)
+    short = _Curves.of(bare, n_bare, first, trained, per_octave)
+    bounds = _bounds(long.octave, short.octave, max(factor or 1.0, np.shape(extended)[2] / trained))
+    n_docs, n_heads = shapes[0]
+    unit = "documents" if n_docs > 1 else "heads"
+    counts = _counts(n_docs if n_docs > 1 else n_heads, n_boot, seed)
+    drawn = (long.octave, long.drawn(counts, unit), short.octave, short.drawn(counts, unit))
+    once = np.ones_like(counts[:1])
+    given = (long.octave, long.drawn(once, unit), short.octave, short.drawn(once, unit))
+    shift = _best_shift(bounds, *given)
+    low, high = _interval(_best_shift(bounds, *drawn), counts.shape[1])
+
+    size, noise = _spread(given[3])[0], 0.0
+    if unit == "documents":
+        noise = np.quantile(_spread(drawn[3] - given[3]), 0.95) * n_docs / (n_docs - 1)
+    reason = None
+    if size <= max(noise, _ROUNDING * np.nansum(given[3] ** 2)):
+        reason = "the bare curves are flat: they vary along distance no more than by chance"
+    elif min(shift[0] - bounds[0], bounds[1] - shift[0]) < 0.01:
+        reason = "the best scale lies at an end of those searched"
+    elif high - low > (bounds[1] - bounds[0]) / 2:
+        reason = "the interval covers half of the scales searched"
+    unscaled = _difference(np.zeros(1), *given)
+    at_best = _difference(shift, *given)
+    seen = np.where(np.isfinite(at_best), given[1], np.nan)
+    told = np.array([1.0 if reason is None else np.nan])
+    scale, ci_low, ci_high = 2 ** (told * [shift[0], low, high])
+    misfit = float(told[0] * np.sqrt(np.nanmean(at_best**2)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r2 = float(told[0] * (1 - np.nansum(at_best**2) / _spread(seen)[0]))
+    return Stretch(
+        float(scale), float(ci_low), float(ci_high), factor, misfit,
+        float(np.sqrt(np.nanmean(unscaled**2))), r2, n_heads, n_docs, unit, reason,
+    )  # fmt: skip
+
+
+def _bounds(x: np.ndarray, x_bare: np.ndarray, factor: float) -> tuple[float, float]:
+    """Shifts to search, in octaves: near enough, and with enough of the bare curve in view."""
+    need = _OVERLAP * (x_bare[-1] - x_bare[0])
+    low = max(-2.0, need + x[0] - x_bare[-1])
+    high = min(2 + np.log2(factor), x[-1] - need - x_bare[0])
+    if need <= 0 or high - low < 0.5:
+        raise PosheadsError(
+            f"curves from {2 ** x[0]:.0f} to {2 ** x[-1]:.0f} and bare ones from "
+            f"{2 ** x_bare[0]:.0f} to {2 ** x_bare[-1]:.0f} tokens have too few distances in "
+            "common; give longer texts"
+        )
+    return low, high

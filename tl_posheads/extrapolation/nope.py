@@ -1,0 +1,71 @@
+"""No position on some pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod
+
+
+@dataclass(frozen=True)
+class NoPE(FrequencyMethod):
+    """Some pairs don't turn: what they add to a score no longer knows the distance.
+
+    Without positions: Kazemnejad et al., "The impact of positional encoding on length
+    generalization in transformers", NeurIPS 2023, arXiv 2305.19466. On the slow pairs alone:
+    Barbero et al., "Round and round we go!", ICLR 2025, arXiv 2410.06205 (p-RoPE).
+
+    Attributes:
+        pairs: those that stop, 0 being the fastest.
+        slower_than: stop all whose full turn takes more than so many tokens; ``"trained"`` is the
+            training length. One of the two is given.
+
+    Example:
+        >>> import torch
+        >>> own = torch.tensor([1.0, 0.01])
+        >>> NoPE(slower_than="trained").frequencies(own, trained=256, length=256).inv_freq
+        tensor([1., 0.], dtype=torch.float64)
+    """
+
+    pairs: tuple[int, ...] | None = None
+    slower_than: float | Literal["trained"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pairs is None) == (self.slower_than is None):
+            raise PosheadsError(
+                f"NoPE(pairs={self.pairs!r}, slower_than={self.slower_than!r}) was given; expected "
+                "one of them, like pairs=range(24, 32) or slower_than='trained'"
+            )
+        if self.pairs is not None:
+            object.__setattr__(self, "pairs", tuple(int(pair) for pair in self.pairs))
+            if not self.pairs:
+                raise PosheadsError("NoPE(pairs=()) was given; expected at least one pair")
+        limit = self.slower_than
+        known = limit is None or limit == "trained"
+        if not known and (isinstance(limit, str | bool) or not 0 < limit < math.inf):  # type: ignore[operator]
+            raise PosheadsError(
+                f"NoPE(slower_than={limit!r}) was given; expected a number of tokens or 'trained'"
+            )
+
+    def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
+        own, n = inv_freq.double(), len(inv_freq)
+        if self.pairs is not None:
+            wrong = [pair for pair in self.pairs if not 0 <= pair < n]
+            if wrong:
+                raise PosheadsError(
+                    f"NoPE was given pair {wrong[0]}, but the model's heads have rotary pairs 0 "
+                    f"to {n - 1}; choose among those"
+                )
+            still = torch.zeros(n, dtype=torch.bool, device=own.device)
+            still[list(self.pairs)] = True
+        else:
+            limit = trained if self.slower_than == "trained" else self.slower_than
+            assert isinstance(limit, int | float)
+            still = 2 * math.pi / own > limit
+        return Frequencies(torch.where(still, 0.0, own))
