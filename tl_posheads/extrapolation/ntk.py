@@ -51,11 +51,11 @@ class NTK(FrequencyMethod):
 class DynamicNTK(FrequencyMethod):
     """NTK-aware scaling that grows with the text past the training length.
 
-    With ``L`` tokens so far the base's factor is ``factor * L / trained - (factor - 1)``; up to
-    the training length nothing changes. emozilla, "Dynamically scaled RoPE", 2023;
-    ``rope_type="dynamic"`` in transformers. With a KV cache, a Bridge's cached keys keep the
-    frequencies of the pass that cached them, as in transformers; a HookedTransformer rotates them
-    afresh.
+    With ``L`` tokens so far the base's factor is ``factor * L / trained - (factor - 1)``. Up to the
+    training length nothing changes; past it something does even with ``factor=1``. emozilla,
+    "Dynamically scaled RoPE", 2023; ``rope_type="dynamic"`` in transformers. With a KV cache, a
+    Bridge's cached keys keep the frequencies of the pass that cached them, as in transformers; a
+    HookedTransformer rotates them afresh.
 
     Attributes:
         factor: 1 or more.
