@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
     from tl_posheads.extrapolation.stretch import BreakPoint, Stretch, break_point, stretch
     from tl_posheads.geometry import LayerGeometry, RotaryGeometry
+    from tl_posheads.interventions import edit_rotary
     from tl_posheads.models import load_model
     from tl_posheads.patching import HeadPatching, patch_heads
     from tl_posheads.results import HeadScores
@@ -65,6 +66,7 @@ _HOME = {
     "stretch": "extrapolation.stretch",
     "LayerGeometry": "geometry",
     "RotaryGeometry": "geometry",
+    "edit_rotary": "interventions",
     "load_model": "models",
     "HeadPatching": "patching",
     "patch_heads": "patching",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of, length_matters
 from tl_posheads.lens import model_name, require_clean, require_rotary
-from tl_posheads.remapping import pair_vectors
+from tl_posheads.remapping import only_heads, pair_vectors
 from tl_posheads.tables import evenly, rows_of
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
@@ -172,7 +172,7 @@ def mean_by_distance(
         >>> mean.tolist(), n_pairs.tolist()
         ([[0.5, 0.5, 0.5]], [3, 2, 1])
     """
-    alone, keys = _only(geometry, rot_k, heads)
+    alone, keys = only_heads(geometry, rot_k, heads)
     vectors = pair_vectors(rot_q[:, list(heads)], keys, alone)
     n_pos = rot_q.shape[0]
     rows = evenly(n_pos, n_pos if n_queries is None else n_queries, rot_q.device)
@@ -198,19 +198,10 @@ class _HeadSums:
         self.histogram = torch.zeros(n_bins, n_pos, dtype=torch.long)
 
 
-def _only(
-    geometry: LayerGeometry, rot_k: Tensor, heads: Sequence[int]
-) -> tuple[LayerGeometry, Tensor]:
-    """Geometry and keys of some heads, one key each."""
-    keys = rot_k[:, [geometry.kv_head[head] for head in heads]]
-    remapping = None if geometry.remapping is None else geometry.remapping.only(heads)
-    return replace(geometry, kv_head=tuple(range(len(heads))), remapping=remapping), keys
-
-
 def _add_document(
     rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: Sequence[int], sums: Sequence[Any]
 ) -> None:
-    alone, keys = _only(geometry, rot_k, heads)
+    alone, keys = only_heads(geometry, rot_k, heads)
     vectors = pair_vectors(rot_q[:, list(heads)], keys, alone)
     rows = torch.arange(1, rot_q.shape[0], device=rot_q.device)
     n_pos = rot_q.shape[0]

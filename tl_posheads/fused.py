@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tl_posheads.lens import attention, changes_of, instance_method
-from tl_posheads.remapping import remapped_attention
+from tl_posheads.remapping import only_heads, remapped_attention
 
 
 @contextmanager
@@ -149,10 +149,13 @@ def _handed_over(attn: Any, remapped: Any) -> Iterator[None]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
     ) -> Any:
         query, key = attn.hook_rot_q(query), attn.hook_rot_k(key)
-        if remapped is None:
-            return sdpa_attention_forward(module, query, key, value, *args, **kw)
-        q, k, v = (rearrange(x, "b head pos d -> b pos head d") for x in (query, key, value))
-        return remapped_attention(q, k, v, _positions(q), remapped), None
+        z: Tensor | None = None
+        if remapped is None or remapped.remapping.heads is not None:
+            z = sdpa_attention_forward(module, query, key, value, *args, **kw)[0]
+        if remapped is not None:
+            q, k, v = (rearrange(x, "b head pos d -> b pos head d") for x in (query, key, value))
+            z = _remapped(q, k, v, z, remapped)
+        return z, None
 
     with (
         instance_method(attn, "forward", lambda *args, **kwargs: inner(*args, **kwargs)),
@@ -161,8 +164,18 @@ def _handed_over(attn: Any, remapped: Any) -> Iterator[None]:
         yield
 
 
-def _positions(q: Tensor) -> Tensor:
-    return torch.arange(q.shape[1], device=q.device).expand(q.shape[0], -1)
+def _remapped(q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, geometry: Any) -> Tensor:
+    """``z``, ``[batch, pos, head, d_head]``, with remapped heads in the place of its own."""
+    at = torch.arange(q.shape[1], device=q.device).expand(q.shape[0], -1)
+    heads = geometry.remapping.heads
+    if z is None or heads is None:
+        return remapped_attention(q, k, v, at, geometry)
+    members = list(heads)
+    alone, keys = only_heads(geometry, k, members)
+    mine = remapped_attention(
+        q[:, :, members], keys, only_heads(geometry, v, members)[1], at, alone
+    )
+    return z.index_copy(2, torch.tensor(members, device=z.device), mine)
 
 
 @contextmanager
@@ -176,15 +189,17 @@ def _fused_hooked(attn: Any, remapped: Any) -> Iterator[None]:
 
     def z(v: Float[Tensor, "batch pos kv_head d_head"], pattern: Tensor) -> Tensor:
         q, k = waiting.pop()
+        out: Tensor | None = None
+        if remapped is None or remapped.remapping.heads is not None:
+            query, key, value = (rearrange(x, "b pos head d -> b head pos d") for x in (q, k, v))
+            out = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=1 / float(attn.attn_scale),
+                enable_gqa=q.shape[2] != k.shape[2],
+            )  # fmt: skip
+            out = rearrange(out, "b head pos d -> b pos head d")
         if remapped is not None:
-            mine: Tensor = attn.hook_z(remapped_attention(q, k, v, _positions(q), remapped))
-            return mine
-        q, k, v = (rearrange(x, "b pos head d -> b head pos d") for x in (q, k, v))
-        out = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=1 / float(attn.attn_scale),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        out_z: Tensor = attn.hook_z(rearrange(out, "b head pos d -> b pos head d"))
+            out = _remapped(q, k, v, out, remapped)
+        out_z: Tensor = attn.hook_z(out)
         return out_z
 
     with (

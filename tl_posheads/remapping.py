@@ -90,6 +90,15 @@ def _of_heads(move: Move | None, heads: Sequence[int]) -> Move | None:
     return of_heads
 
 
+def only_heads(
+    geometry: LayerGeometry, rot_k: Float[Tensor, "*batch pos kv_head d_head"], heads: Sequence[int]
+) -> tuple[LayerGeometry, Float[Tensor, "*batch pos head d_head"]]:
+    """The layer as if it had only these heads: its geometry, and their keys, one each."""
+    keys = rot_k[..., [geometry.kv_head[head] for head in heads], :]
+    remapping = None if geometry.remapping is None else geometry.remapping.only(heads)
+    return replace(geometry, kv_head=tuple(range(len(heads))), remapping=remapping), keys
+
+
 def every_pair(q_pos: Int[Tensor, "..."], k_pos: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """The ``region`` of a remapping that has but one."""
     return torch.zeros_like(q_pos - k_pos)

@@ -14,7 +14,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
 from tl_posheads.lens import attention, instance_method, model_name, own_hooks
 from tl_posheads.positions import Positions, key_positions
-from tl_posheads.remapping import remapped_scores
+from tl_posheads.remapping import only_heads, remapped_scores
 
 _MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
 
@@ -46,8 +46,8 @@ def rescored(
 ) -> Iterator[list[Any]]:
     """Inside, the scores of ``layers`` are those of their geometry's remapping.
 
-    Inside ``rotary_hook_points`` and ``watched_positions``. What hooks on ``hook_rot_q`` and
-    ``hook_rot_k`` return that were set before is what the scores are computed from.
+    Inside ``rotary_hook_points`` and ``watched_positions``. The scores are computed from what all
+    hooks on ``hook_rot_q`` and ``hook_rot_k`` leave of queries and keys.
 
     Yields:
         Handles of the hooks on the scores.
@@ -55,15 +55,15 @@ def rescored(
     with ExitStack() as stack:
         # One for all layers: they run one after the other, and nobody's tensors are held longer.
         seen: dict[str, Tensor] = {}
-        rotated = []
         for layer in layers:
             attn: Any = attention(model, layer)
+            for which in "qk":
+                point = getattr(attn, f"hook_rot_{which}")
+                keeper = _keep(point, which, seen, positions)
+                stack.enter_context(instance_method(point, "_call_impl", keeper))
             if hasattr(attn, "_update_kv_cache"):  # the Bridge caches rotated keys
                 spy = _with_cached(attn._update_kv_cache, seen)
                 stack.enter_context(instance_method(attn, "_update_kv_cache", spy))
-            rotated.append((attn.hook_rot_q, _keep_queries(seen, positions)))
-            rotated.append((attn.hook_rot_k, _keep_keys(seen)))
-        stack.enter_context(own_hooks(rotated))
         points = model.hook_dict
         scores = [
             (points[f"blocks.{layer}.attn.hook_attn_scores"], _rescore(seen, geometry))
@@ -81,35 +81,37 @@ def _with_cached(update: Callable[..., Any], seen: dict[str, Tensor]) -> Callabl
     return update_and_keep
 
 
-def _keep_queries(seen: dict[str, Tensor], positions: Positions) -> Callable[..., None]:
-    def keep(rot_q: Float[Tensor, "batch pos head d_head"], hook: Any) -> None:
-        seen["q"], seen["at"] = rot_q, positions.of(rot_q)
+def _keep(
+    point: Any, which: str, seen: dict[str, Tensor], positions: Positions
+) -> Callable[..., Any]:
+    """The hook point's call, whose result is kept: no hook is sure to be the last one on it."""
+    call, turned = point._call_impl, getattr(point, "hook_conversion", None) is not None
 
-    return keep
+    def call_and_keep(*args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        x = out.transpose(1, 2) if turned else out  # [batch, pos, head, d_head]
+        seen[which] = x
+        if which == "q":
+            seen["at"] = positions.of(x)
+        return out
 
-
-def _keep_keys(seen: dict[str, Tensor]) -> Callable[..., None]:
-    def keep(rot_k: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> None:
-        seen["k"] = rot_k
-
-    return keep
+    return call_and_keep
 
 
 def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., Tensor]:
-    heads = None if geometry.remapping is None else geometry.remapping.heads
+    assert geometry.remapping is not None
+    heads = list(geometry.remapping.heads or range(geometry.n_heads))
 
     def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
         q, k, q_pos = seen.pop("q"), seen.pop("k"), seen.pop("at")
         k_pos = key_positions(q_pos, k.shape[1])
+        alone, keys = only_heads(geometry, k, heads)
         out = scores.clone()  # autograd and others may hold the old ones
-        for rows, new, unchanged in remapped_scores(q, k, q_pos, k_pos, geometry):
-            old = scores[:, :, rows, : new.shape[-1]]
+        # Other heads' scores are never touched: they stay bit for bit.
+        for rows, new, unchanged in remapped_scores(q[:, :, heads], keys, q_pos, k_pos, alone):
+            old = scores[:, heads, rows, : new.shape[-1]]
             stay = unchanged[:, None] | (old <= _MASKED)
-            new = torch.where(stay, old, new.to(old.dtype))
-            if heads is None:
-                out[:, :, rows, : new.shape[-1]] = new
-            else:
-                out[:, list(heads), rows, : new.shape[-1]] = new[:, list(heads)]
+            out[:, heads, rows, : new.shape[-1]] = torch.where(stay, old, new.to(old.dtype))
         return out
 
     return hook

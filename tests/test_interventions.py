@@ -1,0 +1,307 @@
+"""Edits of rotary pairs, against scores that numpy computes from complex numbers, pair by pair."""
+
+from __future__ import annotations
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_capture import state, warm
+
+from tl_posheads import PosheadsError, RotaryGeometry, edit_rotary, score_heads
+from tl_posheads import extrapolation as ex
+from tl_posheads.contributions import split_pairs
+from tl_posheads.fused import fused_attention
+
+pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+
+TOKENS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(6))
+HEADS = [(1, 2), (0, 1)]
+EDITS = {
+    "scale": dict(scale={0: 0.0, (1,): -2.5}),
+    "shift": dict(shift={range(0, 2): 3.5}),
+    "freeze": dict(freeze={0: 4.0}),
+    "freeze at 0": dict(freeze=range(0, 2)),
+    "swap": dict(swap=[(0, 1)]),
+    "remap": dict(remap={1: 0}),
+    "scale and freeze": dict(scale={1: 0.5}, freeze={0: 2}),
+}
+LATE = ("GPT-J", "DeepSeek-V3", "DeepSeek-V2")  # their scores can't be computed again
+FAMILIES = [f for f in architectures.ROTARY if not f.startswith(("Llama,", "Phi-3"))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    model = warm(architectures.rotary_model(request.param))
+    model.family = request.param
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return warm(architectures.rotary_model("Llama"))
+
+
+def in_scores(edit):
+    return any(name in edit for name in ("freeze", "swap", "remap"))
+
+
+def spread(edit, name, n_pairs):
+    """An edit's dict with a key for each pair."""
+    given = edit.get(name) or {}
+    if name == "freeze" and not isinstance(given, dict):
+        given = dict.fromkeys(given, 0.0)
+    return {
+        pair: value
+        for pairs, value in given.items()
+        for pair in ([pairs] if isinstance(pairs, int) else pairs)
+    }
+
+
+def expected_change(cache, geometry, layer, head, edit):
+    """New minus old ``q . k``, unscaled, from what the rotation hooks of an unedited pass hold."""
+    g = geometry[layer]
+    n, w = TOKENS.shape[1], g.inv_freq.numpy()
+    q, k = (cache[f"blocks.{layer}.attn.hook_rot_{x}"].double() for x in "qk")
+    q, k = q[:, :, head], k[:, :, g.kv_head[head]]
+    a, b = (torch.complex(*split_pairs(x, g)).numpy() for x in (q, k))
+    source = {a: b for pair in edit.get("swap", ()) for a, b in (pair, pair[::-1])}
+    source |= edit.get("remap", {})
+    scale, shift, freeze = (spread(edit, x, g.n_pairs) for x in ("scale", "shift", "freeze"))
+    i, j = np.arange(n)[:, None], np.arange(n)[None]
+    total = np.zeros((len(q), n, n))
+    for m in range(g.n_pairs):
+        old = a[:, :, None, m] * b[:, None, :, m].conj()
+        content = old * np.exp(-1j * w[m] * (i - j))  # both turned back to position 0
+        apart = np.broadcast_to(i - j, (n, n)).astype(float)
+        if m in freeze:
+            apart = np.full((n, n), float(freeze[m]))
+        angle = w[source.get(m, m)] * apart + w[m] * shift.get(m, 0.0)
+        new = scale.get(m, 1.0) * content * np.exp(1j * angle)
+        total += (new - old).real
+    return total
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@torch.no_grad()
+def test_scores_are_the_edits_and_neighbours_stay(family, edit):
+    if family.family in LATE and in_scores(edit):
+        with pytest.raises(PosheadsError, match="tiny-"), edit_rotary(family, HEADS, **edit):
+            pass
+        return
+    names = [f"blocks.0.attn.hook_{x}" for x in ("rot_q", "rot_k", "attn_scores", "pattern")]
+    geometry = RotaryGeometry.from_model(family)
+    if geometry[0].n_pairs < 2:
+        pytest.fail("an edit of pair 1 needs two pairs")
+    with ex.None_()(family):  # the hook points of joint projections
+        bare = family.run_with_cache(TOKENS, names_filter=names)[1]
+    with edit_rotary(family, HEADS, **edit):
+        logits, got = family.run_with_cache(TOKENS, names_filter=names)
+        again = family(TOKENS)
+    assert torch.equal(logits, again)
+    scores = names[2]
+    others = [0, 2, 3]
+    assert torch.equal(got[scores][:, others], bare[scores][:, others])
+    assert torch.equal(got[names[1]], bare[names[1]])
+    if family.family == "GPT-J":
+        return  # the pattern goes under the scores' name
+    g = geometry[0]
+    change = g.attention_scale * expected_change(bare, geometry, 0, 1, edit)
+    seen = np.tril(np.ones((24, 24), dtype=bool))
+    if g.window is not None:
+        seen &= ~np.tril(seen, -g.window)
+    old, new = (x[scores][:, 1].double().numpy() for x in (bare, got))
+    if g.softcap is not None:
+        with np.errstate(invalid="ignore"):  # masked scores
+            old, new = (g.softcap * np.arctanh(x / g.softcap) for x in (old, new))
+    np.testing.assert_allclose((new - old)[:, seen], change[:, seen], atol=2e-3, rtol=1e-3)
+    assert np.abs(change[:, seen]).max() > 1e-2
+    np.testing.assert_array_equal(old[:, ~seen], new[:, ~seen])
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@torch.no_grad()
+def test_fused_cached_and_plain_passes_agree(llama, edit):
+    with edit_rotary(llama, HEADS, **edit):
+        plain = llama(TOKENS)
+        with fused_attention(llama) as on:
+            assert on
+            torch.testing.assert_close(llama(TOKENS), plain, atol=1e-4, rtol=1e-4)
+        options = dict(max_new_tokens=6, do_sample=False, verbose=False, stop_at_eos=False,
+                       return_type="tokens")  # fmt: skip
+        cached, fresh = (
+            llama.generate(TOKENS[:1, :12], use_past_kv_cache=use, **options)
+            for use in (True, False)
+        )
+    assert torch.equal(cached, fresh)
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@torch.no_grad()
+def test_smollm2_in_both_classes(smollm2, edit):
+    tokens = smollm2.to_tokens("The quick brown fox jumps over the lazy dog.")
+    heads = [(7, 8), (0, 1)]
+    names = [f"blocks.0.attn.hook_{x}" for x in ("rot_q", "rot_k", "attn_scores")]
+    bare = smollm2.run_with_cache(tokens, names_filter=names)[1]
+    with edit_rotary(smollm2, heads, **edit):
+        got = smollm2.run_with_cache(tokens, names_filter=names)[1]
+    others = [0, 2, 3, 4, 5, 6, 7, 8]
+    assert torch.equal(got[names[2]][:, others], bare[names[2]][:, others])
+    assert (got[names[2]][:, 1] - bare[names[2]][:, 1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_what_changes_nothing(llama):
+    bare = llama(TOKENS)
+    for edit in (dict(scale={range(4): 1.0}), dict(shift={0: 0.0}), dict(scale={0: 1})):
+        with edit_rotary(llama, HEADS, **edit):
+            assert torch.equal(llama(TOKENS), bare)
+    for edit in (dict(remap={0: 0}), dict(remap={3: 3})):
+        with edit_rotary(llama, HEADS, **edit):
+            torch.testing.assert_close(llama(TOKENS), bare, atol=1e-5, rtol=1e-5)
+    with edit_rotary(llama, [], scale={0: 0.0}):
+        assert torch.equal(llama(TOKENS), bare)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(-30, 30), st.integers(0, 3), st.integers(0, 3))
+def test_shift_of_all_pairs_is_a_move(llama, tokens, layer_head, other):
+    """All pairs frozen at d, and then shifted by t, is all pairs frozen at d + t."""
+    heads = [(0, layer_head)]
+    name = "blocks.0.attn.hook_attn_scores"
+    with torch.no_grad():
+        with edit_rotary(llama, heads, freeze={range(4): other + tokens}):
+            moved = llama.run_with_cache(TOKENS, names_filter=[name])[1][name]
+        with edit_rotary(llama, heads, freeze={range(4): float(other)}):
+            still = llama.run_with_cache(TOKENS, names_filter=[name])[1][name]
+    if tokens == 0:
+        assert torch.equal(moved, still)
+    others = [h for h in range(4) if h != layer_head]
+    assert torch.equal(moved[:, others], still[:, others])
+
+
+@torch.no_grad()
+def test_frozen_heads_do_not_know_the_distance(llama):
+    same = torch.full((1, 20), 5)
+    name = "blocks.0.attn.hook_attn_scores"
+    with edit_rotary(llama, [(0, 1)], freeze=range(4)):
+        scores = llama.run_with_cache(same, names_filter=[name])[1][name][0]
+    seen = torch.ones(20, 20, dtype=torch.bool).tril()
+    assert float(scores[1][seen].std()) < 1e-4
+    assert float(scores[0][seen].std()) > 1e-2
+
+
+@torch.no_grad()
+def test_scores_of_heads_know_the_edit(llama):
+    bare = score_heads(llama, TOKENS, progress=False)
+    for edit in (EDITS["swap"], EDITS["freeze"], EDITS["scale"]):
+        with edit_rotary(llama, HEADS, **edit):
+            found = score_heads(llama, TOKENS, progress=False)
+            names = ["blocks.0.attn.hook_rot_q", "blocks.0.attn.hook_rot_k"]
+            cache = llama.run_with_cache(TOKENS, names_filter=names)[1]
+            geometry = RotaryGeometry.from_model(llama)
+        assert found.provenance["inside"][0].startswith("edit_rotary([(0, 1), (1, 2)]")
+        others = [0, 2, 3]
+        torch.testing.assert_close(found.rho[0, others], bare.rho[0, others], atol=1e-6, rtol=0)
+        expected = rho_by_hand(cache, geometry[0], 1, edit)
+        assert float(found.rho[0, 1]) == pytest.approx(expected, abs=1e-5)
+
+
+def rho_by_hand(cache, g, head, edit):
+    from scipy import stats
+
+    q, k = (cache[f"blocks.0.attn.hook_rot_{x}"].double() for x in "qk")
+    a = torch.complex(*split_pairs(q[:, :, head], g)).numpy()
+    b = torch.complex(*split_pairs(k[:, :, g.kv_head[head]], g)).numpy()
+    w = g.inv_freq.numpy()
+    source = {x: y for pair in edit.get("swap", ()) for x, y in (pair, pair[::-1])}
+    freeze = spread(edit, "freeze", g.n_pairs)
+    apart, dominant = [], []
+    for row in range(len(a)):
+        for i in range(a.shape[1]):
+            for j in range(i):
+                c = a[row, i] * b[row, j].conj()
+                content = c * np.exp(-1j * w * (i - j))
+                turned = np.array([
+                    w[source.get(m, m)] * freeze.get(m, i - j) for m in range(len(w))
+                ])  # fmt: skip
+                c = (content * np.exp(1j * turned)).real
+                weight = np.exp(c - c.max())
+                apart.append(i - j)
+                dominant.append(float(weight @ np.arange(len(w)) / weight.sum()))
+    return stats.spearmanr(apart, dominant).statistic
+
+
+@torch.no_grad()
+def test_inside_a_method_of_frequencies(llama):
+    """Frozen at 0, no pair knows of frequencies, whatever the method does to them."""
+    name = "blocks.0.attn.hook_attn_scores"
+    with edit_rotary(llama, [(0, 1)], freeze=range(4)):
+        alone = llama.run_with_cache(TOKENS, names_filter=[name])[1][name][:, 1]
+    with ex.Linear(4)(llama), edit_rotary(llama, [(0, 1)], freeze=range(4)):
+        inside = llama.run_with_cache(TOKENS, names_filter=[name])[1][name][:, 1]
+    torch.testing.assert_close(inside, alone, atol=1e-4, rtol=1e-4)
+    with ex.SelfExtend(2, 4)(llama), edit_rotary(llama, [(0, 1)], scale={range(4): 0.0}):
+        scores = llama.run_with_cache(TOKENS, names_filter=[name])[1][name][:, 1]
+    assert float(scores[:, torch.ones(24, 24, dtype=torch.bool).tril()].abs().max()) < 1e-6
+
+
+@torch.no_grad()
+def test_leaving_restores_bit_for_bit(llama):
+    before, bare = state(llama), llama(TOKENS)
+    with pytest.raises(IndexError), edit_rotary(llama, HEADS, swap=[(0, 3)], scale={1: 0.0}):
+        llama(torch.tensor([[10**6]]))
+    after = state(llama)
+    assert before[:2] == after[:2]
+    assert all(torch.equal(after[2][name], weight) for name, weight in before[2].items())
+    assert torch.equal(llama(TOKENS), bare)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(), "no edit was given"),
+        (dict(scale={}), "no edit was given"),
+        (dict(scale={4: 0.0}), "pairs 0 to 3"),
+        (dict(freeze=[-1]), "pairs 0 to 3"),
+        (dict(swap=[(0, 9)]), "pairs 0 to 3"),
+        (dict(scale={0: float("nan")}), "finite number"),
+        (dict(shift={0: "far"}), "finite number"),
+        (dict(scale={0: 1.0}, shift={0: 1.0}), "two edits"),
+        (dict(scale={0: 1.0, range(2): 0.5}), "two edits"),
+        (dict(swap=[(0, 1), (1, 2)]), "two edits"),
+        (dict(swap=[(0, 1)], remap={0: 3}), "two edits"),
+        (dict(swap=3), "pairs of pairs"),
+        (dict(scale=0.0), "expected a dict"),
+        (dict(remap=[1, 2]), "expected a dict"),
+        (dict(scale={"slow": 0.0}), "pair's number"),
+    ],
+)
+def test_bad_edits(llama, given, message):
+    before = state(llama)
+    with pytest.raises(PosheadsError, match=message), edit_rotary(llama, HEADS, **given):
+        pass
+    assert state(llama)[:2] == before[:2]
+
+
+def test_refusals(llama):
+    before = state(llama)
+    with pytest.raises(PosheadsError, match="layer 5"), edit_rotary(llama, [(5, 0)], scale={0: 0}):
+        pass
+    edit = edit_rotary(llama, HEADS, scale={0: 0.0})
+    with edit:
+        with pytest.raises(PosheadsError, match="all edits in one call"):
+            edit_rotary(llama, HEADS, scale={1: 0.0}).__enter__()
+        with pytest.raises(PosheadsError, match="enter the method first"):
+            ex.Linear(2)(llama).__enter__()
+    with ex.SelfExtend(2, 4)(llama), pytest.raises(PosheadsError, match="inside SelfExtend"):
+        edit_rotary(llama, HEADS, swap=[(0, 1)]).__enter__()
+    with ex.DynamicNTK(2)(llama), pytest.raises(PosheadsError, match="depend on the text's"):
+        edit_rotary(llama, HEADS, freeze=[0]).__enter__()
+    with ex.NoPE(pairs=(3,))(llama), pytest.raises(PosheadsError, match="doesn't turn"):
+        edit_rotary(llama, HEADS, remap={3: 0}).__enter__()
+    with pytest.raises(PosheadsError, match="tiny-GPT2.*not RoPE"):
+        edit_rotary(architectures.other_model("GPT-2"), [(0, 0)], scale={0: 0.0}).__enter__()
+    assert state(llama)[:2] == before[:2]
