@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_capture import state, warm
 
-from tl_posheads import PosheadsError, RotaryGeometry, edit_rotary, score_heads
+from tl_posheads import PosheadsError, RotaryGeometry, edit_rotary, models, score_heads
 from tl_posheads import extrapolation as ex
 from tl_posheads.contributions import split_pairs
 from tl_posheads.fused import fused_attention
@@ -34,6 +34,8 @@ FAMILIES = [f for f in architectures.ROTARY if not f.startswith(("Llama,", "Phi-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
+    if request.param == "Cohere" and models.hooked_available():
+        pytest.skip("the Bridge of transformer-lens 3.9 rotates Cohere otherwise than transformers")
     model = warm(architectures.rotary_model(request.param))
     model.family = request.param
     return model
@@ -149,7 +151,8 @@ def test_smollm2_in_both_classes(smollm2, edit):
         got = smollm2.run_with_cache(tokens, names_filter=names)[1]
     others = [0, 2, 3, 4, 5, 6, 7, 8]
     assert torch.equal(got[names[2]][:, others], bare[names[2]][:, others])
-    assert (got[names[2]][:, 1] - bare[names[2]][:, 1]).abs().max() > 1e-4
+    seen = torch.isfinite(bare[names[2]][:, 1])
+    assert (got[names[2]][:, 1] - bare[names[2]][:, 1])[seen].abs().max() > 1e-4
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tl_posheads.scoring import score_heads
     from tl_posheads.statistics import spearman_by_distance
     from tl_posheads.study.controls import control_sets
+    from tl_posheads.study.dose import dose_response
+    from tl_posheads.study.dose_results import DoseResponse
     from tl_posheads.study.results import AblationStudy
     from tl_posheads.study.run import ablation_study
     from tl_posheads.study.screen import head_effects
@@ -75,6 +77,8 @@ _HOME = {
     "spearman_by_distance": "statistics",
     "ablation_study": "study.run",
     "AblationStudy": "study.results",
+    "dose_response": "study.dose",
+    "DoseResponse": "study.dose_results",
     "head_effects": "study.screen",
 }
 

@@ -1,0 +1,166 @@
+"""What a dose-response run found: a table with tests, a picture, files."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.study.controls import Head
+from tl_posheads.study.effects import Effect, paired_effect, rank_tests, spearman
+from tl_posheads.study.results import RESOLUTION
+
+FORMAT = "tl_posheads.DoseResponse"
+_LABEL, _TABLE = "dose.json", "cells.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """Every prompt's answer at every strength, of the heads asked about and of the control draws.
+
+    Attributes:
+        cells: a row per prompt, set and strength: ``logprob``, mean log-probability of the scored
+            tokens in nats; ``exact``, all of them were the likeliest; ``clean``, ``logprob``
+            without an edit. Set 0 are the heads asked about, the others the draws.
+        sets: heads of each set.
+        provenance: how it came about.
+    """
+
+    cells: pd.DataFrame
+    sets: list[list[Head]]
+    provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return (
+            f"DoseResponse({self.provenance.get('model')}: {self.provenance.get('edit')} of "
+            f"{len(self.provenance.get('pairs', []))} pairs in {len(self.sets[0])} heads, "
+            f"{len(self.strengths)} strengths, {len(self.sets) - 1} control draws)"
+        )
+
+    @property
+    def strengths(self) -> list[float]:
+        return [float(value) for value in sorted(self.cells["strength"].unique())]
+
+    def effects(self) -> Float[np.ndarray, "set prompt strength"]:
+        """Edited minus clean, in nats; lower is more harm."""
+        change = self.cells.assign(effect=self.cells["logprob"] - self.cells["clean"])
+        change = change.sort_values(["set", "prompt", "strength"])
+        shape = (len(self.sets), self.cells["prompt"].nunique(), len(self.strengths))
+        return change["effect"].to_numpy().reshape(shape)
+
+    def to_pandas(self, *, seed: int = 0) -> pd.DataFrame:
+        """A row per strength.
+
+        Columns: ``effect`` of the heads asked about (edited minus clean, nats a token) with its
+        95 % bootstrap interval over prompts; ``exact``, the share of prompts still answered
+        exactly; ``control_effect``, the draws' mean, with their ``control_min`` and
+        ``control_max``; ``p``, of the effect's rank among the draws', one-sided; ``p_adjusted``,
+        corrected for all strengths together (Westfall and Young). At strength 0 there is nothing
+        to test.
+        """
+        effects = self.effects()
+        means = effects.mean(1)
+        tests = rank_tests(means[0], means[1:], resolution=RESOLUTION)
+        rows = []
+        for i, strength in enumerate(self.strengths):
+            mine = effects[0, :, i]
+            effect = paired_effect(mine, np.zeros_like(mine), seed=seed)
+            here = self.cells[(self.cells["strength"] == strength) & (self.cells["set"] == 0)]
+            rows.append({
+                "strength": strength, "effect": effect.mean, "ci_low": effect.ci_low,
+                "ci_high": effect.ci_high, "exact": float(here["exact"].mean()),
+                "control_effect": float(means[1:, i].mean()),
+                "control_min": float(means[1:, i].min()),
+                "control_max": float(means[1:, i].max()), "n_draws": len(self.sets) - 1,
+                "n_prompts": effect.n_prompts,
+                "p": float("nan") if strength == 0 else float(tests.p[i]),
+                "p_adjusted": float("nan") if strength == 0 else float(tests.p_adjusted[i]),
+            })  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def trend(self, *, seed: int = 0) -> tuple[Effect, float]:
+        """Does more strength do more? Spearman's rho of strength and effect, prompt by prompt.
+
+        Returns:
+            Mean rho of the heads asked about with its 95 % bootstrap interval over prompts, -1
+            being more harm at every step; and the mean rho of the draws. NaN with fewer than three
+            strengths. Prompts in which nothing changes count as 0.
+        """
+        strengths, effects = np.asarray(self.strengths), self.effects()
+        if len(strengths) < 3:
+            nan = float("nan")
+            return Effect(nan, nan, nan, effects.shape[1]), nan
+        rho = np.nan_to_num(spearman(np.broadcast_to(strengths, effects.shape), effects))
+        mine = paired_effect(rho[0], np.zeros_like(rho[0]), seed=seed)
+        return mine, float(rho[1:].mean())
+
+    def plot(self) -> Any:
+        """Effect against strength, over the draws; a matplotlib figure that shows itself."""
+        from matplotlib.figure import Figure
+
+        class Shown(Figure):
+            """Shows itself in a notebook, without pyplot and its list of open figures."""
+
+            def _repr_png_(self) -> bytes:
+                out = io.BytesIO()
+                self.savefig(out, format="png", dpi=80)
+                return out.getvalue()
+
+        table, means = self.to_pandas(), self.effects().mean(1)
+        fig = Shown(figsize=(6.5, 4.0), layout="constrained")
+        ax = fig.subplots()
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        for i, draw in enumerate(means[1:]):
+            label = "layer-matched heads, a line a draw" if i == 0 else None
+            ax.plot(self.strengths, draw, color="#E69F00", linewidth=0.8, alpha=0.6, label=label)
+        ax.plot(
+            table["strength"], table["effect"], color="#000000", marker="o", linewidth=2,
+            label=f"the {len(self.sets[0])} heads, 95 % interval over prompts",
+        )  # fmt: skip
+        ax.fill_between(
+            table["strength"], table["ci_low"], table["ci_high"], color="#000000", alpha=0.12,
+            linewidth=0,
+        )  # fmt: skip
+        shift = self.provenance.get("edit") == "shift"
+        ax.set_xlabel("shift of the query (tokens)" if shift else "share of the pairs taken away")
+        ax.set_ylabel("change (nats a token)")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=9)
+        return fig
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``dose.json`` and ``cells.parquet`` into a folder, each whole or not at all."""
+        buffer = io.BytesIO()
+        self.cells.to_parquet(buffer, index=False)
+        facts = {
+            "format": FORMAT, "version": 1, "sets": [[list(h) for h in one] for one in self.sets],
+            "provenance": self.provenance,
+        }  # fmt: skip
+        return write_labelled(folder, _LABEL, {_TABLE: buffer.getvalue()}, facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> DoseResponse:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PosheadsError: no such folder, another program's files, or damaged ones.
+        """
+        label, parts = read_labelled(
+            folder, _LABEL, made_by="DoseResponse", what="dose responses", again="run it again"
+        )
+        try:
+            cells = pd.read_parquet(io.BytesIO(parts[_TABLE]))
+            sets = [[(layer, head) for layer, head in one] for one in label["sets"]]
+            return cls(cells, sets, label["provenance"])
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise PosheadsError(
+                f"the dose response in {folder} is damaged ({problem}); run it again"
+            ) from problem
