@@ -46,8 +46,8 @@ def found(llama):
 
 
 def test_cells_are_passes_by_hand(llama, found):
-    for _s, heads in enumerate(found.sets):
-        for _i, row in enumerate(TOKENS):
+    for s, heads in enumerate(found.sets):
+        for i, row in enumerate(TOKENS):
             for strength in STRENGTHS:
                 with edit_rotary(llama, heads, scale={range(2, 4): 1 - strength}):
                     logprob, hit = target_logprobs(llama, row, torch.tensor([27, 28, 29]))

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from tl_posheads.corpora import load_corpus
     from tl_posheads.curves import dominant_dimension_curve
     from tl_posheads.errors import PosheadsError
+    from tl_posheads.extrapolation.break_point import BreakPoint, break_point
     from tl_posheads.extrapolation.compare import compare_extrapolations, sweep_theta
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
-    from tl_posheads.extrapolation.stretch import BreakPoint, Stretch, break_point, stretch
+    from tl_posheads.extrapolation.stretch import Stretch, stretch
     from tl_posheads.geometry import LayerGeometry, RotaryGeometry
     from tl_posheads.interventions import edit_rotary
     from tl_posheads.models import load_model
@@ -62,9 +63,9 @@ _HOME = {
     "compare_extrapolations": "extrapolation.compare",
     "sweep_theta": "extrapolation.compare",
     "ExtrapolationComparison": "extrapolation.comparison",
-    "BreakPoint": "extrapolation.stretch",
+    "BreakPoint": "extrapolation.break_point",
     "Stretch": "extrapolation.stretch",
-    "break_point": "extrapolation.stretch",
+    "break_point": "extrapolation.break_point",
     "stretch": "extrapolation.stretch",
     "LayerGeometry": "geometry",
     "RotaryGeometry": "geometry",

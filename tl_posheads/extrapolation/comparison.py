@@ -20,8 +20,10 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.break_point import BreakPoint, break_point
+from tl_posheads.extrapolation.log_bins import log_bins
 from tl_posheads.extrapolation.observing import Head, TextUnder
-from tl_posheads.extrapolation.stretch import BreakPoint, Stretch, break_point, log_bins, stretch
+from tl_posheads.extrapolation.stretch import Stretch, stretch
 from tl_posheads.files import read_labelled, write_labelled
 from tl_posheads.results import Comparison, HeadScores
 

@@ -1,4 +1,4 @@
-"""How far a method draws out the curves of Positional Heads, and where the bare model's break.
+"""How far a method draws out the curves of Positional Heads.
 
 Curves are mean dominant dimensions by token distance, document by document. Everything here works
 on arrays; nothing needs a model.
@@ -12,31 +12,11 @@ import numpy as np
 from jaxtyping import Float
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.log_bins import BinnedCurves, bootstrap_counts, interval_of
 
-# Fewer documents, or heads, say nothing about how others would differ.
-_FEWEST = 4
-# Distances with a smaller share of the pairs than the best-filled one: few queries, few keys.
-_SPARSE = 0.1
 # Share of the bare curve's octaves that have to be seen in the extended one, whatever the scale.
 _OVERLAP = 0.5
-# Bins at least on either side of a break.
-_EDGE = 4
 _ROUNDING = 1e-10
-
-
-@dataclass(frozen=True, eq=False)
-class LogBins:
-    """Means over bins of equal width in log distance.
-
-    Attributes:
-        distance: of each bin, the geometric mean over its pairs, in tokens.
-        n_pairs: query-key pairs in each bin.
-        mean: mean over the pairs, in rotary dimensions; NaN where there is none.
-    """
-
-    distance: Float[np.ndarray, "bin"]
-    n_pairs: Float[np.ndarray, "*rest bin"]
-    mean: Float[np.ndarray, "*rest bin"]
 
 
 @dataclass(frozen=True)
@@ -72,164 +52,6 @@ class Stretch:
     def identifiable(self) -> bool:
         """Whether the curves tell a scale."""
         return self.reason is None
-
-
-@dataclass(frozen=True)
-class BreakPoint:
-    """Where curves leave their trend.
-
-    Attributes:
-        distance: of the break, in tokens.
-        ci_low, ci_high: 95 % bootstrap interval over the units, from bin to bin; NaN with fewer
-            than four.
-        p: of the test that there is a break at all; NaN with fewer than eight documents. Read it
-            first: a distance is given in any case.
-        slope_before, slope_after: of the trend on both sides of the break, in rotary dimensions
-            per doubling of the distance, mean over heads.
-        jump: change of level at the break, in rotary dimensions, mean over heads.
-        n_heads, n_docs: what was fitted.
-        unit: ``"documents"`` or ``"heads"``, what the bootstrap draws for the interval.
-    """
-
-    distance: float
-    ci_low: float
-    ci_high: float
-    p: float
-    slope_before: float
-    slope_after: float
-    jump: float
-    n_heads: int
-    n_docs: int
-    unit: str
-
-
-def log_bins(
-    distance: Float[np.ndarray, "distance"],
-    n_pairs: Float[np.ndarray, "*rest distance"],
-    values: Float[np.ndarray, "*rest distance"],
-    *,
-    per_octave: int = 8,
-) -> LogBins:
-    """Means of curves over bins of equal width in log distance, weighted by pairs.
-
-    Near distances, where a bin is narrower than a token, keep a bin each. Bins without any pair
-    are left out.
-
-    Args:
-        distance: token distances, from 1 on.
-        n_pairs: pairs behind each value; anything that broadcasts to ``values``.
-        values: NaN counts as no pair.
-        per_octave: bins in a doubling of the distance.
-
-    Returns:
-        :class:`LogBins`.
-
-    Raises:
-        PosheadsError: shapes that don't fit, distances below 1, negative numbers of pairs, an
-            infinite value, no pair at all.
-
-    Example:
-        >>> import numpy as np
-        >>> bins = log_bins(np.arange(1, 5), np.array([3, 2, 1, 0]), np.arange(4.0), per_octave=1)
-        >>> bins.distance.round(2).tolist(), bins.n_pairs.tolist(), bins.mean.round(2).tolist()
-        ([1.0, 2.29], [3.0, 3.0], [0.0, 1.33])
-    """
-    distance, n_pairs, values = (
-        np.asarray(given, dtype=np.float64) for given in (distance, n_pairs, values)
-    )
-    try:
-        pairs = np.broadcast_to(n_pairs, values.shape)
-    except ValueError:
-        pairs = np.full(values.shape, -1.0)
-    fits = values.ndim > 0 and distance.shape == values.shape[-1:] and per_octave >= 1
-    if not fits or not (pairs >= 0).all() or not (distance >= 1).all() or np.isinf(values).any():
-        raise PosheadsError(
-            f"values of shape {values.shape}, n_pairs of shape {n_pairs.shape}, distances of shape "
-            f"{distance.shape} and per_octave={per_octave} were given; expected distances from 1 "
-            "on, for each a finite value or NaN and a number of pairs, and at least one bin in an "
-            "octave"
-        )
-    pairs = np.where(np.isnan(values), 0.0, pairs)
-    per_distance = pairs.reshape(-1, len(distance)).sum(0)
-    held = per_distance > 0
-    if not held.any():
-        raise PosheadsError("no curve has a pair at any distance; give longer texts")
-    log = np.log2(distance[held])
-    # Bins are centred on the powers of two, so that distances 1 and 2 lie in the middle of theirs.
-    _, which = np.unique(np.round(log * per_octave), return_inverse=True)
-    member = (which[:, None] == np.arange(which.max() + 1)).astype(np.float64)
-    per_bin = per_distance[held] @ member
-    n = pairs[..., held] @ member
-    with np.errstate(invalid="ignore"):
-        mean = (pairs[..., held] * np.nan_to_num(values[..., held])) @ member / n
-    return LogBins(2 ** ((per_distance[held] * log) @ member / per_bin), n, mean)
-
-
-@dataclass(frozen=True, eq=False)
-class _Curves:
-    """Sums over the pairs of every bin; what is drawn again is added up again."""
-
-    octave: np.ndarray  # [bin], log2 of the distance
-    total: np.ndarray  # [doc, head, bin]
-    weight: np.ndarray  # [doc, head, bin]
-
-    @classmethod
-    def of(
-        cls,
-        values: np.ndarray,
-        n_pairs: np.ndarray | None,
-        first: int,
-        last: float,
-        per_octave: int,
-    ) -> _Curves:
-        values = np.asarray(values, dtype=np.float64)
-        n = np.asarray(1.0 if n_pairs is None else n_pairs, dtype=np.float64)
-        n = n[:, None] if n.ndim == 2 else n
-        if values.ndim != 3 or 0 in values.shape or first < 1:
-            raise PosheadsError(
-                f"curves of shape {values.shape} and first={first} were given; expected "
-                "[doc, head, distance] with the mean at distances 1, 2, ..., and first of at least 1"
-            )
-        distance = np.arange(1, values.shape[2] + 1)
-        seen = (distance >= first) & (distance <= last)
-        if not seen.any():
-            raise PosheadsError(
-                f"curves that reach distance {values.shape[2]} have none from {first} to {last:g}; "
-                "give longer texts or another first="
-            )
-        pairs = (np.broadcast_to(n, values.shape) * np.isfinite(values)).sum(0)
-        filled = pairs >= _SPARSE * pairs.max(1, keepdims=True)
-        bins = log_bins(
-            distance[seen], n[..., seen] if n.ndim else n,
-            np.where(filled, values, np.nan)[..., seen], per_octave=per_octave,
-        )  # fmt: skip
-        return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * bins.n_pairs, bins.n_pairs)
-
-    def drawn(self, counts: np.ndarray, unit: str) -> np.ndarray:
-        """Curves ``[draw, head, bin]`` of the units drawn so many times; NaN without a pair."""
-        if unit == "heads":
-            picks = np.stack([np.repeat(np.arange(len(row)), row) for row in counts.astype(int)])
-            return self.drawn(np.ones((1, len(self.total))), "documents")[0, picks]
-        with np.errstate(invalid="ignore"):
-            weight = np.tensordot(counts, self.weight, 1)
-            return np.tensordot(counts, self.total, 1) / np.where(weight > 0, weight, np.nan)
-
-
-def _counts(n_units: int, n_boot: int, seed: int) -> np.ndarray:
-    """How often each draw of as many units as there are has each of them, ``[draw, unit]``."""
-    if n_boot < 1:
-        raise PosheadsError(f"n_boot={n_boot} was given; expected at least 1")
-    chances = np.full(n_units, 1 / n_units)
-    return np.random.default_rng(seed).multinomial(n_units, chances, size=n_boot).astype(np.float64)
-
-
-def _interval(values: np.ndarray, n_units: int, method: str = "linear") -> tuple[float, float]:
-    """Percentiles, set further apart for few units (Hesterberg 2015, Am. Stat. 69, 371)."""
-    if n_units < _FEWEST:
-        return float("nan"), float("nan")
-    t = stats.t.ppf(0.975, n_units - 1) * np.sqrt(n_units / (n_units - 1))
-    low, high = np.quantile(values, stats.norm.cdf([-t, t]), method=method)
-    return float(low), float(high)
 
 
 def _difference(
@@ -341,17 +163,17 @@ def stretch(
             f"trained={trained} and factor={factor} were given; expected the same documents and "
             "heads in both, and a training length and a factor of at least 1"
         )
-    long = _Curves.of(extended, n_extended, first, np.inf, per_octave)
-    short = _Curves.of(bare, n_bare, first, trained, per_octave)
+    long = BinnedCurves.of(extended, n_extended, first, np.inf, per_octave)
+    short = BinnedCurves.of(bare, n_bare, first, trained, per_octave)
     bounds = _bounds(long.octave, short.octave, max(factor or 1.0, np.shape(extended)[2] / trained))
     n_docs, n_heads = shapes[0]
     unit = "documents" if n_docs > 1 else "heads"
-    counts = _counts(n_docs if n_docs > 1 else n_heads, n_boot, seed)
+    counts = bootstrap_counts(n_docs if n_docs > 1 else n_heads, n_boot, seed)
     drawn = (long.octave, long.drawn(counts, unit), short.octave, short.drawn(counts, unit))
     once = np.ones_like(counts[:1])
     given = (long.octave, long.drawn(once, unit), short.octave, short.drawn(once, unit))
     shift = _best_shift(bounds, *given)
-    low, high = _interval(_best_shift(bounds, *drawn), counts.shape[1])
+    low, high = interval_of(_best_shift(bounds, *drawn), counts.shape[1])
 
     size, noise = _spread(given[3])[0], 0.0
     if unit == "documents":

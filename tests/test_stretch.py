@@ -1,0 +1,182 @@
+"""Stretch and break point of planted curves: found, with intervals that cover as they claim."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tl_posheads import PosheadsError, break_point, stretch
+from tl_posheads.extrapolation.log_bins import log_bins
+
+TRAINED, LONGEST = 256, 2048
+D = np.arange(1, LONGEST + 1)
+
+
+def rising(d, h):
+    """Saturating curves, each head its own."""
+    return 4 + h + (5 + h) * np.log2(d + 1) / (3 + np.log2(d + 1))
+
+
+def noise(rng, shape, size):
+    """Wiggles that neighbouring distances share: slow waves in log distance, and a level."""
+    x = np.log2(np.arange(1, shape[-1] + 1))
+    wave = sum(
+        rng.normal(0, size / (1 + k), (*shape[:-1], 1))
+        * np.cos(2 * np.pi * (k * x / 11 + rng.random((*shape[:-1], 1))))
+        for k in range(5)
+    )
+    return wave + rng.normal(0, size, shape)
+
+
+def planted(scale, rng, *, docs=8, heads=3, size=0.15):
+    h = np.arange(heads)[None, :, None]
+    shared = noise(rng, (docs, heads, LONGEST), size)
+    bare = rising(D[None, None], h) + shared
+    extended = rising(D[None, None] / scale, h) + shared + noise(rng, shared.shape, size / 2)
+    return extended, bare[..., :TRAINED]
+
+
+N_LONG = np.broadcast_to(LONGEST + 1 - D, (8, LONGEST))
+N_NEAR = np.broadcast_to(TRAINED + 1 - D[:TRAINED], (8, TRAINED))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.3, 8.0])
+def test_planted_stretch_is_found(scale):
+    extended, bare = planted(scale, np.random.default_rng(1))
+    found = stretch(
+        extended, bare, trained=TRAINED, n_extended=N_LONG, n_bare=N_NEAR, factor=8, n_boot=300
+    )
+    assert found.identifiable
+    assert found.scale == pytest.approx(scale, rel=0.15)
+    assert found.ci_low <= found.scale <= found.ci_high
+    assert found.ci_high / found.ci_low < 1.8
+    assert (found.factor, found.unit, found.n_docs, found.n_heads) == (8, "documents", 8, 3)
+    assert found.r2 > 0.8
+    if scale > 1.5:
+        assert found.misfit < found.misfit_unscaled
+
+
+def test_interval_covers_as_it_claims():
+    covered = []
+    for seed in range(60):
+        extended, bare = planted(3.0, np.random.default_rng(seed))
+        found = stretch(extended, bare, trained=TRAINED, factor=4, n_boot=200, seed=seed)
+        covered.append(found.ci_low <= 3.0 <= found.ci_high)
+    assert 0.85 <= np.mean(covered) <= 1.0
+
+
+def test_flat_curves_tell_no_scale():
+    rng = np.random.default_rng(0)
+    flat = 7 + noise(rng, (8, 2, LONGEST), 0.1)
+    found = stretch(flat, flat[..., :TRAINED], trained=TRAINED, n_boot=200)
+    assert not found.identifiable
+    assert np.isnan(found.scale)
+    assert "flat" in found.reason or "scales" in found.reason
+
+
+def test_single_document_draws_heads():
+    extended, bare = planted(4.0, np.random.default_rng(3), docs=1, heads=6)
+    found = stretch(extended, bare, trained=TRAINED, factor=4, n_boot=200)
+    assert found.unit == "heads"
+    assert found.scale == pytest.approx(4.0, rel=0.25)
+    again = stretch(extended, bare, trained=TRAINED, factor=4, n_boot=200)
+    assert found == again
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(1.0, 8.0), st.floats(-50, 50))
+def test_without_noise_the_scale_is_exact(scale, level):
+    h = np.arange(2)[None, :, None]
+    found = stretch(
+        level + rising(D[None, None] / scale, h), level + rising(D[None, None, :TRAINED], h),
+        trained=TRAINED, factor=8, n_boot=20,
+    )  # fmt: skip
+    assert found.scale == pytest.approx(scale, rel=0.01)
+    assert found.r2 > 0.999
+
+
+def broken(rng, *, at=256, jump=1.5, docs=12, heads=3, size=0.15):
+    h = np.arange(heads)[None, :, None]
+    trend = 3 + h + (1 + 0.2 * h) * np.log2(D)
+    after = (at < D) * (jump + 0.4 * np.log2(np.maximum(D, 1) / at))
+    return trend + after + noise(rng, (docs, heads, LONGEST), size)
+
+
+def test_planted_break_is_found():
+    found = break_point(broken(np.random.default_rng(0)), n_boot=300)
+    assert found.distance == pytest.approx(256, rel=0.1)
+    assert found.ci_low <= 256 * 1.05
+    assert found.ci_high >= 256 * 0.95
+    assert found.p < 0.02
+    assert found.jump == pytest.approx(1.5, abs=0.4)
+    assert found.slope_before == pytest.approx(1.2, abs=0.3)
+    assert found.slope_after - found.slope_before == pytest.approx(0.4, abs=0.4)
+
+
+def test_break_interval_covers():
+    covered = []
+    for seed in range(40):
+        found = break_point(broken(np.random.default_rng(seed), size=0.4), n_boot=150, seed=seed)
+        # An end that is a bin's edge stands for the whole bin.
+        covered.append(found.ci_low / 1.07 <= 256 <= found.ci_high * 1.07)
+    assert np.mean(covered) >= 0.85
+
+
+def test_unbroken_curves_seldom_break():
+    p = [
+        break_point(broken(np.random.default_rng(s), jump=0.0, at=10**9), n_boot=99, seed=s).p
+        for s in range(80)
+    ]
+    assert np.mean(np.array(p) < 0.05) <= 0.12
+    assert np.mean(np.array(p) < 0.5) > 0.25  # and the test isn't asleep
+
+
+def test_few_documents_have_no_test():
+    found = break_point(broken(np.random.default_rng(0), docs=3), n_boot=50)
+    assert np.isnan(found.p)
+    assert np.isnan(found.ci_low)
+    assert found.unit == "documents"
+    alone = break_point(broken(np.random.default_rng(0), docs=1, heads=5), n_boot=50)
+    assert alone.unit == "heads"
+    assert alone.distance == pytest.approx(256, rel=0.15)
+
+
+def test_far_distances_without_pairs():
+    curves = broken(np.random.default_rng(0))
+    curves[:4, :, 1500:] = np.nan
+    found = break_point(curves, n_pairs=np.broadcast_to(LONGEST + 1 - D, (12, LONGEST)), n_boot=100)
+    assert found.distance == pytest.approx(256, rel=0.1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 12), st.integers(0, 9))
+def test_log_bins_keep_every_pair(n, per_octave, seed):
+    rng = np.random.default_rng(seed)
+    values, pairs = rng.normal(size=(2, n)), rng.integers(1, 9, (2, n))
+    values[0, rng.integers(n)] = np.nan
+    bins = log_bins(np.arange(1, n + 1), pairs, values, per_octave=per_octave)
+    held = np.isfinite(values)
+    np.testing.assert_allclose(bins.n_pairs.sum(1), (pairs * held).sum(1))
+    total = np.nan_to_num(bins.mean * bins.n_pairs).sum(1)
+    np.testing.assert_allclose(total, (pairs * np.nan_to_num(values)).sum(1), atol=1e-9)
+    assert (np.diff(bins.distance) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stretch(np.ones((2, 1, 99)), np.ones((1, 1, 9)), trained=9), "same documents"),
+        (lambda: stretch(np.ones((1, 1, 99)), np.ones((1, 1, 9)), trained=9, factor=0.5), "factor"),
+        (lambda: stretch(np.ones((1, 1, 4)), np.ones((1, 1, 1)), trained=1), "too few|none"),
+        (lambda: break_point(np.ones((1, 99))), "doc, head, distance"),
+        (lambda: break_point(np.ones((1, 1, 3))), "at least"),
+        (lambda: break_point(np.ones((2, 1, 999)), n_boot=0), "n_boot=0"),
+        (lambda: log_bins(np.arange(3), np.ones(3), np.ones(3)), "distances from 1"),
+        (lambda: log_bins(np.arange(1, 3), np.ones(2), np.full(2, np.nan)), "no curve has a pair"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(PosheadsError, match=message):
+        call()

@@ -1,0 +1,171 @@
+"""Where the bare model's curves leave their trend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.log_bins import BinnedCurves, bootstrap_counts, interval_of
+
+# Bins at least on either side of a break.
+_EDGE = 4
+# Fewer documents say too little about how their mean would vary by chance.
+_FEWEST_FOR_TEST = 8
+
+
+@dataclass(frozen=True)
+class BreakPoint:
+    """Where curves leave their trend.
+
+    Attributes:
+        distance: of the break, in tokens.
+        ci_low, ci_high: 95 % bootstrap interval over the units, from bin to bin; NaN with fewer
+            than four.
+        p: of the test that there is a break at all; NaN with fewer than eight documents. Read it
+            first: a distance is given in any case.
+        slope_before, slope_after: of the trend on both sides of the break, in rotary dimensions
+            per doubling of the distance, mean over heads.
+        jump: change of level at the break, in rotary dimensions, mean over heads.
+        n_heads, n_docs: what was fitted.
+        unit: ``"documents"`` or ``"heads"``, what the bootstrap draws for the interval.
+    """
+
+    distance: float
+    ci_low: float
+    ci_high: float
+    p: float
+    slope_before: float
+    slope_after: float
+    jump: float
+    n_heads: int
+    n_docs: int
+    unit: str
+
+
+def break_point(
+    curves: Float[np.ndarray, "doc head distance"],
+    *,
+    n_pairs: Float[np.ndarray, "doc distance"] | None = None,
+    first: int = 1,
+    per_octave: int = 8,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> BreakPoint:
+    """The distance at which curves of mean dominant dimension leave their trend.
+
+    Over bins of log distance every head has a trend of its own, a parabola, and from the break on
+    another level and another slope; the break is the same for all heads. It is where least squares
+    put it (segmented regression: Bai and Perron 1998, Econometrica 66, 47). Every bin counts alike.
+
+    The interval is a percentile bootstrap over documents, or over heads of a single document. The
+    test asks whether the best break explains more than the best one would of unbroken parabolas to
+    which whole documents' deviations are added, with random signs (wild bootstrap): neighbouring
+    distances go together, so that points can't be drawn one by one. A trend that bends otherwise
+    than a parabola counts as a break, too: look at the curve.
+
+    Args:
+        curves: mean dominant dimension at distances 1, 2, ..., in rotary dimensions; NaN where
+            there is no pair.
+        n_pairs: pairs of each document (or document and head) at each distance.
+        first: nearer distances are left out.
+        per_octave: bins in a doubling of the distance.
+        n_boot: bootstrap draws.
+        seed: of the bootstrap.
+
+    Returns:
+        :class:`BreakPoint`.
+
+    Raises:
+        PosheadsError: curves of another shape, fewer than a dozen bins, ``n_boot`` below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> d = np.arange(1, 1025)
+        >>> found = break_point((np.log2(d) + 3 * (d > 256))[None, None])
+        >>> 240 < found.distance < 275, round(found.jump), round(found.slope_before)
+        (True, 3, 1)
+    """
+    binned = BinnedCurves.of(curves, n_pairs, first, np.inf, per_octave)
+    n_docs, n_heads, _ = binned.total.shape
+    held = (binned.weight.sum(0) > 0).all(0)
+    x = binned.octave[held]
+    if len(x) < 2 * _EDGE + 4:
+        raise PosheadsError(
+            f"curves of {len(x)} bins of log distance were given; expected at least "
+            f"{2 * _EDGE + 4}; give longer texts or a larger per_octave"
+        )
+    unit = "documents" if n_docs > 1 else "heads"
+    counts = bootstrap_counts(n_docs if n_docs > 1 else n_heads, n_boot, seed)
+    given = binned.drawn(np.ones_like(counts[:1]), unit)[..., held]
+    bases = _Bases(x)
+    gain = bases.gain(given)[0]
+    place = int(gain.argmax())
+    # A document without pairs in a far bin leaves it empty in some draws; they say nothing there.
+    drawn = binned.drawn(counts, unit)[..., held]
+    drawn = np.where(np.isfinite(drawn), drawn, given)
+    places = bases.edges[bases.gain(drawn).argmax(1)]
+    low, high = interval_of(places, counts.shape[1], "nearest")
+    before, change, jump = bases.slopes(given[0], place)
+    return BreakPoint(
+        distance=float(2 ** bases.edges[place]), ci_low=float(2**low), ci_high=float(2**high),
+        p=_p_value(binned, held, bases, gain, n_boot, seed), slope_before=before,
+        slope_after=before + change, jump=jump, n_heads=n_heads, n_docs=n_docs, unit=unit,
+    )  # fmt: skip
+
+
+class _Bases:
+    """Orthonormal columns of the trend, and for every possible break of what it adds to it."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x = x
+        self.starts = np.arange(_EDGE, len(x) - _EDGE + 1)
+        self.edges = (x[self.starts - 1] + x[self.starts]) / 2
+        centred = x - x.mean()
+        self.trend, _ = np.linalg.qr(np.stack([np.ones_like(x), centred, centred**2], 1))
+        added = []
+        for start, edge in zip(self.starts, self.edges, strict=True):
+            after = np.arange(len(x)) >= start
+            both = np.stack([after.astype(float), after * (x - edge)], 1)
+            both -= self.trend @ (self.trend.T @ both)
+            added.append(np.linalg.qr(both)[0])
+        self.added = np.stack(added)
+
+    def rest(self, curves: np.ndarray) -> np.ndarray:
+        """Curves without their trends, ``[..., bin]``."""
+        return curves - (curves @ self.trend) @ self.trend.T
+
+    def gain(self, curves: np.ndarray) -> np.ndarray:
+        """Squares that each break explains over squares left, ``[draw, break]``."""
+        rest = self.rest(curves)
+        total = (rest**2).sum((1, 2))[:, None]
+        told = (np.einsum("dhb,kbc->dkhc", rest, self.added, optimize=True) ** 2).sum((2, 3))
+        return told / np.maximum(total - told, 1e-12 * np.maximum(total, 1e-300))
+
+    def slopes(self, curves: np.ndarray, place: int) -> tuple[float, float, float]:
+        """Slope before the break, its change and the jump there, mean over heads."""
+        edge, after = self.edges[place], np.arange(len(self.x)) >= self.starts[place]
+        apart = self.x - edge
+        columns = np.stack(
+            [np.ones_like(apart), apart, apart**2, after.astype(float), after * apart], 1
+        )
+        found = np.linalg.lstsq(columns, curves.T, rcond=None)[0].mean(1)
+        return float(found[1]), float(found[4]), float(found[3])
+
+
+def _p_value(
+    binned: BinnedCurves, held: np.ndarray, bases: _Bases, gain: np.ndarray, n_boot: int, seed: int
+) -> float:
+    n_docs = len(binned.total)
+    if n_docs < _FEWEST_FOR_TEST:
+        return float("nan")
+    weight, total = binned.weight[..., held], binned.total[..., held]
+    mean = total.sum(0) / weight.sum(0)
+    # Each document's share of what the mean is off by.
+    share = (total - weight * mean) / weight.sum(0) * np.sqrt(n_docs / (n_docs - 1))
+    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(n_boot, n_docs))
+    unbroken = mean - bases.rest(mean)
+    by_chance = bases.gain(unbroken + np.tensordot(signs, share, 1)).max(1)
+    return float((1 + (by_chance >= gain.max()).sum()) / (1 + n_boot))
