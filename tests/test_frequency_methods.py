@@ -42,6 +42,10 @@ def like_transformers(kind: str, n_pairs: int, theta: float):
             {**rope, "rope_type": "yarn", "beta_fast": 8.0, "beta_slow": 1.0, "truncate": False,
              "attention_factor": 1.3},
         ),
+        "yarn, DeepSeek's scale": (
+            ex.YaRN(4, mscale=0.7, mscale_all_dim=1.1),
+            {**rope, "rope_type": "yarn", "mscale": 0.7, "mscale_all_dim": 1.1},
+        ),
         "llama3": (
             ex.Llama3(4, low_freq_factor=1.0, high_freq_factor=3.0),
             {**rope, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 3.0},
@@ -54,7 +58,8 @@ def like_transformers(kind: str, n_pairs: int, theta: float):
     }[kind]  # fmt: skip
 
 
-KINDS = ["linear", "dynamic", "yarn", "yarn, whole ramp", "llama3", "longrope"]
+KINDS = ["linear", "dynamic", "yarn", "yarn, whole ramp", "yarn, DeepSeek's scale", "llama3",
+         "longrope"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +76,7 @@ def test_formula_is_transformers(kind, n_pairs):
     for length in (10, TRAINED, TRAINED + 1, 200):
         inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=length)
         mine = method.frequencies(own, TRAINED, length)
-        torch.testing.assert_close(mine.inv_freq.float(), inv_freq, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.inv_freq.float(), inv_freq, rtol=1e-6, atol=0)
         assert mine.scale == pytest.approx(scale, rel=1e-6)
 
 
@@ -333,6 +338,13 @@ def test_longrope_from_a_config():
     assert method.long_factor == (1.0, 2.0, 3.0, 4.0)
     assert method.short_factor == (1.0, 1.1, 1.2, 1.3)
     assert method.factor == 4.0  # 256 positions over 64
+    config.rope_parameters = {**config.rope_parameters, "factor": 8.0}
+    given = ex.LongRoPE.from_config(config)
+    assert given.factor == 8.0  # a factor that is given goes before
+    own = torch.ones(4, dtype=torch.float64)
+    theirs = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=200)
+    assert given.frequencies(own, 64, 200).scale == pytest.approx(theirs[1])
+    assert ex.LongRoPE.from_config(architectures.rotary_model("Phi-3, longrope")) == method
     with pytest.raises(PosheadsError, match="holds no long_factor"):
         ex.LongRoPE.from_config(LlamaConfig())
 
@@ -345,16 +357,22 @@ def test_longrope_from_a_config():
         (lambda: ex.DynamicNTK(float("nan")), "number of 1 or more"),
         (lambda: ex.YaRN("4"), "number of 1 or more"),
         (lambda: ex.YaRN(4, beta_fast=1, beta_slow=2), "beta_fast"),
-        (lambda: ex.YaRN(4, attention_factor=0), "above 0"),
+        (lambda: ex.YaRN(4, attention_factor=float("inf")), "above 0"),
+        (lambda: ex.YaRN(4, beta_fast="x"), "above 0"),
         (lambda: ex.Llama3(True), "number of 1 or more"),
         (lambda: ex.Llama3(4, low_freq_factor=4), "low_freq_factor"),
         (lambda: ex.LongRoPE((1.0, -1.0)), "above 0"),
         (lambda: ex.LongRoPE(()), "each rotary pair"),
+        (lambda: ex.LongRoPE("12"), "each rotary pair"),
         (lambda: ex.Theta(1.0), "above 1"),
         (lambda: ex.NoPE(), "one of them"),
         (lambda: ex.NoPE(pairs=()), "at least one pair"),
-        (lambda: ex.NoPE(slower_than=-3), "number of tokens"),
-        (lambda: ex.FoPE(sigma=-1), "0 or more"),
+        (lambda: ex.NoPE(pairs=3), "at least one pair"),
+        (lambda: ex.NoPE(pairs=(1.7,)), "at least one pair"),
+        (lambda: ex.NoPE(slower_than=-3), "above 0"),
+        (lambda: ex.FoPE(sigma=-1), "above 0"),
+        (lambda: ex.FoPE(seed=1.5), "whole number"),
+        (lambda: ex.Resonance(3), "only changes frequencies"),
         (lambda: ex.Resonance(ex.FoPE(sigma=0.1)), "only changes frequencies"),
     ],
 )

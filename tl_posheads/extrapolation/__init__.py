@@ -12,6 +12,7 @@ from tl_posheads.extrapolation.fope import FoPE
 from tl_posheads.extrapolation.linear import Linear
 from tl_posheads.extrapolation.llama3 import Llama3
 from tl_posheads.extrapolation.longrope import LongRoPE
+from tl_posheads.extrapolation.longrope_search import search_longrope
 from tl_posheads.extrapolation.none import None_
 from tl_posheads.extrapolation.nope import NoPE
 from tl_posheads.extrapolation.ntk import NTK, DynamicNTK
@@ -41,4 +42,5 @@ __all__ = [
     "SelfExtend",
     "Theta",
     "YaRN",
+    "search_longrope",
 ]

@@ -164,6 +164,20 @@ def require_whole(method: str, **least: tuple[Any, int]) -> None:
             )
 
 
+def require_positive(method: str, **values: Any) -> None:
+    """Refuse settings that aren't finite numbers above 0; None counts as not set.
+
+    Raises:
+        PosheadsError: the first that isn't.
+    """
+    for name, value in values.items():
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and (not known or not 0 < value < float("inf")):
+            raise PosheadsError(
+                f"{method}({name}={value!r}) was given; expected a finite number above 0"
+            )
+
+
 def _require_alone(model: Any, method: Method) -> None:
     for change in changes_of(model):
         if change.kind == "extrapolation":

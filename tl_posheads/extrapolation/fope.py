@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod
+from tl_posheads.extrapolation.base import (
+    Frequencies,
+    FrequencyMethod,
+    require_positive,
+    require_whole,
+)
 from tl_posheads.geometry import LayerGeometry
 
 
@@ -22,10 +26,11 @@ class FoPE(FrequencyMethod):
     Fourier series: its own frequency with coefficient 1, and the other kept frequencies with small
     random ones, cosine and sine each their own. This is the evaluation-time variant: the paper
     trains a model with the series, and coefficients that a model was not trained with are noise to
-    it; at ``sigma=0`` only the clipping is left.
+    it; at ``sigma=0`` only the clipping is left. The authors' code draws coefficients for every
+    layer and head; here all share one set. Scores know of the clipping alone.
 
     Attributes:
-        sigma: standard deviation of the coefficients, 0 or more.
+        sigma: standard deviation of the coefficients, 0 or more; the authors' is about 0.02.
         seed: of the coefficients; the same for all layers, heads, queries and keys.
 
     Example:
@@ -39,10 +44,8 @@ class FoPE(FrequencyMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.sigma, bool) or not 0 <= self.sigma < math.inf:
-            raise PosheadsError(
-                f"FoPE(sigma={self.sigma!r}) was given; expected a standard deviation of 0 or more"
-            )
+        require_positive("FoPE", sigma=self.sigma or None)
+        require_whole("FoPE", seed=(self.seed, 0))
 
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
         own = inv_freq.double()

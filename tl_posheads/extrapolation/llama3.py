@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod, require_factor
+from tl_posheads.extrapolation.base import (
+    Frequencies,
+    FrequencyMethod,
+    require_factor,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,14 @@ class Llama3(FrequencyMethod):
 
     def __post_init__(self) -> None:
         require_factor("Llama3", self.factor)
-        if not self.high_freq_factor > self.low_freq_factor > 0:
+        require_positive(
+            "Llama3", low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor
+        )
+        if self.high_freq_factor <= self.low_freq_factor:
             raise PosheadsError(
                 f"Llama3(low_freq_factor={self.low_freq_factor}, "
                 f"high_freq_factor={self.high_freq_factor}) was given; expected turns within the "
-                "training length, above 0, high_freq_factor the more of them"
+                "training length, high_freq_factor the more of them"
             )
 
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:

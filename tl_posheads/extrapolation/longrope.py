@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod, require_factor
+from tl_posheads.extrapolation.base import (
+    Frequencies,
+    FrequencyMethod,
+    require_factor,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,14 @@ class LongRoPE(FrequencyMethod):
 
     def __post_init__(self) -> None:
         require_factor("LongRoPE", self.factor)
+        require_positive("LongRoPE", attention_factor=self.attention_factor)
         for name in ("long_factor", "short_factor"):
             given = getattr(self, name)
             if given is None and name == "short_factor":
                 continue
-            try:
-                values = tuple(float(value) for value in given)
-            except (TypeError, ValueError):
-                values = ()
+            listed = isinstance(given, Sequence) and not isinstance(given, str)
+            known = listed and all(isinstance(value, int | float) for value in given)
+            values = tuple(float(value) for value in given) if known else ()
             if not values or not all(0 < value < float("inf") for value in values):
                 raise PosheadsError(
                     f"LongRoPE({name}={given!r}) was given; expected a number above 0 for each "
@@ -63,11 +68,12 @@ class LongRoPE(FrequencyMethod):
 
     @classmethod
     def from_config(cls, config: Any) -> LongRoPE:
-        """The factors of a transformers config, or of its ``rope_parameters``.
+        """The factors of a transformers config, of its ``rope_parameters``, or of a Bridge's model.
 
         Raises:
             PosheadsError: it has none.
         """
+        config = getattr(getattr(config, "original_model", config), "config", config)
         found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
         rope: Any = config if isinstance(config, Mapping) else found or {}
         if "long_factor" not in rope:
@@ -79,8 +85,8 @@ class LongRoPE(FrequencyMethod):
             config, "original_max_position_embeddings", None
         )
         longest, factor = getattr(config, "max_position_embeddings", None), rope.get("factor")
-        if original and longest:
-            factor = longest / original  # what transformers believes before the factor given
+        if factor is None and original and longest:
+            factor = longest / original
         short = rope.get("short_factor")
         return cls(
             long_factor=tuple(rope["long_factor"]),

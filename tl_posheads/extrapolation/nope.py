@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod
+from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod, require_positive
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class NoPE(FrequencyMethod):
         tensor([1., 0.], dtype=torch.float64)
     """
 
-    pairs: tuple[int, ...] | None = None
-    slower_than: float | Literal["trained"] | None = None
+    pairs: Sequence[int] | None = None
+    slower_than: float | Literal["trained"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.pairs is None) == (self.slower_than is None):
@@ -43,15 +44,15 @@ class NoPE(FrequencyMethod):
                 "one of them, like pairs=range(24, 32) or slower_than='trained'"
             )
         if self.pairs is not None:
-            object.__setattr__(self, "pairs", tuple(int(pair) for pair in self.pairs))
-            if not self.pairs:
-                raise PosheadsError("NoPE(pairs=()) was given; expected at least one pair")
-        limit = self.slower_than
-        known = limit is None or limit == "trained"
-        if not known and (isinstance(limit, str | bool) or not 0 < limit < math.inf):  # type: ignore[operator]
-            raise PosheadsError(
-                f"NoPE(slower_than={limit!r}) was given; expected a number of tokens or 'trained'"
-            )
+            pairs = tuple(self.pairs) if isinstance(self.pairs, Sequence) else ()
+            if not pairs or not all(isinstance(pair, int) for pair in pairs):
+                raise PosheadsError(
+                    f"NoPE(pairs={self.pairs!r}) was given; expected at least one pair's number, "
+                    "like pairs=range(24, 32)"
+                )
+            object.__setattr__(self, "pairs", pairs)
+        if self.slower_than != "trained":
+            require_positive("NoPE", slower_than=self.slower_than)
 
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
         own, n = inv_freq.double(), len(inv_freq)

@@ -35,8 +35,8 @@ class Resonance(FrequencyMethod):
     def __post_init__(self) -> None:
         if self.inner is None:
             return
-        plain = type(self.inner).turns is FrequencyMethod.turns
-        if not isinstance(self.inner, FrequencyMethod) or not plain:
+        plain = getattr(type(self.inner), "turns", None) is FrequencyMethod.turns
+        if not plain:
             raise PosheadsError(
                 f"Resonance({self.inner!r}) was given; expected a method that only changes "
                 "frequencies, like YaRN(4)"

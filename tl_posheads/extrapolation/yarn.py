@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod, require_factor
+from tl_posheads.extrapolation.base import (
+    Frequencies,
+    FrequencyMethod,
+    require_factor,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class YaRN(FrequencyMethod):
         beta_fast, beta_slow: full turns within the training length.
         attention_factor: factor on queries and keys both, the square root of the paper's inverse
             temperature; None is the paper's ``0.1 * ln(factor) + 1``.
+        mscale, mscale_all_dim: DeepSeek's settings of the attention factor. Its attention's further
+            factor on whole scores is no rotation and is left to the model.
         truncate: take whole pairs as the ramp's ends, as transformers does by default.
 
     Example:
@@ -42,18 +49,19 @@ class YaRN(FrequencyMethod):
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
         require_factor("YaRN", self.factor)
-        if not self.beta_fast >= self.beta_slow > 0:
+        require_positive(
+            "YaRN", beta_fast=self.beta_fast, beta_slow=self.beta_slow, mscale=self.mscale,
+            attention_factor=self.attention_factor, mscale_all_dim=self.mscale_all_dim,
+        )  # fmt: skip
+        if self.beta_fast < self.beta_slow:
             raise PosheadsError(
                 f"YaRN(beta_fast={self.beta_fast}, beta_slow={self.beta_slow}) was given; "
-                "expected turns within the training length, above 0, beta_fast the more of them"
-            )
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            raise PosheadsError(
-                f"YaRN(attention_factor={self.attention_factor}) was given; expected a number "
-                "above 0, or None for the paper's"
+                "expected turns within the training length, beta_fast the more of them"
             )
 
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
@@ -69,11 +77,15 @@ class YaRN(FrequencyMethod):
             high += 0.001
         pair = torch.arange(n, dtype=torch.float64, device=own.device)
         interpolated = ((pair - low) / (high - low)).clamp(0, 1)
-        new = own / self.factor * interpolated + own * (1 - interpolated)
-        scale = self.attention_factor
-        if scale is None:
-            scale = 0.1 * math.log(self.factor) + 1.0
-        return Frequencies(new, scale)
+        return Frequencies(own * (1 - interpolated * (1 - 1 / self.factor)), self._scale())
+
+    def _scale(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        log = 0.1 * math.log(self.factor)
+        if self.mscale is not None and self.mscale_all_dim is not None:
+            return (self.mscale * log + 1) / (self.mscale_all_dim * log + 1)
+        return log + 1
 
 
 def pair_that_turns(inv_freq: Tensor, turns: float, trained: int) -> float:
