@@ -77,14 +77,17 @@ def test_curves_are_those_of_the_method(llama, found):
     torch.testing.assert_close(pooled, cut.mean, atol=1e-5, rtol=1e-5)
 
 
-def test_scores_are_those_of_score_heads(llama, found):
+def test_scores_are_those_of_score_heads(llama):
+    """Pairs are drawn distance first, so that every distance weighs alike."""
+    many = {**OPTIONS, "pairs": 20_000}
+    found = compare_extrapolations(llama, METHODS, TOKENS, **many)
     for m, (_, method) in enumerate(by_method(found)):
         with method(llama, trained=TRAINED):
-            whole = score_heads(llama, TOKENS, pairs=600, seed=1, progress=False)
-        torch.testing.assert_close(found.scores_whole[m].rho, whole.rho, atol=2e-3, rtol=0)
-    bare = score_heads(llama, TOKENS[:, :TRAINED], pairs=600, seed=1, progress=False)
-    # Documents are drawn by their name, which is that of the whole text here.
-    torch.testing.assert_close(found.scores_within[0].rho, bare.rho, atol=0.1, rtol=0)
+            whole = score_heads(llama, TOKENS, pairs="per_distance", progress=False)
+        torch.testing.assert_close(found.scores_whole[m].rho, whole.rho, atol=0.02, rtol=0)
+        assert found.scores_whole[m].se.max() < 0.01
+    bare = score_heads(llama, TOKENS[:, :TRAINED], pairs="per_distance", progress=False)
+    torch.testing.assert_close(found.scores_within[0].rho, bare.rho, atol=0.02, rtol=0)
 
 
 def test_losses_are_the_models(llama, found):
@@ -227,3 +230,9 @@ def test_refusals(llama):
         compare_extrapolations(architectures.other_model("GPT-2"), METHODS, TOKENS)
     assert state(llama)[:2] == before[:2]
     assert torch.equal(llama(TOKENS[:1]), logits)
+
+
+def test_heads_are_the_best_of_the_bare_model_within_training(llama):
+    options = {**OPTIONS, "heads": 3, "pairs": 20_000}
+    found = compare_extrapolations(llama, METHODS[:1], TOKENS, **options)
+    assert list(found.heads) == found.scores_within[0].top(3)

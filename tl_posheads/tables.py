@@ -348,13 +348,20 @@ def _count_all(
     return [(torch.cat(distances)[None], torch.cat(dominants, dim=1))] if keep else []
 
 
-def _count_sample(
-    vectors: PairVectors, counter: _Counter, n: int, generator: np.random.Generator, longest: int
-) -> list[tuple[Tensor, Tensor]]:
+def draw_pairs(
+    vectors: PairVectors, n: int, longest: int, generator: np.random.Generator
+) -> tuple[Int[Tensor, "head n"], Int[Tensor, "head n"]]:
+    """Distance and query position of pairs drawn for every head: distance first, then position."""
     n_pos, device = vectors.q.shape[-1], vectors.q.device
     distance = generator.integers(1, longest + 1, size=(vectors.n_heads, n))
     q_pos = distance + (generator.random(distance.shape) * (n_pos - distance)).astype(np.int64)
-    apart, query = (torch.as_tensor(x, device=device) for x in (distance, q_pos))
+    return torch.as_tensor(distance, device=device), torch.as_tensor(q_pos, device=device)
+
+
+def _count_sample(
+    vectors: PairVectors, counter: _Counter, n: int, generator: np.random.Generator, longest: int
+) -> list[tuple[Tensor, Tensor]]:
+    apart, query = draw_pairs(vectors, n, longest, generator)
     dominant = vectors.dominant_pairs(query, query - apart)
     counter.add(dominant, apart, query)
     return [(apart.cpu(), dominant.cpu())]

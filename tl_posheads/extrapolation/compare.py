@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.ablation import heads_of
-from tl_posheads.accumulator import ScoreAccumulator
-from tl_posheads.checkpoint import TableCheckpoint
+from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.corpora import load_corpus
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import Method, any_length, trained_of
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 from tl_posheads.extrapolation.none import None_
-from tl_posheads.extrapolation.observing import Plan, TextUnder, observe_once, scored_layers
+from tl_posheads.extrapolation.observing import (
+    Plan,
+    TextUnder,
+    observe_once,
+    scored_layers,
+    scores_of,
+)
 from tl_posheads.extrapolation.theta import Theta
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import RotaryGeometry
@@ -29,8 +34,7 @@ from tl_posheads.inputs import by_content, documents_of, layers_of
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.passes import target_logprobs
 from tl_posheads.provenance import versions
-from tl_posheads.scoring import score_heads
-from tl_posheads.tables import FEW_DOCUMENTS, N_BLOCKS
+from tl_posheads.results import HeadScores
 from tl_posheads.tasks.base import Prompt, Task
 
 Head = tuple[int, int]
@@ -46,7 +50,7 @@ def compare_extrapolations(
     trained: int | None = None,
     tasks: Sequence[Task] = (),
     layers: Sequence[int] | None = None,
-    pairs: int = 20_000,
+    pairs: int = 4096,
     skip_first: int = 0,
     n_queries: int = 1024,
     n_scored: int = 4096,
@@ -117,16 +121,15 @@ def compare_extrapolations(
     for method in chosen:
         with method(model, trained=known):
             pass  # a method that refuses the model does so before the first pass
+    by_key = by_content(documents)
+    plan = Plan((), tuple(wanted), known, pairs, skip_first, n_queries, n_scored, seed)
     if isinstance(heads, int | float):
-        cut = [document[:known] for document in documents]
-        best = score_heads(
-            model, cut, layers=wanted, pairs=pairs, skip_first=skip_first, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-        curved = best.top(heads)
+        geometry = RotaryGeometry.from_model(model, length=known)
+        scored = replace(plan, layers=scored_layers(geometry, wanted))
+        curved = bare_scores(model, by_key, geometry, scored).top(heads)
     else:
         curved = heads_of(model, heads)
-    by_key = by_content(documents)
+    plan = replace(plan, heads=tuple(curved))
     facts: dict[str, Any] = {
         "model": model_name(model), "model_class": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -137,15 +140,15 @@ def compare_extrapolations(
         "tokens_sha256": hashlib.sha256("".join(u for u, _ in by_key).encode()).hexdigest(),
         "n_documents": len(by_key), "longest": max(len(document) for document in documents),
     }  # fmt: skip
-    kept = TableCheckpoint(checkpoint, facts)
+    plan = Plan(tuple(curved), tuple(wanted), known, pairs, skip_first, n_queries, n_scored, seed)
+    kept = Checkpoint(checkpoint, facts)
     total = len(chosen) * (len(by_key) + sum(len(p) for _, p in prompts))
     results, answers = [], []
     with tqdm(total=total, desc="methods", disable=not progress, dynamic_ncols=True) as bar:
         for number, method in enumerate(chosen):
             bar.set_description(repr(method)[:40])
             with method(model, trained=known):
-                plan = Plan(tuple(curved), (), known, skip_first, n_queries, n_scored)
-                results.append(_texts(model, by_key, plan, wanted, pairs, seed, kept, number, bar))
+                results.append(_texts(model, by_key, plan, kept, number, bar))
                 for name, asked in prompts:
                     answers += _answers(model, repr(method), name, asked, bar)
     return ExtrapolationComparison.of(
@@ -227,39 +230,20 @@ def _settings(method: Method) -> dict[str, Any]:
 
 
 def _texts(
-    model: Any,
-    by_key: Sequence[tuple[str, Tensor]],
-    plan: Plan,
-    layers: Sequence[int],
-    pairs: int,
-    seed: int,
-    kept: TableCheckpoint,
-    number: int,
+    model: Any, by_key: Sequence[tuple[str, Tensor]], plan: Plan, kept: Checkpoint, number: int,
     bar: Any,
-) -> tuple[list[TextUnder], Any, Any]:
+) -> tuple[list[TextUnder], HeadScores, HeadScores]:  # fmt: skip
     """Every text under the method in force: what each showed, and the scores of both kinds."""
-    found = []
     longest = max(len(document) for _, document in by_key)
     geometry = RotaryGeometry.from_model(model, length=longest)
-    scored = scored_layers(geometry, layers)
-    blocks = 1 if len(by_key) >= FEW_DOCUMENTS else -(-N_BLOCKS // len(by_key))
-    within, whole = (
-        ScoreAccumulator(
-            geometry, layers=scored, pairs=pairs, skip_first=plan.skip_first, exact=False,
-            seed=seed, n_blocks=blocks,
-        )
-        for _ in range(2)
-    )  # fmt: skip
-    here = Plan(plan.heads, scored, plan.trained, plan.skip_first, plan.n_queries, plan.n_scored)
+    here = replace(plan, layers=scored_layers(geometry, plan.layers))
+    found = []
     for i, (unit, document) in enumerate(by_key):
-        found.append(
-            observe_once(
-                model, document, unit, geometry, (within, whole), here, kept, f"{number}-{i}"
-            )
-        )
+        found.append(observe_once(model, document, unit, geometry, here, kept, f"{number}-{i}"))
         bar.update(1)
-    inside = [change.name for change in changes_of(model)]
-    return found, within.scores({"inside": inside}), whole.scores({"inside": inside})
+    facts = {"inside": [change.name for change in changes_of(model)]}
+    within = scores_of([text.within_pairs for text in found], geometry, here, facts)
+    return found, within, scores_of([text.whole_pairs for text in found], geometry, here, facts)
 
 
 def _answers(
