@@ -23,6 +23,7 @@ from tl_posheads.extrapolation.none import None_
 from tl_posheads.extrapolation.observing import (
     Plan,
     TextUnder,
+    bare_scores,
     observe_once,
     scored_layers,
     scores_of,
