@@ -15,6 +15,9 @@ from tl_posheads.lens import changes_of
 from tl_posheads.remapping import Remapping
 
 
+_PROBE = 64  # tokens that tell frequencies which don't depend on the length
+
+
 @dataclass(frozen=True, eq=False)
 class LayerGeometry:
     """Rotary geometry of one attention layer.
@@ -149,17 +152,20 @@ class RotaryGeometry:
 
         Args:
             model: HookedTransformer or TransformerBridge with RoPE.
-            length: tokens of the probe. Frequencies that depend on the text's length (dynamic
-                NTK, LongRoPE) are those of this length.
+            length: tokens of a text. Frequencies that depend on it (dynamic NTK, LongRoPE) are
+                those of this length.
             layers: those to measure (all); the others hold a placeholder without pairs.
 
         Raises:
             PosheadsError: no RoPE (by name, before any forward), or a rotation that is not
                 understood.
         """
+        from tl_posheads.inputs import own_length_matters
         from tl_posheads.probe import measure
 
-        name, measured = measure(model, length=length, layers=layers)
+        # A method in force is told the length; only the model's own rotation has to be seen at it.
+        seen = length if own_length_matters(model) else min(length, _PROBE)
+        name, measured = measure(model, length=seen, layers=layers)
         for change in changes_of(model):
             measured = tuple(
                 change.geometry(layer, length) if layer.n_pairs else layer for layer in measured

@@ -115,8 +115,11 @@ def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 
 def length_matters(model: Any) -> bool:
     """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
-    if any(change.length_matters for change in changes_of(model)):
-        return True
+    return own_length_matters(model) or any(c.length_matters for c in changes_of(model))
+
+
+def own_length_matters(model: Any) -> bool:
+    """Whether the model's own frequencies do, whatever is in force on it."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, dict) else []
