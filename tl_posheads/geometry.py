@@ -14,7 +14,6 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.lens import changes_of
 from tl_posheads.remapping import Remapping
 
-
 _PROBE = 64  # tokens that tell frequencies which don't depend on the length
 
 
