@@ -47,8 +47,8 @@ def smollm2(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str,
     model = ph.load_model("smollm2-135m")
     with ex.None_()(model):
         tokens = ph.load_corpus("python-docs", model, n_docs=texts, length=16384)
-    methods = [ex.Linear(2), ex.NTK(2), ex.YaRN(2), ex.SelfExtend(4, 2048)]
-    tasks = [ph.tasks.Passkey(length=n, n=2, depths=2) for n in (4096, 12288)]
+    methods = [ex.NTK(2), ex.YaRN(2), ex.SelfExtend(4, 2048)]
+    tasks = [ph.tasks.Passkey(length=n, n=1) for n in (4096, 12288)]
     return model, methods, tokens, tasks, dict(heads=14, n_queries=512, n_scored=2048)
 
 
