@@ -143,7 +143,7 @@ class Sequences:
         # Half of the questions stand at the end, as in the task, the others anywhere.
         end = room - rng.choice([0, rng.randint(0, room)])
         text = self._stretch(rng, room)
-        first = round(rng.randint(0, end) * (1 - rng.random()))
+        first = rng.randint(0, end)
         return [
             (intro, 1.0), (text[:first], 1.0), *self._needle(needle), (text[first:end], 1.0),
             (asked, 1.0), (answer, TRAINING["digit_weight"]), (text[end:], 1.0),

@@ -6,7 +6,10 @@
 """
 
 from tl_posheads.extrapolation.base import DistanceMethod, Frequencies, FrequencyMethod, Method
+from tl_posheads.extrapolation.clex import CLEX
+from tl_posheads.extrapolation.clex_train import train_clex
 from tl_posheads.extrapolation.dpe import DPE
+from tl_posheads.extrapolation.dpe_detect import detect_effective_lengths, fit_dpe, key_pairs
 from tl_posheads.extrapolation.dual_chunk import DualChunk
 from tl_posheads.extrapolation.fope import FoPE
 from tl_posheads.extrapolation.linear import Linear
@@ -23,6 +26,7 @@ from tl_posheads.extrapolation.theta import Theta
 from tl_posheads.extrapolation.yarn import YaRN
 
 __all__ = [
+    "CLEX",
     "DPE",
     "DistanceMethod",
     "DualChunk",
@@ -42,5 +46,9 @@ __all__ = [
     "SelfExtend",
     "Theta",
     "YaRN",
+    "detect_effective_lengths",
+    "fit_dpe",
+    "key_pairs",
     "search_longrope",
+    "train_clex",
 ]

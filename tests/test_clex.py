@@ -1,0 +1,192 @@
+"""CLEX: the ODE against numpy, its special cases, its files, and training on a live model."""
+
+from __future__ import annotations
+
+import builtins
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from test_capture import state, warm
+
+from tl_posheads import PosheadsError
+from tl_posheads import extrapolation as ex
+from tl_posheads.extrapolation.clex_train import spread_positions
+
+pytest.importorskip("torchdiffeq", reason="torchdiffeq (extra clex) is not installed")
+pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+
+TRAINED = 64
+OWN = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+TOKENS = torch.randint(3, 90, (3, 48), generator=torch.Generator().manual_seed(2))
+LONG = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(3))
+
+
+def planted(act="silu", **more):
+    random = torch.Generator().manual_seed(1)
+    up, down = (0.1 * torch.randn(*shape, generator=random) for shape in ((4, 8), (8, 4)))
+    return ex.CLEX(up, down, max_factor=4, act=act, **more)
+
+
+def by_numpy(method, t, steps):
+    """Runge and Kutta's fourth order with the paper's right-hand side, written out."""
+    up, down = method.up.double().numpy(), method.down.double().numpy()
+    index, d = np.arange(0, 8, 2), 8
+    act = np.tanh if method.act == "tanh" else lambda z: z / (1 + np.exp(-z))
+
+    def slope(time, x):
+        alpha = 2 * time - 1
+        ntk = (10000 * alpha ** (d / (d - 2))) ** (-index / d)
+        moving = -2 * index / (d - 2) / (10000 ** (index / d) * alpha ** (index / (d - 2) + 1))
+        return act((x + np.log(ntk)) @ up) @ down + moving / ntk
+
+    x, h = np.log(OWN.numpy()), (t - 1) / steps
+    for i in range(steps):
+        time = 1 + i * h
+        a = slope(time, x)
+        b = slope(time + h / 2, x + h / 2 * a)
+        c = slope(time + h / 2, x + h / 2 * b)
+        x = x + h / 6 * (a + 2 * b + 2 * c + slope(time + h, x + h * c))
+    return np.exp(x)
+
+
+@pytest.mark.parametrize("act", ["silu", "tanh"])
+@pytest.mark.parametrize("t", [2, 3, 4])
+def test_ode_is_the_papers(act, t):
+    method = planted(act)
+    got = method.frequencies(OWN, TRAINED, t * TRAINED).inv_freq
+    np.testing.assert_allclose(got, by_numpy(method, t, 2000), rtol=1e-5)
+    assert (
+        got / OWN - ex.NTK(2 * t - 1).frequencies(OWN, 64, 64).inv_freq / OWN
+    ).abs().max() > 0.01
+
+
+def test_special_cases():
+    untrained = ex.CLEX.untrained(4, 8)
+    for length, t in ((65, 2), (128, 2), (129, 3), (8 * 64, 8), (99 * 64, 8)):
+        got = untrained.frequencies(OWN, TRAINED, length).inv_freq
+        ntk = ex.NTK(2 * t - 1).frequencies(OWN, TRAINED, length).inv_freq
+        torch.testing.assert_close(got, ntk, rtol=1e-6, atol=0)
+    assert torch.equal(planted().frequencies(OWN, TRAINED, TRAINED).inv_freq, OWN)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    options = {**architectures.BASE, "max_position_embeddings": TRAINED}
+    return warm(architectures.bridge(architectures.build("Llama", options)))
+
+
+@torch.no_grad()
+def test_live_model_has_these_frequencies(llama):
+    options = {**architectures.BASE, "max_position_embeddings": TRAINED}
+    theirs = architectures.build("Llama", options)
+    theirs.model.rotary_emb.inv_freq = planted().frequencies(OWN, TRAINED, 200).inv_freq.float()
+    before, bare = state(llama), llama(LONG)
+    with planted()(llama):
+        got = llama(LONG)
+        assert torch.equal(llama(LONG[:, :TRAINED]), llama(LONG[:, :TRAINED]))
+    assert (got - theirs(LONG).logits).abs().max() < 1e-3
+    assert (got - bare).abs().max() > 1e-2
+    assert state(llama)[:2] == before[:2]
+    assert torch.equal(llama(LONG), bare)
+
+
+def test_published_form_goes_round(tmp_path):
+    method = planted("tanh")
+    method.save(tmp_path / "clex")
+    again = ex.CLEX.from_published(tmp_path / "clex")
+    assert repr(again) == repr(method)
+    assert torch.equal(again.up, method.up)
+    assert torch.equal(again.down, method.down)
+    named = {"model.clex_layer.proj_func.ode_up_proj": method.up,
+             "model.clex_layer.proj_func.ode_down_proj": method.down}  # fmt: skip
+    rope = {"rope_scaling": {"type": "clex", "max_factor": 4, "act": "tanh", "time_dt": 0.01}}
+    assert repr(ex.CLEX.from_published(named, rope)) == repr(method)
+    with pytest.raises(PosheadsError, match="0 ode_down_proj"):
+        ex.CLEX.from_published({"x.ode_up_proj": method.up}, rope)
+    with pytest.raises(PosheadsError, match="no max_factor"):
+        ex.CLEX.from_published(named, {})
+    with pytest.raises(PosheadsError, match="can't be read"):
+        ex.CLEX.from_published(tmp_path / "nothing")
+
+
+def test_training_lowers_the_loss_and_leaves_the_model(llama):
+    # What the bare model says itself: spread out, it should say so still. A random model's
+    # frequencies carry little, so the gain is small; the seed makes it the same every time.
+    texts = llama.generate(
+        TOKENS[:, :6], max_new_tokens=42, do_sample=False, verbose=False, stop_at_eos=False,
+        return_type="tokens",
+    )  # fmt: skip
+    before = state(llama)
+    flags = [weight.requires_grad for weight in llama.parameters()]
+    options = dict(max_factor=4, steps=40, lr=2e-2, time_dt=0.25, progress=False)
+    method = ex.train_clex(llama, texts, **options)
+    assert [weight.requires_grad for weight in llama.parameters()] == flags
+    after = state(llama)
+    assert before[:2] == after[:2]
+    assert all(torch.equal(after[2][name], weight) for name, weight in before[2].items())
+    assert not method.up.requires_grad
+    assert method.down.abs().max() > 0
+    again = ex.train_clex(llama, texts, **options)
+    assert torch.equal(again.down, method.down)
+    assert not torch.equal(ex.train_clex(llama, texts, seed=1, **options).down, method.down)
+
+    def spread_loss(clex):
+        total, random = 0.0, torch.Generator().manual_seed(9)
+        from tl_posheads.extrapolation.clex_train import _hooks
+        from tl_posheads.geometry import RotaryGeometry
+        from tl_posheads.lens import own_hooks
+
+        layers = {g.layer: g for g in RotaryGeometry.from_model(llama).layers}
+        for _ in range(4):
+            for row in texts:
+                at = spread_positions(len(row), 4, random)
+                new = {i: clex.at(g.inv_freq, 4.0) for i, g in layers.items()}
+                with torch.no_grad(), own_hooks(_hooks(llama, layers, new, at)):
+                    logits = llama(row[None])[0].log_softmax(-1)
+                total -= float(logits[:-1].gather(-1, row[1:, None]).mean())
+        return total / 12
+
+    assert spread_loss(method) < spread_loss(ex.CLEX.untrained(4, 4, time_dt=0.25))
+
+
+def test_gradient_is_the_derivative():
+    up, down = (weight.double().requires_grad_(True) for weight in (planted().up, planted().down))
+
+    def at(up, down):
+        return ex.CLEX(up, down, max_factor=4, time_dt=0.25).at(OWN, 3.0).log()
+
+    assert torch.autograd.gradcheck(at, (up, down))
+
+
+def test_positions_are_spread_over_the_length():
+    for t in (1, 3):
+        at = spread_positions(20, t, torch.Generator().manual_seed(0))
+        assert len(at) == 20
+        assert (at.diff() > 0).all()
+        assert at[0] == 0
+        assert at[-1] == 20 * t - 1
+
+
+def test_refusals(llama, monkeypatch):
+    with pytest.raises(PosheadsError, match="4 rotary pairs"), ex.CLEX.untrained(7, 2)(llama):
+        pass
+    with pytest.raises(PosheadsError, match="act"):
+        planted("relu")
+    with pytest.raises(PosheadsError, match="max_factor"):
+        ex.CLEX.untrained(4, 0)
+    with pytest.raises(PosheadsError, match="trained on 64"):
+        ex.train_clex(llama, LONG[:, :5], max_factor=2)
+    with pytest.raises(PosheadsError, match="max_factor"):
+        ex.train_clex(llama, TOKENS, max_factor=1)
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "torchdiffeq":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(PosheadsError, match=r"tl-posheads\[clex\]"):
+        planted().frequencies(OWN, TRAINED, 999)
