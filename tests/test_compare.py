@@ -236,3 +236,11 @@ def test_heads_are_the_best_of_the_bare_model_within_training(llama):
     options = {**OPTIONS, "heads": 3, "pairs": 20_000}
     found = compare_extrapolations(llama, METHODS[:1], TOKENS, **options)
     assert list(found.heads) == found.scores_within[0].top(3)
+
+
+def test_names_leave_defaults_out():
+    assert ex.YaRN(4).name == "YaRN(factor=4)"
+    assert (
+        ex.Resonance(ex.YaRN(4, beta_fast=8)).name == "Resonance(inner=YaRN(factor=4, beta_fast=8))"
+    )
+    assert ex.None_().name == "None_()"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float, Int
@@ -62,6 +62,17 @@ class Method:
     """
 
     length_matters: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The method with the settings that aren't its defaults, for tables and legends."""
+        given = [(f, getattr(self, f.name)) for f in fields(self) if f.repr]
+        shown = [
+            f"{f.name}={value.name if isinstance(value, Method) else repr(value)}"
+            for f, value in given
+            if isinstance(value, Tensor) or value != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __call__(self, model: Any, *, trained: int | None = None) -> AbstractContextManager[Any]:
         """The context manager.

@@ -88,6 +88,10 @@ class CLEX(FrequencyMethod):
             f"weights={hashlib.sha256(content).hexdigest()[:12]})"
         )
 
+    @property
+    def name(self) -> str:
+        return repr(self)
+
     @classmethod
     def untrained(
         cls, n_pairs: int, max_factor: int, *, hidden: int | None = None, seed: int = 0, **more: Any

@@ -147,13 +147,13 @@ def compare_extrapolations(
     results, answers = [], []
     with tqdm(total=total, desc="methods", disable=not progress, dynamic_ncols=True) as bar:
         for number, method in enumerate(chosen):
-            bar.set_description(repr(method)[:40])
+            bar.set_description(method.name[:40])
             with method(model, trained=known):
                 results.append(_texts(model, by_key, plan, kept, number, bar))
                 for name, asked in prompts:
-                    answers += _answers(model, repr(method), name, asked, bar)
+                    answers += _answers(model, method.name, name, asked, bar)
     return ExtrapolationComparison.of(
-        methods=[repr(method) for method in chosen],
+        methods=[method.name for method in chosen],
         settings=[_settings(method) for method in chosen],
         heads=list(curved),
         trained=known,
@@ -215,7 +215,7 @@ def _methods(methods: Sequence[Method]) -> list[Method]:
             f"methods={methods!r} was given; expected methods of tl_posheads.extrapolation, like "
             "[Linear(4), YaRN(4)]"
         )
-    names = [repr(method) for method in chosen]
+    names = [method.name for method in chosen]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PosheadsError(f"{twice} was given twice; name every method once")
