@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lens import changes_of
+from tl_posheads.lens import changes_of, require_rotary
 from tl_posheads.remapping import Remapping
 
 _PROBE = 64  # tokens that tell frequencies which don't depend on the length
@@ -162,6 +162,7 @@ class RotaryGeometry:
         from tl_posheads.inputs import own_length_matters
         from tl_posheads.probe import measure
 
+        require_rotary(model)
         # A method in force is told the length; only the model's own rotation has to be seen at it.
         seen = length if own_length_matters(model) else min(length, _PROBE)
         name, measured = measure(model, length=seen, layers=layers)
