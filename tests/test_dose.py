@@ -5,6 +5,7 @@ from __future__ import annotations
 import architectures
 import numpy as np
 import pandas as pd
+import planted as plant
 import pytest
 import torch
 from test_capture import state, warm
@@ -62,6 +63,12 @@ def test_cells_are_passes_by_hand(llama, found):
     assert np.abs(effects[:, :, 2]).max() > 1e-3
 
 
+def test_nothing_is_run_at_strength_0(llama, monkeypatch):
+    monkeypatch.setattr(dose, "run_branch", lambda *args: pytest.fail("a pass was run"))
+    found = dose_response(llama, HEADS, 1, [0.0], Ends(), **OPTIONS)
+    assert (found.effects() == 0).all()
+
+
 def test_shift_is_in_tokens(llama):
     found = dose_response(llama, HEADS, 1, [2.5], Ends(), edit="shift", **OPTIONS)
     with edit_rotary(llama, HEADS, shift={1: 2.5}):
@@ -113,6 +120,32 @@ def test_a_planted_effect_is_found():
     assert abs(control) < 0.3
 
 
+def test_a_planted_head_is_found_by_the_pair_it_looks_with():
+    model = warm(plant.planted_retriever(n_layers=4, n_heads=8, planted=(2, 5)))
+    task, options = plant.Retrieval(n=3, length=24), dict(controls=19, seed=2, progress=False)
+    found = dose_response(model, [(2, 5)], 7, [0.0, 0.5, 0.75, 1.0], task, **options)
+    effects = found.effects()
+    holds = np.array([(2, 5) in one for one in found.sets])
+    assert (np.diff(effects[holds].mean(1), axis=1) < 0).all()
+    assert (effects[holds][:, :, -1] < -1).all()
+    assert np.abs(effects[~holds]).max() < 0.01
+    assert found.trend()[0].mean == -1
+    # Draws that hold the head itself are as bad, and count against it.
+    assert found.to_pandas()["p"].iloc[-1] == holds.sum() / 20
+    again = dose_response(model, [(2, 5)], 7, [0.0, 0.5, 0.75, 1.0], task, **options)
+    pd.testing.assert_frame_equal(again.cells, found.cells)
+    assert again.provenance == found.provenance
+    other = dose_response(model, [(2, 5)], 0, [0.0, 0.5, 1.0], task, **options)
+    assert np.abs(other.effects()[0]).max() < 1e-4  # it doesn't look with its fastest pair
+
+
+def test_rounding_is_no_trend():
+    cells = planted(0.0).cells
+    tiny = cells.assign(logprob=cells["clean"] - 1e-6 * cells["strength"])
+    found = DoseResponse(tiny, planted(0.0).sets, {})
+    assert found.trend()[0].mean == 0
+
+
 def test_no_effect_is_seldom_found():
     p = [planted(0.0, n_draws=19, n_prompts=4, seed=s).to_pandas()["p_adjusted"].min()
          for s in range(60)]  # fmt: skip
@@ -139,6 +172,35 @@ def test_goes_on_where_it_stopped(llama, found, tmp_path, monkeypatch):
     again = dose_response(*given, checkpoint=tmp_path / "kept", **OPTIONS)
     assert len(rest) == 2
     pd.testing.assert_frame_equal(again.cells, found.cells)
+
+
+class Anonymous:
+    """A task that says nothing of itself, not even where it was made."""
+
+    name = "anonymous"
+
+    def __init__(self, *prompts):
+        self._prompts = prompts
+
+    def prompts(self, model):
+        return list(self._prompts)
+
+
+def prompt(tokens, target):
+    return Prompt(torch.tensor(tokens), torch.tensor([target]))
+
+
+def test_the_same_task_made_again_goes_on(llama, tmp_path):
+    given = (llama, HEADS, 1, [1.0])
+    first, second = (
+        dose_response(
+            *given, Anonymous(prompt([3, 4, 5], 2)), checkpoint=tmp_path / "kept", **OPTIONS
+        )
+        for _ in range(2)
+    )
+    pd.testing.assert_frame_equal(first.cells, second.cells)
+    assert first.provenance == second.provenance
+    assert first.provenance["task"] == {"name": "anonymous", "class": "Anonymous"}
 
 
 def test_round_trip_and_picture(found, tmp_path):
@@ -169,6 +231,15 @@ def test_round_trip_and_picture(found, tmp_path):
         (dict(strengths=["much"]), "ascending"),
         (dict(edit="freeze"), "'scale' or 'shift'"),
         (dict(controls=0), "1 or more draws"),
+        (dict(seed=-1), "0 or more"),
+        (dict(pairs=None), "pair's number"),
+        (dict(strengths=[0.5, float("nan")]), "ascending"),
+        (dict(task="passkey"), "one of tl_posheads.tasks"),
+        (dict(task=Anonymous()), "no prompts"),
+        (dict(task=Anonymous(prompt([3, 4, 5], 0))), "positions from 1 to 2"),
+        (dict(task=Anonymous(prompt([3, 4, 5], 3))), "positions from 1 to 2"),
+        (dict(task=Anonymous(prompt([3, 400, 5], 2))), "token id 400"),
+        (dict(task=Anonymous(prompt([3] * 300, 2))), "at most 256"),
     ],
 )
 def test_refusals(llama, change, message):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -124,10 +125,23 @@ def edit_rotary(
     require_rotary(model)
     members = by_layer(heads_of(model, heads))
     edit = _edit_of(scale, shift, freeze, swap, remap)
+    with _edited(model, members, edit):
+        yield model
+
+
+@contextmanager
+def _edited(
+    model: Any,
+    members: Mapping[int, list[int]],
+    edit: _Edit,
+    geometry: RotaryGeometry | None = None,
+) -> Iterator[Any]:
+    """:func:`edit_rotary` of the heads of each layer; a geometry that is known isn't measured."""
     _require_room(model, edit)
     with ExitStack() as stack:
         stack.enter_context(rotary_hook_points(model))
-        geometry = RotaryGeometry.from_model(model, layers=list(members) or None)
+        if geometry is None:
+            geometry = RotaryGeometry.from_model(model, layers=list(members) or None)
         for layer in members:
             _check_layer(model, geometry[layer], edit)
         positions = stack.enter_context(watched_positions(model))
@@ -167,8 +181,7 @@ def _edit_of(scale: Any, shift: Any, freeze: Any, swap: Any, remap: Any) -> _Edi
     source: dict[int, int] = {}
     for given, name in ((_both_ways(swap), "swap"), (_plain(remap, "remap"), "remap")):
         for pair, other in given:
-            (to,) = _pairs_of(pair, name)
-            (like,) = _pairs_of(other, name)
+            to, like = _pair_of(pair, name), _pair_of(other, name)
             if to in source:
                 raise _twice(to)
             source[to] = like
@@ -212,12 +225,19 @@ def _both_ways(swap: Any) -> list[tuple[Any, Any]]:
 
 def _pairs_of(pairs: Any, name: str) -> tuple[int, ...]:
     many = pairs if isinstance(pairs, Sequence) and not isinstance(pairs, str) else (pairs,)
-    if not many or not all(isinstance(p, int) and not isinstance(p, bool) for p in many):
+    if not many or not all(isinstance(p, Integral) and not isinstance(p, bool) for p in many):
         raise PosheadsError(
             f"{name} of the pairs {pairs!r} was given; expected a pair's number, a range or a "
             "tuple of numbers"
         )
-    return tuple(many)
+    return tuple(int(pair) for pair in many)
+
+
+def _pair_of(pair: Any, name: str) -> int:
+    found = _pairs_of(pair, name)
+    if isinstance(pair, Sequence):
+        raise PosheadsError(f"{name} of the pairs {pair!r} was given; expected one pair's number")
+    return found[0]
 
 
 def _numbers(given: Any, name: str) -> dict[int, float]:
@@ -229,14 +249,17 @@ def _numbers(given: Any, name: str) -> dict[int, float]:
         )
     for pairs, value in (given or {}).items():
         for pair in _pairs_of(pairs, name):
-            known = isinstance(value, int | float) and not isinstance(value, bool)
-            if not known or not math.isfinite(value):
+            number = math.nan
+            if isinstance(value, Real) and not isinstance(value, bool):
+                with suppress(OverflowError):  # a whole number beyond every float
+                    number = float(value)
+            if not math.isfinite(number):
                 raise PosheadsError(
                     f"{name}={value!r} was given for pair {pair}; expected a finite number"
                 )
             if pair in out:
                 raise _twice(pair)
-            out[pair] = float(value)
+            out[pair] = number
     return out
 
 

@@ -36,7 +36,7 @@ def require_scores(model: Any, what: str) -> None:
         if why is not None:
             raise PosheadsError(
                 f"{what} was asked of {model_name(model)}, {why}; use a method that changes "
-                "frequencies alone, like YaRN"
+                "frequencies alone, like YaRN, or an edit by scale= or shift="
             )
 
 
@@ -104,6 +104,8 @@ def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., 
 
     def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
         q, k, q_pos = seen.pop("q"), seen.pop("k"), seen.pop("at")
+        if scores.numel() == 1 < q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]:
+            return scores  # what a fused pass of a HookedTransformer puts here in their stead
         k_pos = key_positions(q_pos, k.shape[1])
         alone, keys = only_heads(geometry, k, heads)
         out = scores.clone()  # autograd and others may hold the old ones

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,13 +20,16 @@ from tl_posheads.ablation import by_layer, heads_of
 from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.fused import fused_attention
-from tl_posheads.interventions import Pairs, edit_rotary
+from tl_posheads.geometry import RotaryGeometry
+from tl_posheads.interventions import Pairs, _Edit, _edited, _pairs_of
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.passes import run_branch, run_trunk
 from tl_posheads.provenance import versions
 from tl_posheads.study.controls import Head
 from tl_posheads.study.dose_results import DoseResponse
-from tl_posheads.tasks.base import Prompt, Task, check_length
+from tl_posheads.study.run import _prompts, _task_facts
+from tl_posheads.study.trial import Trial
+from tl_posheads.tasks.base import Prompt, Task
 
 EDITS = ("scale", "shift")
 
@@ -59,7 +63,7 @@ def dose_response(
         controls: draws of as many heads from each layer. They are drawn from all of the layer's
             heads, ``heads`` among them, so that the rank of the effect among the draws' is an
             exact test; 19 draws can show p = 0.05.
-        seed: of the draws.
+        seed: of the draws, 0 or more.
         checkpoint: folder that keeps every finished prompt; the same call goes on from there.
         progress: show a bar.
 
@@ -70,8 +74,8 @@ def dose_response(
 
     Raises:
         PosheadsError: what :func:`~tl_posheads.edit_rotary` refuses; no heads; strengths that
-            aren't finite, ascending numbers of 0 or more; another edit; fewer than one control;
-            prompts longer than the model's context.
+            aren't finite, ascending numbers of 0 or more; another edit; fewer than one control; a
+            negative seed; no task, or prompts that the model can't read or that score nothing.
 
     Example:
         >>> found = dose_response(                              # doctest: +SKIP
@@ -89,18 +93,27 @@ def dose_response(
         )
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
         raise PosheadsError(f"controls={controls!r} was given; expected 1 or more draws")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise PosheadsError(f"seed={seed!r} was given; expected a whole number of 0 or more")
+    if not isinstance(task, Task):
+        raise PosheadsError(
+            f"task={task!r} was given; expected one of tl_posheads.tasks, like "
+            "tasks.Passkey(length=1024)"
+        )
+    numbers = _pairs_of(pairs, edit)
     sets = [sorted(top), *layer_matched(top, int(model.cfg.n_heads), controls, seed)]
+    geometry = RotaryGeometry.from_model(model, layers=list(by_layer(top)))  # every set's layers
     for dose in doses:
-        with edit_rotary(model, top, **_edit(edit, pairs, dose)):
+        with _edited(model, by_layer(top), _edit(edit, numbers, dose), geometry):
             pass  # refused before the first pass
-    prompts = task.prompts(model)
-    check_length(model, prompts)
+    prompts = _prompts(model, [task], Trial.of(model, "zero", None, False, seed))[task.name]
     facts: dict[str, Any] = {
         "model": model_name(model), "model_class": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "inside": [change.name for change in changes_of(model)], "heads": [list(h) for h in top],
-        "pairs": list(pairs) if not isinstance(pairs, int) else [pairs], "edit": edit,
-        "strengths": doses, "task": repr(task), "controls": controls, "seed": seed,
+        "pairs": list(numbers), "edit": edit, "strengths": doses,
+        "task": json.loads(json.dumps({"name": task.name, **_task_facts(task)}, default=repr)),
+        "controls": controls, "seed": seed,
         "prompts_sha256": _digest(prompts),
     }  # fmt: skip
     kept = Checkpoint(checkpoint, facts)
@@ -109,7 +122,7 @@ def dose_response(
         for number, prompt in enumerate(prompts):
             seen = kept.read(f"{number}")
             if seen is None:
-                seen = _one_prompt(model, prompt, sets, doses, edit, pairs)
+                seen = _one_prompt(model, prompt, sets, doses, edit, numbers, geometry)
                 kept.write(f"{number}", seen)
             rows.append(_rows(number, seen, doses))
             bar.update(1)
@@ -153,9 +166,10 @@ def _strengths(strengths: Sequence[float]) -> list[float]:
     return values
 
 
-def _edit(edit: str, pairs: Pairs, strength: float) -> dict[str, Any]:
-    key = pairs if isinstance(pairs, int | range) else tuple(pairs)
-    return {edit: {key: 1.0 - strength if edit == "scale" else strength}}
+def _edit(edit: str, pairs: Sequence[int], strength: float) -> _Edit:
+    if edit == "scale":
+        return _Edit(scale=dict.fromkeys(pairs, 1.0 - strength))
+    return _Edit(shift=dict.fromkeys(pairs, strength))
 
 
 def _one_prompt(
@@ -164,7 +178,8 @@ def _one_prompt(
     sets: Sequence[Sequence[Head]],
     doses: Sequence[float],
     edit: str,
-    pairs: Pairs,
+    pairs: Sequence[int],
+    geometry: RotaryGeometry,
 ) -> dict[str, Tensor]:
     """``logprob`` and ``exact``, ``[set, dose]``, and the unedited pass's as ``clean``."""
     firsts = {min(layer for layer, _ in one) for one in sets}
@@ -182,7 +197,8 @@ def _one_prompt(
                 continue
             same = (*one, dose)  # small layers give the same draw twice
             if same not in done:
-                with edit_rotary(model, one, **_edit(edit, pairs, dose)), fused_attention(model):
+                change = _edit(edit, pairs, dose)
+                with _edited(model, by_layer(one), change, geometry), fused_attention(model):
                     done[same] = run_branch(model, prompt.tokens, prompt.targets, trunk, first, [])
             found, hit = done[same]
             logprob[s, d], exact[s, d] = found.double().mean(), hit.double().min()

@@ -92,9 +92,11 @@ class DoseResponse:
         Returns:
             Mean rho of the heads asked about with its 95 % bootstrap interval over prompts, -1
             being more harm at every step; and the mean rho of the draws. NaN with fewer than three
-            strengths. Prompts in which nothing changes count as 0.
+            strengths. Changes of less than 1e-4 nats are rounding and count as none, prompts in
+            which nothing changes as 0.
         """
-        strengths, effects = np.asarray(self.strengths), self.effects()
+        strengths = np.asarray(self.strengths)
+        effects = np.round(self.effects() / RESOLUTION)  # rounding follows strength, too
         if len(strengths) < 3:
             nan = float("nan")
             return Effect(nan, nan, nan, effects.shape[1]), nan
