@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -24,11 +25,13 @@ from tl_posheads.extrapolation.base import (
     require_positive,
     require_whole,
 )
-from tl_posheads.files import write_bytes
+from tl_posheads.files import write_labelled
 
 _ACTS: dict[str, Any] = {"tanh": torch.tanh, "silu": torch.nn.functional.silu}
 _KEYS = ("ode_up_proj", "ode_down_proj")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_CHECKPOINTS = (_WEIGHTS, "pytorch_model.bin")  # each may come in shards, with an index
+_FORMAT = "tl_posheads.CLEX"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +56,8 @@ class CLEX(FrequencyMethod):
         act: ``"silu"`` or ``"tanh"``.
         base: of ``ntk``; the authors keep 10,000 whatever the model's is.
         time_dt: step of the solver.
+        log_scale: scores times ``log(length) / log(trained)``, as some of the authors' models have
+            it, shorter texts included; of the rotated coordinates alone.
 
     Example:
         >>> CLEX.untrained(n_pairs=4, max_factor=8)
@@ -65,7 +70,10 @@ class CLEX(FrequencyMethod):
     act: str = "silu"
     base: float = 10000.0
     time_dt: float = 0.01
+    log_scale: bool = False
     length_matters: ClassVar[bool] = True
+    # Solving takes up to seconds, and every hook of every layer asks for a solution.
+    _solved: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         require_whole("CLEX", max_factor=(self.max_factor, 1))
@@ -83,9 +91,14 @@ class CLEX(FrequencyMethod):
             weight.detach().float().cpu().contiguous().numpy().tobytes()
             for weight in (self.up, self.down)
         )
+        unusual = [
+            f"{name}={getattr(self, name)!r}, "
+            for name in ("base", "time_dt", "log_scale")
+            if getattr(self, name) != getattr(CLEX, name)
+        ]
         return (
-            f"CLEX(max_factor={self.max_factor}, act={self.act!r}, pairs={self.up.shape[0]}, "
-            f"weights={hashlib.sha256(content).hexdigest()[:12]})"
+            f"CLEX(max_factor={self.max_factor}, act={self.act!r}, {''.join(unusual)}"
+            f"pairs={self.up.shape[0]}, weights={hashlib.sha256(content).hexdigest()[:12]})"
         )
 
     @property
@@ -106,7 +119,18 @@ class CLEX(FrequencyMethod):
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
         self._require_pairs(len(inv_freq))
         t = min(self.max_factor, max(1, math.ceil(length / trained)))
-        return Frequencies(inv_freq if t == 1 else self.at(inv_freq, float(t)))
+        scale = 1.0
+        if self.log_scale:
+            # On queries and keys both, so the square root of what scores are multiplied by.
+            scale = math.sqrt(math.log(max(1, length)) / math.log(trained))
+        if t == 1:
+            return Frequencies(inv_freq, scale)
+        if self.up.requires_grad or self.down.requires_grad:
+            return Frequencies(self.at(inv_freq, float(t)), scale)
+        key = (t, str(inv_freq.device), tuple(inv_freq.tolist()))
+        if key not in self._solved:
+            self._solved[key] = self.at(inv_freq, float(t))
+        return Frequencies(self._solved[key], scale)
 
     def at(self, inv_freq: Float[Tensor, "pair"], t: float) -> Float[Tensor, "pair"]:
         """Frequencies at the factor ``t``, above 1; differentiable in the weights."""
@@ -141,12 +165,15 @@ class CLEX(FrequencyMethod):
     ) -> CLEX:
         """The authors' published form.
 
+        Only the ODE's weights are read of a checkpoint. Put it on the model that the checkpoint
+        holds, with ``trained=`` the config's ``max_position_embeddings``.
+
         Args:
             weights: a state dict with ``...proj_func.ode_up_proj`` and ``...ode_down_proj``, one
-                such pair for the whole model; a safetensors file; or a folder of
-                ``model.safetensors`` and ``config.json``.
+                such pair for the whole model; a safetensors or torch file; or a folder of a
+                checkpoint, in shards or not, and ``config.json``.
             config: a transformers config or dict with ``rope_scaling`` (``max_factor``, ``act``,
-                ``time_dt``); a folder brings its own.
+                ``time_dt``) and ``log_scale``; a folder brings its own.
 
         Raises:
             PosheadsError: weights or settings that are missing, or more than one ODE.
@@ -154,14 +181,13 @@ class CLEX(FrequencyMethod):
         if not isinstance(weights, Mapping):
             path = Path(weights)
             try:
-                if path.is_dir():
-                    config = config or json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-                    path = path / _WEIGHTS
-                weights = load_tensors(path.read_bytes())
-            except (OSError, ValueError) as problem:
+                if path.is_dir() and config is None:
+                    config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+                weights = _read_ode(path)
+            except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as problem:
                 raise PosheadsError(
-                    f"{weights} can't be read ({problem}); give a safetensors file, or a folder "
-                    f"with {_WEIGHTS} and {_CONFIG}"
+                    f"{path} can't be read ({problem}); give a safetensors or torch file, or a "
+                    f"folder with {_WEIGHTS} and {_CONFIG}"
                 ) from problem
         found = [[t for name, t in weights.items() if name.endswith(key)] for key in _KEYS]
         if [len(one) for one in found] != [1, 1]:
@@ -169,21 +195,29 @@ class CLEX(FrequencyMethod):
                 f"{len(found[0])} ode_up_proj and {len(found[1])} ode_down_proj were given; "
                 "expected one of each, as CLEX's checkpoints hold"
             )
-        rope = config if isinstance(config, Mapping) else vars(config or object) or {}
-        rope = rope.get("rope_scaling") or rope
+        whole = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+        # transformers 5 renames the one into the other.
+        rope = whole.get("rope_scaling") or whole.get("rope_parameters") or whole
         if "max_factor" not in rope:
             raise PosheadsError(
                 "the config holds no max_factor; give CLEX's config.json, or its rope_scaling"
             )
         return cls(
             found[0][0].float(), found[1][0].float(), int(rope["max_factor"]),
+            # The first of the authors' releases knew no other act and step.
             act=rope.get("act", "silu"), time_dt=float(rope.get("time_dt", 0.01)),
+            base=float(rope.get("base", 10000.0)), log_scale=bool(whole.get("log_scale", False)),
         )  # fmt: skip
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the published form: :meth:`from_published` reads it back. Whole or not at all."""
+        """Write the published form: :meth:`from_published` reads it back.
+
+        Raises:
+            PosheadsError: the folder holds another model's files, or is a file.
+        """
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        if (path / _CONFIG).exists() and _FORMAT not in (path / _CONFIG).read_text("utf-8"):
+            raise PosheadsError(f"{path} holds a model, which would be overwritten; give another")
         weights = {
             f"model.clex_layer.proj_func.{key}": weight.detach().float().cpu().contiguous()
             for key, weight in zip(_KEYS, (self.up, self.down), strict=True)
@@ -191,10 +225,35 @@ class CLEX(FrequencyMethod):
         rope = {
             "type": "clex", "max_factor": self.max_factor, "act": self.act,
             "param_factor": self.up.shape[1] // (2 * self.up.shape[0]), "time_dt": self.time_dt,
+            "base": self.base,
         }  # fmt: skip
-        write_bytes(path / _WEIGHTS, save_tensors(weights))
-        write_bytes(path / _CONFIG, json.dumps({"rope_scaling": rope}, indent=2).encode())
-        return path
+        facts = {"format": _FORMAT, "rope_scaling": rope, "log_scale": self.log_scale}
+        return write_labelled(path, _CONFIG, {_WEIGHTS: save_tensors(weights)}, facts)
+
+
+def _read_ode(path: Path) -> dict[str, Tensor]:
+    """The ODE's weights alone: the checkpoint around them may be larger than memory."""
+    if not path.is_dir():
+        return _of_file(path)
+    for name in _CHECKPOINTS:
+        index = path / f"{name}.index.json"
+        if index.exists():
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {file for key, file in where.items() if key.endswith(_KEYS)}
+            parts = [_of_file(path / file) for file in sorted(files)]
+            return {key: weight for part in parts for key, weight in part.items()}
+        if (path / name).exists():
+            return _of_file(path / name)
+    return _of_file(path / _WEIGHTS)
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {key: file.get_tensor(key) for key in names if key.endswith(_KEYS)}
+    whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {key: weight for key, weight in whole.items() if key.endswith(_KEYS)}
 
 
 def _odeint() -> Any:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from tl_posheads.capture import rotary_hook_points
 from tl_posheads.contributions import turn
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import require_positive, require_whole, trained_of
+from tl_posheads.extrapolation.base import _layers, require_positive, require_whole, trained_of
 from tl_posheads.extrapolation.clex import CLEX
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
@@ -61,7 +61,8 @@ def train_clex(
     Memory: activations of one text for the gradient.
 
     Raises:
-        PosheadsError: no RoPE, a method in force, texts that are too long or too short.
+        PosheadsError: no RoPE, a method in force, texts that are too long or too short, a loss
+            that isn't finite.
     """
     require_rotary(model)
     require_clean(model)
@@ -75,8 +76,7 @@ def train_clex(
             f"texts of {min(lengths)} to {max(lengths)} tokens were given for a model trained on "
             f"{known}; expected 8 tokens or more, none longer than that, and no method in force"
         )
-    geometry = RotaryGeometry.from_model(model)
-    layers = {layer.layer: layer for layer in geometry.layers if layer.n_pairs}
+    layers = _layers(RotaryGeometry.from_model(model))
     n_pairs = next(iter(layers.values())).n_pairs
     start = CLEX.untrained(n_pairs, max_factor, act=act, time_dt=time_dt, seed=seed)
     up, down = (weight.clone().requires_grad_(True) for weight in (start.up, start.down))
@@ -91,11 +91,16 @@ def train_clex(
             # At 1 the frequencies are the model's own, and the ODE has nothing to learn.
             t = int(torch.randint(2, max_factor + 1, (1,), generator=random))
             positions = spread_positions(len(text), t, random)
-            inv_freq = {layer: method.at(g.inv_freq, float(t)) for layer, g in layers.items()}
+            inv_freq = _solutions(method, layers, float(t))
             hooks = _hooks(model, layers, inv_freq, positions)
             with own_hooks(hooks), fused_attention(model):
                 logits = model(text[None].to(device), return_type="logits")[0].float()
             loss = cross_entropy(logits[:-1], text[1:].to(device))
+            if not loss.isfinite():
+                raise PosheadsError(
+                    f"train_clex(lr={lr}) lost its way: the loss is {loss.item()}; give a smaller "
+                    "lr"
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -107,6 +112,18 @@ def spread_positions(n: int, t: int, random: torch.Generator) -> Int[Tensor, "po
     """``n`` ascending positions within ``n * t``, the first and the last among them."""
     inner = torch.randperm(n * t - 2, generator=random)[: n - 2].sort().values + 1
     return torch.cat([torch.tensor([0]), inner, torch.tensor([n * t - 1])])
+
+
+def _solutions(
+    method: CLEX, layers: dict[int, LayerGeometry], t: float
+) -> dict[int, Float[Tensor, "pair"]]:
+    """Each layer's frequencies; layers that turn alike share a solution, which is slow to get."""
+    solved: dict[Any, Tensor] = {}
+    for layer in layers.values():
+        key = tuple(layer.inv_freq.tolist())
+        if key not in solved:
+            solved[key] = method.at(layer.inv_freq, t)
+    return {i: solved[tuple(layer.inv_freq.tolist())] for i, layer in layers.items()}
 
 
 def _hooks(
