@@ -6,13 +6,14 @@ import numpy as np
 import planted
 import pytest
 import torch
-from test_capture import assert_same, state
+from test_capture import assert_same, state, warm
 from test_distance_methods import CHOSEN, SCALES, TOKENS, WINDOW, N, llama, numbers, off  # noqa: F401
 
 from tl_posheads import PosheadsError, capture_rotary
 from tl_posheads.extrapolation.dpe import DPE
 from tl_posheads.extrapolation.dpe_detect import detect_effective_lengths, fit_dpe, key_pairs
 from tl_posheads.extrapolation.self_extend import SelfExtend
+from tl_posheads.fused import fused_attention
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
@@ -89,6 +90,9 @@ def test_effective_lengths_of_a_planted_pair(retriever, needles):
     tokens, targets = needles
     options = dict(targets=targets, trained=128, window=8, groups=4, progress=False, tolerance=0.1,
                    candidates=[32, 64, 128, 256, 512])  # fmt: skip
+    warm(retriever)
+    with torch.no_grad(), fused_attention(retriever):
+        retriever(tokens[0][None, :8])  # transformers' layers fill tables of their own, too
     before = state(retriever)
     found = detect_effective_lengths(retriever, tokens, **options)
     assert_same(before, state(retriever))
@@ -97,7 +101,8 @@ def test_effective_lengths_of_a_planted_pair(retriever, needles):
     assert found.pairs == (2, 2, 2, 2)
     assert found.lengths[0] == found.lengths[2] == found.lengths[3] == 512
     assert found.lengths[1] < 128
-    assert (found.loss[1].diff() > 0).all()
+    # 512 tokens are more than half a turn of the pair: its cosine comes back.
+    assert (found.loss[1, :4].diff() > 0).all()
     assert found.loss[1, -1] - found.loss[1, 0] > 1
     s = 1024 // found.lengths[1]
     assert found.scales(1024) == (2, 2, s, s, 2, 2, 2, 2)
