@@ -97,6 +97,43 @@ def test_without_noise_the_scale_is_exact(scale, level):
     assert found.r2 > 0.999
 
 
+def test_bare_curves_past_training_take_no_part():
+    extended, bare = planted(4.0, np.random.default_rng(2))
+    past = np.random.default_rng(5).normal(0, 30, (8, 3, LONGEST - TRAINED))
+    found, cut = (
+        stretch(extended, curves, trained=TRAINED, factor=4, n_boot=50)
+        for curves in (np.concatenate([bare, past], 2), bare)
+    )
+    assert found == cut
+
+
+def test_distances_with_few_pairs_take_no_part():
+    extended, bare = planted(4.0, np.random.default_rng(2))
+    found = stretch(extended, bare, trained=TRAINED, n_extended=N_LONG, n_bare=N_NEAR, n_boot=50)
+    extended, bare = extended.copy(), bare.copy()
+    extended[..., N_LONG[0] < 0.1 * LONGEST] = 99
+    bare[..., N_NEAR[0] < 0.1 * TRAINED] = 99
+    assert found == stretch(
+        extended, bare, trained=TRAINED, n_extended=N_LONG, n_bare=N_NEAR, n_boot=50
+    )
+
+
+def test_scales_out_of_reach_are_not_told():
+    h = np.arange(3)[None, :, None]
+    bare = rising(D[None, None, :TRAINED], h)
+    found = stretch(np.zeros((1, 3, LONGEST)), bare, trained=TRAINED, n_boot=50)
+    assert found.reason.startswith("no scale fits")
+    assert np.isnan([found.scale, found.ci_low, found.ci_high, found.misfit, found.r2]).all()
+    assert found.misfit_unscaled > 0
+    shrunk = stretch(rising(8 * D[None, None], h), bare, trained=TRAINED, n_boot=50)
+    assert shrunk.reason == "the best scale lies at an end of those searched"
+    # Heads that disagree by as much as can be: half of them drawn out by 1, half by 16.
+    mixed = np.stack([rising(D / s, 0) for s in (0.5, 0.5, 16, 16)])[None]
+    same = np.broadcast_to(rising(D[:TRAINED], 0), (1, 4, TRAINED))
+    found = stretch(mixed, same, trained=TRAINED, factor=16, n_boot=200)
+    assert found.reason == "the interval covers half of the scales searched"
+
+
 def broken(rng, *, at=256, jump=1.5, docs=12, heads=3, size=0.15):
     h = np.arange(heads)[None, :, None]
     trend = 3 + h + (1 + 0.2 * h) * np.log2(D)
@@ -119,8 +156,7 @@ def test_break_interval_covers():
     covered = []
     for seed in range(40):
         found = break_point(broken(np.random.default_rng(seed), size=0.4), n_boot=150, seed=seed)
-        # An end that is a bin's edge stands for the whole bin.
-        covered.append(found.ci_low / 1.07 <= 256 <= found.ci_high * 1.07)
+        covered.append(found.ci_low <= 256.5 <= found.ci_high)
     assert np.mean(covered) >= 0.85
 
 
@@ -167,6 +203,7 @@ def test_log_bins_keep_every_pair(n, per_octave, seed):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: break_point(np.ones((3, 2, 99)), n_pairs=np.ones((2, 99))), "numbers of pairs"),
         (lambda: stretch(np.ones((2, 1, 99)), np.ones((1, 1, 9)), trained=9), "same documents"),
         (lambda: stretch(np.ones((1, 1, 99)), np.ones((1, 1, 9)), trained=9, factor=0.5), "factor"),
         (lambda: stretch(np.ones((1, 1, 4)), np.ones((1, 1, 1)), trained=1), "too few|none"),

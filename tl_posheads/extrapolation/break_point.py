@@ -22,8 +22,8 @@ class BreakPoint:
 
     Attributes:
         distance: of the break, in tokens.
-        ci_low, ci_high: 95 % bootstrap interval over the units, from bin to bin; NaN with fewer
-            than four.
+        ci_low, ci_high: 95 % bootstrap interval over the units and a bin on either side, since a
+            break inside a bin may be put at either of its ends; NaN with fewer than four.
         p: of the test that there is a break at all; NaN with fewer than eight documents. Read it
             first: a distance is given in any case.
         slope_before, slope_after: of the trend on both sides of the break, in rotary dimensions
@@ -110,7 +110,8 @@ def break_point(
     low, high = interval_of(places, counts.shape[1], "nearest")
     before, change, jump = bases.slopes(given[0], place)
     return BreakPoint(
-        distance=float(2 ** bases.edges[place]), ci_low=float(2**low), ci_high=float(2**high),
+        distance=float(2 ** bases.edges[place]), ci_low=float(2 ** (low - 1 / per_octave)),
+        ci_high=float(2 ** (high + 1 / per_octave)),
         p=_p_value(binned, held, bases, gain, n_boot, seed), slope_before=before,
         slope_after=before + change, jump=jump, n_heads=n_heads, n_docs=n_docs, unit=unit,
     )  # fmt: skip

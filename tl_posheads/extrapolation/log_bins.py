@@ -126,11 +126,18 @@ class BinnedCurves:
                 f"curves that reach distance {values.shape[2]} have none from {first} to {last:g}; "
                 "give longer texts or another first="
             )
-        pairs = (np.broadcast_to(n, values.shape) * np.isfinite(values)).sum(0)
+        try:
+            n = np.broadcast_to(n, values.shape)
+        except ValueError as problem:
+            raise PosheadsError(
+                f"curves of shape {values.shape} and numbers of pairs of shape {n.shape} "
+                "were given; expected [doc, distance] or [doc, head, distance] of the same length"
+            ) from problem
+        pairs = (n * np.isfinite(values)).sum(0)
         filled = pairs >= _SPARSE * pairs.max(1, keepdims=True)
         bins = log_bins(
-            distance[seen], n[..., seen] if n.ndim else n,
-            np.where(filled, values, np.nan)[..., seen], per_octave=per_octave,
+            distance[seen], n[..., seen], np.where(filled, values, np.nan)[..., seen],
+            per_octave=per_octave,
         )  # fmt: skip
         return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * bins.n_pairs, bins.n_pairs)
 

@@ -30,7 +30,7 @@ class Stretch:
         misfit: root mean square difference at that scale, in rotary dimensions.
         misfit_unscaled: the same at scale 1.
         r2: share of the extended curves' variance along distance that the drawn-out bare curves
-            explain; negative if they are worse than each curve's mean.
+            explain.
         n_heads, n_docs: what was fitted.
         unit: ``"documents"`` or ``"heads"``, what the bootstrap draws.
         reason: why the scale can't be told; None where it can.
@@ -126,7 +126,8 @@ def stretch(
 
     The scale can't be told (NaN, with the reason) if the bare curves vary along distance no more
     than 19 in 20 resamples of the documents do about their mean, if the best scale lies at an end
-    of those searched, or if the interval covers half of them on a log scale.
+    of those searched or leaves the curves further off than their means, or if the interval covers
+    half of the scales on a log scale.
 
     Args:
         extended: mean dominant dimension at distances 1, 2, ... under the method, in rotary
@@ -188,14 +189,16 @@ def stretch(
     unscaled = _difference(np.zeros(1), *given)
     at_best = _difference(shift, *given)
     seen = np.where(np.isfinite(at_best), given[1], np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r2 = 1 - np.nansum(at_best**2) / _spread(seen)[0]
+    if reason is None and not r2 > 0:
+        reason = "no scale fits: the bare curves drawn out are further off than each curve's mean"
     told = np.array([1.0 if reason is None else np.nan])
     scale, ci_low, ci_high = 2 ** (told * [shift[0], low, high])
     misfit = float(told[0] * np.sqrt(np.nanmean(at_best**2)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r2 = float(told[0] * (1 - np.nansum(at_best**2) / _spread(seen)[0]))
     return Stretch(
         float(scale), float(ci_low), float(ci_high), factor, misfit,
-        float(np.sqrt(np.nanmean(unscaled**2))), r2, n_heads, n_docs, unit, reason,
+        float(np.sqrt(np.nanmean(unscaled**2))), float(told[0] * r2), n_heads, n_docs, unit, reason,
     )  # fmt: skip
 
 
