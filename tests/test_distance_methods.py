@@ -154,7 +154,7 @@ def test_logits_are_those_of_the_papers_formulas(family, name):
 @torch.no_grad()
 def test_smollm2_in_both_classes(smollm2):
     smollm2.geometry = RotaryGeometry.from_model(smollm2)
-    tokens = smollm2.to_tokens("The quick brown fox jumps over the lazy dog. " * 4)[:, :32]
+    tokens = smollm2.to_tokens("The quick brown fox jumps over the lazy dog. " * 4)[:, :28]
     for name in ("SelfExtend", "DualChunk"):
         make, distance = METHODS[name]
         with make(32)(smollm2):
@@ -230,7 +230,8 @@ def padded_off(model, tokens, n):
     padded, mask = tokens.clone(), torch.ones_like(tokens)
     padded[1, :n] = mask[1, :n] = 0
     got = model(padded, attention_mask=mask)
-    return max(off(got[:1], model(tokens[:1])), off(got[1:, n:], model(tokens[1:, n:])))
+    # The sum: max() would drop a NaN.
+    return off(got[:1], model(tokens[:1])) + off(got[1:, n:], model(tokens[1:, n:]))
 
 
 def fused_off(model, tokens):
@@ -255,13 +256,11 @@ def test_caches_padding_and_fused_passes_change_nothing(family, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "method", [SelfExtend(4, 16), DualChunk(32, 8), ReRoPE(16, leak=4)], ids=repr
-)
+@pytest.mark.parametrize("method", [SelfExtend(4, 16), DualChunk(32, 8)], ids=repr)
 def test_smollm2_with_caches_padding_and_fused_passes(smollm2, method):
     text = smollm2.to_tokens("One two three four five six seven eight nine ten. " * 12)[0]
     with method(smollm2):
-        assert generated_off(smollm2, text[None, :114], 6) < 1e-4
+        assert generated_off(smollm2, text[None, :116], 3) < 1e-4
         assert padded_off(smollm2, torch.stack([text[:90], text[20:110]]), 7) < 1e-4
         on, far = fused_off(smollm2, text[None, :120])
         assert on

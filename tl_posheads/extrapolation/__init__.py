@@ -9,7 +9,12 @@ from tl_posheads.extrapolation.base import DistanceMethod, Frequencies, Frequenc
 from tl_posheads.extrapolation.clex import CLEX
 from tl_posheads.extrapolation.clex_train import train_clex
 from tl_posheads.extrapolation.dpe import DPE
-from tl_posheads.extrapolation.dpe_detect import detect_effective_lengths, fit_dpe, key_pairs
+from tl_posheads.extrapolation.dpe_detect import (
+    EffectiveLengths,
+    detect_effective_lengths,
+    fit_dpe,
+    key_pairs,
+)
 from tl_posheads.extrapolation.dual_chunk import DualChunk
 from tl_posheads.extrapolation.fope import FoPE
 from tl_posheads.extrapolation.linear import Linear
@@ -31,6 +36,7 @@ __all__ = [
     "DistanceMethod",
     "DualChunk",
     "DynamicNTK",
+    "EffectiveLengths",
     "FoPE",
     "Frequencies",
     "FrequencyMethod",

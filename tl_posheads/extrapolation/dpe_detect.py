@@ -24,7 +24,6 @@ from tl_posheads.lens import require_clean, require_rotary
 from tl_posheads.passes import target_logprobs
 
 Texts = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
-
 # The largest distances that the paper's code tries, in halves of the training length.
 _TRIED = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16)
 
