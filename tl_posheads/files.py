@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_posheads.errors import PosheadsError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -23,6 +28,33 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def table_bytes(table: pd.DataFrame) -> bytes:
+    """A table as the content of a Parquet file, without its index."""
+    out = io.BytesIO()
+    table.to_parquet(out, index=False)
+    return out.getvalue()
+
+
+def table_of(data: bytes) -> pd.DataFrame:
+    """The inverse of :func:`table_bytes`."""
+    import pandas as pd  # the command's help need not wait for it
+
+    return pd.read_parquet(io.BytesIO(data))
+
+
+@contextmanager
+def damage_named(found: str, again: str) -> Iterator[None]:
+    """Inside, what parts hold that can't be understood is an error like "the scores in X are".
+
+    Raises:
+        PosheadsError: ``found`` damaged, with the cause; ``again`` is what to do.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise PosheadsError(f"{found} damaged ({problem}); {again}") from problem
 
 
 def write_labelled(

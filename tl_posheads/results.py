@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
 from tl_posheads.statistics import chance_overlap
 
 FORMAT = "tl_posheads.HeadScores"
@@ -183,15 +182,13 @@ class HeadScores:
         a folder that a crash left between two of them is refused by :meth:`load`.
         """
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        table = io.BytesIO()
-        self.to_pandas().to_parquet(table, index=False)
         facts = {
             "format": FORMAT,
             "version": 1,
             "windows": list(self.windows),
             "provenance": self.provenance,
         }
-        parts = {_TENSORS: save_tensors(tensors), _TABLE: table.getvalue()}
+        parts = {_TENSORS: save_tensors(tensors), _TABLE: table_bytes(self.to_pandas())}
         return write_labelled(folder, _LABEL, parts, facts)
 
     @classmethod
@@ -204,13 +201,9 @@ class HeadScores:
         label, parts = read_labelled(
             folder, _LABEL, made_by="HeadScores", what="scores", again="score again"
         )
-        try:
+        with damage_named(f"the scores in {folder} are", "score again"):
             tensors = load_tensors(parts[_TENSORS])
             return cls.from_tensors(tensors, label["windows"], label["provenance"])
-        except (ValueError, KeyError, TypeError) as problem:
-            raise PosheadsError(
-                f"the scores in {folder} are damaged ({problem}); score again"
-            ) from problem
 
 
 def _tensor_names() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,13 @@ from tl_posheads.extrapolation.break_point import BreakPoint, break_point
 from tl_posheads.extrapolation.log_bins import log_bins
 from tl_posheads.extrapolation.observing import Head, TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
-from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.files import (
+    damage_named,
+    read_labelled,
+    table_bytes,
+    table_of,
+    write_labelled,
+)
 from tl_posheads.results import Comparison, HeadScores
 
 FORMAT = "tl_posheads.ExtrapolationComparison"
@@ -276,10 +281,7 @@ class ExtrapolationComparison:
                     "windows": list(scores.windows), "provenance": scores.provenance,
                 }  # fmt: skip
         parts = {_TENSORS: save_tensors(tensors)}
-        for name in _TABLES:
-            buffer = io.BytesIO()
-            getattr(self, name).to_parquet(buffer, index=False)
-            parts[f"{name}.parquet"] = buffer.getvalue()
+        parts |= {f"{name}.parquet": table_bytes(getattr(self, name)) for name in _TABLES}
         facts = {
             "format": FORMAT, "version": 1, "methods": list(self.methods),
             "settings": list(self.settings), "heads": [list(head) for head in self.heads],
@@ -298,7 +300,7 @@ class ExtrapolationComparison:
             folder, _LABEL, made_by="ExtrapolationComparison", what="comparisons",
             again="compare again",
         )  # fmt: skip
-        try:
+        with damage_named(f"the comparison in {folder} is", "compare again"):
             tensors = load_tensors(parts[_TENSORS])
             scores = {
                 kind: tuple(
@@ -314,7 +316,7 @@ class ExtrapolationComparison:
                 )
                 for kind in ("within", "whole")
             }
-            tables = {n: pd.read_parquet(io.BytesIO(parts[f"{n}.parquet"])) for n in _TABLES}
+            tables = {n: table_of(parts[f"{n}.parquet"]) for n in _TABLES}
             return cls(
                 methods=tuple(label["methods"]), settings=tuple(label["settings"]),
                 heads=tuple((layer, head) for layer, head in label["heads"]),
@@ -322,10 +324,6 @@ class ExtrapolationComparison:
                 scores_within=scores["within"], scores_whole=scores["whole"],
                 **{name: tensors[name] for name in _CURVES}, **tables,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise PosheadsError(
-                f"the comparison in {folder} is damaged ({problem}); compare again"
-            ) from problem
 
 
 def _padded(rows: Sequence[Tensor], value: float) -> Tensor:

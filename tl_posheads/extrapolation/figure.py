@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tl_posheads.pictures import picture
 
 if TYPE_CHECKING:
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
@@ -21,19 +22,9 @@ def figure(comparison: ExtrapolationComparison) -> Any:
 
     The training length is the upright line; what lies right of it the model has never seen.
     """
-    from matplotlib.figure import Figure
-
-    class Shown(Figure):
-        """Shows itself in a notebook, without pyplot and its list of open figures."""
-
-        def _repr_png_(self) -> bytes:
-            out = io.BytesIO()
-            self.savefig(out, format="png", dpi=80)
-            return out.getvalue()
-
     answers = comparison.answers()
     tasks = list(dict.fromkeys(answers["task"]))
-    fig = Shown(figsize=(9.0, 7.0), layout="constrained")
+    fig = picture(figsize=(9.0, 7.0))
     grid = fig.add_gridspec(2, 1 + len(tasks), height_ratios=(1.25, 1))
     curves_ax, loss_ax = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
     task_axes = [fig.add_subplot(grid[1, 1 + i]) for i in range(len(tasks))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_posheads.errors import PosheadsError
-from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.files import (
+    damage_named,
+    read_labelled,
+    table_bytes,
+    table_of,
+    write_labelled,
+)
+from tl_posheads.pictures import picture
 from tl_posheads.study.controls import Head
 from tl_posheads.study.effects import Effect, paired_effect, rank_tests, spearman
 from tl_posheads.study.results import RESOLUTION
@@ -106,18 +111,8 @@ class DoseResponse:
 
     def plot(self) -> Any:
         """Effect against strength, over the draws; a matplotlib figure that shows itself."""
-        from matplotlib.figure import Figure
-
-        class Shown(Figure):
-            """Shows itself in a notebook, without pyplot and its list of open figures."""
-
-            def _repr_png_(self) -> bytes:
-                out = io.BytesIO()
-                self.savefig(out, format="png", dpi=80)
-                return out.getvalue()
-
         table, means = self.to_pandas(), self.effects().mean(1)
-        fig = Shown(figsize=(6.5, 4.0), layout="constrained")
+        fig = picture(figsize=(6.5, 4.0))
         ax = fig.subplots()
         ax.axhline(0, color="0.5", linewidth=0.8)
         for i, draw in enumerate(means[1:]):
@@ -140,13 +135,11 @@ class DoseResponse:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``dose.json`` and ``cells.parquet`` into a folder, each whole or not at all."""
-        buffer = io.BytesIO()
-        self.cells.to_parquet(buffer, index=False)
         facts = {
             "format": FORMAT, "version": 1, "sets": [[list(h) for h in one] for one in self.sets],
             "provenance": self.provenance,
         }  # fmt: skip
-        return write_labelled(folder, _LABEL, {_TABLE: buffer.getvalue()}, facts)
+        return write_labelled(folder, _LABEL, {_TABLE: table_bytes(self.cells)}, facts)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DoseResponse:
@@ -158,11 +151,6 @@ class DoseResponse:
         label, parts = read_labelled(
             folder, _LABEL, made_by="DoseResponse", what="dose responses", again="run it again"
         )
-        try:
-            cells = pd.read_parquet(io.BytesIO(parts[_TABLE]))
+        with damage_named(f"the dose response in {folder} is", "run it again"):
             sets = [[(layer, head) for layer, head in one] for one in label["sets"]]
-            return cls(cells, sets, label["provenance"])
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise PosheadsError(
-                f"the dose response in {folder} is damaged ({problem}); run it again"
-            ) from problem
+            return cls(table_of(parts[_TABLE]), sets, label["provenance"])

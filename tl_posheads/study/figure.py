@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
+
+from tl_posheads.pictures import picture
 
 if TYPE_CHECKING:
     from tl_posheads.study.results import AblationStudy
@@ -24,19 +25,9 @@ def figure(study: AblationStudy) -> Any:
     Every small mark is one draw of a control, the black point the top heads with their 95 %
     interval; at zero nothing was lost.
     """
-    from matplotlib.figure import Figure
-
-    class Shown(Figure):
-        """Shows itself in a notebook, without pyplot and its list of open figures."""
-
-        def _repr_png_(self) -> bytes:
-            out = io.BytesIO()
-            self.savefig(out, format="png", dpi=80)
-            return out.getvalue()
-
     table = study.to_pandas()
     tasks, fractions, controls = study.tasks, study.fractions, study.controls
-    fig = Shown(figsize=(9.0, 0.9 + 2.3 * len(tasks)), layout="constrained")
+    fig = picture(figsize=(9.0, 0.9 + 2.3 * len(tasks)))
     axes = fig.subplots(len(tasks), 2, squeeze=False, sharex=True, sharey="row")
     width = 0.8 / (len(controls) + 1)
     for row, task in enumerate(tasks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -16,7 +15,13 @@ import pandas as pd
 from jaxtyping import Float
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import read_labelled, write_labelled
+from tl_posheads.files import (
+    damage_named,
+    read_labelled,
+    table_bytes,
+    table_of,
+    write_labelled,
+)
 from tl_posheads.study.effects import (
     Agreement,
     holm,
@@ -293,11 +298,7 @@ class AblationStudy:
         others' checksums: a folder that a crash left between two of them is refused by
         :meth:`load`.
         """
-        parts = {}
-        for name in TABLES:
-            buffer = io.BytesIO()
-            getattr(self, name).to_parquet(buffer, index=False)
-            parts[f"{name}.parquet"] = buffer.getvalue()
+        parts = {f"{name}.parquet": table_bytes(getattr(self, name)) for name in TABLES}
         facts = {"format": FORMAT, "version": 1, "provenance": self.provenance}
         return write_labelled(folder, _LABEL, parts, facts)
 
@@ -311,15 +312,9 @@ class AblationStudy:
         label, parts = read_labelled(
             folder, _LABEL, made_by="AblationStudy", what="study results", again="run it again"
         )
-        try:
-            tables = {
-                name: pd.read_parquet(io.BytesIO(parts[f"{name}.parquet"])) for name in TABLES
-            }
+        with damage_named(f"the study in {folder} is", "run it again"):
+            tables = {name: table_of(parts[f"{name}.parquet"]) for name in TABLES}
             return cls(**tables, provenance=label["provenance"])
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise PosheadsError(
-                f"the study in {folder} is damaged ({problem}); run it again"
-            ) from problem
 
 
 def _detectable(
