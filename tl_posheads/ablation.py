@@ -19,7 +19,15 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
-from tl_posheads.lens import PassDone, attention, model_name, own_hooks, require_lens, run_forward
+from tl_posheads.lens import (
+    PassDone,
+    attention,
+    is_native,
+    model_name,
+    own_hooks,
+    require_lens,
+    run_forward,
+)
 
 Head = tuple[int, int]
 Mode = Literal["zero", "mean", "resample"]
@@ -123,7 +131,7 @@ def ablation_hooks(
     if not pairs:
         return []
     layers = by_layer(pairs)
-    native = next((layer for layer in layers if _native(attention(model, layer))), None)
+    native = next((layer for layer in layers if is_native(attention(model, layer))), None)
     placed = keep is not None or per_position or mode == "resample"
     if native is not None and (on == "pattern" or placed):
         what = "on='pattern'" if on == "pattern" else "an ablation by position"
@@ -336,11 +344,6 @@ def too_short(needed: int, length: int) -> PosheadsError:
         f"a text of {needed} tokens was given, but the reference has {length} positions; give "
         "longer reference texts, or mode 'mean' without per_position"
     )
-
-
-def _native(attn: Any) -> bool:
-    """Whether the lens only looks on as transformers' own attention runs, as with GPT-J."""
-    return type(attn).__name__ == "AttentionBridge"
 
 
 def _positions(positions: Positions) -> Callable[[Tensor], Tensor] | None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
-from tl_posheads.inputs import documents_of, layers_of, length_matters
+from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import model_name, require_clean, require_rotary
 from tl_posheads.remapping import only_heads, pair_vectors
 from tl_posheads.tables import evenly, rows_of
@@ -119,8 +119,7 @@ def dominant_dimension_curve(
         )
     longest = max(len(document) for document in documents)
     with rotary_hook_points(model):
-        probe = longest if length_matters(model) else 64
-        geometry = RotaryGeometry.from_model(model, length=probe, layers=layers)
+        geometry = RotaryGeometry.from_model(model, length=longest, layers=layers)
         wrong = [p for p in wanted if not 0 <= p[1] < geometry[p[0]].n_heads]
         sizes = {geometry[layer].n_pairs for layer in layers}
         if wrong or len(sizes) != 1 or 0 in sizes:

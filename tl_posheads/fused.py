@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -206,5 +207,7 @@ def _fused_hooked(attn: Any, remapped: Any) -> Iterator[None]:
         instance_method(attn, "calculate_attention_scores", scores),
         instance_method(attn, "apply_causal_mask", lambda scores, *args: scores),
         instance_method(attn, "calculate_z_scores", z),
+        # There are no scores to show; whoever changes them has been asked for the change itself.
+        instance_method(attn.hook_attn_scores, "_call_impl", lambda scores: scores),
     ):
         yield

@@ -164,7 +164,7 @@ class RotaryGeometry:
 
         require_rotary(model)
         # A method in force is told the length; only the model's own rotation has to be seen at it.
-        seen = length if own_length_matters(model) else min(length, _PROBE)
+        seen = length if own_length_matters(model) else _PROBE
         name, measured = measure(model, length=seen, layers=layers)
         for change in changes_of(model):
             measured = tuple(

@@ -20,6 +20,8 @@ POSITIONS = {
     "none": "no position embedding at all (a recurrent or convolutional model)",
 }
 
+MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
+
 
 def model_name(model: Any) -> str:
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
@@ -50,6 +52,11 @@ def attention(model: Any, layer: int) -> nn.Module | None:
     """The layer's attention component; None in layers that have none (hybrid models)."""
     block = model.blocks[layer]
     return block._modules.get("attn") if isinstance(block, nn.Module) else None
+
+
+def is_native(attn: Any) -> bool:
+    """Whether the lens only looks on as transformers' own attention runs, as with GPT-J."""
+    return type(attn).__name__ == "AttentionBridge"
 
 
 @contextmanager

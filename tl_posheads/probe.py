@@ -15,13 +15,19 @@ from tl_posheads.contributions import rotate_by
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, share_keys
 from tl_posheads.inputs import require_finite
-from tl_posheads.lens import attention, model_name, others_hooks_suspended, own_hooks, run_forward
+from tl_posheads.lens import (
+    MASKED,
+    attention,
+    model_name,
+    others_hooks_suspended,
+    own_hooks,
+    run_forward,
+)
 
 _POINTS = ("hook_rot_q", "hook_rot_k", "hook_q", "hook_k", "hook_attn_scores", "hook_cos",
            "hook_sin")  # fmt: skip
 # A window up to this long is seen in the mask; the probe is made long enough for it.
 _LONGEST_SEEN_WINDOW = 512
-_MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
 
 
 def measure(
@@ -273,10 +279,10 @@ def _attention_scale(
         return declared
     seen = scores[0].double()
     causal = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
-    valid = causal & (seen > _MASKED)
+    valid = causal & (seen > MASKED)
     if _is_pattern(scores):
         return declared
-    if bool((seen[..., ~causal] > _MASKED).any()):
+    if bool((seen[..., ~causal] > MASKED).any()):
         raise PosheadsError(
             f"the queries of {where} see later tokens, as in an encoder or a wrapper without its "
             "causal mask (TransformerLens 3.9 on DeepSeek: install 4.3); only causal attention "
@@ -308,7 +314,7 @@ def _window(scores: Tensor | None, declared: int | None, where: str) -> int | No
         return declared
     last = scores[0, 0, -1]
     n = len(last)
-    shown = int((last > _MASKED).sum()) if float(last.min()) <= _MASKED else n
+    shown = int((last > MASKED).sum()) if float(last.min()) <= MASKED else n
     if shown < n:
         return shown
     # Nothing was masked: a window that the probe outran isn't in force.

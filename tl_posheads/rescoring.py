@@ -12,11 +12,9 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
-from tl_posheads.lens import attention, instance_method, model_name, own_hooks
+from tl_posheads.lens import MASKED, attention, instance_method, is_native, model_name, own_hooks
 from tl_posheads.positions import Positions, key_positions
 from tl_posheads.remapping import only_heads, remapped_scores
-
-_MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
 
 
 def require_scores(model: Any, what: str) -> None:
@@ -27,11 +25,10 @@ def require_scores(model: Any, what: str) -> None:
     """
     for layer in range(model.cfg.n_layers):
         attn = attention(model, layer)
-        name = type(attn).__name__
         why = None
-        if name == "AttentionBridge":
+        if is_native(attn):
             why = "whose attention in TransformerLens shows its scores only afterwards"
-        elif "MLA" in name:
+        elif "MLA" in type(attn).__name__:
             why = "whose rotated vectors are only a piece of its queries and keys"
         if why is not None:
             raise PosheadsError(
@@ -104,15 +101,13 @@ def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., 
 
     def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
         q, k, q_pos = seen.pop("q"), seen.pop("k"), seen.pop("at")
-        if scores.numel() == 1 < q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]:
-            return scores  # what a fused pass of a HookedTransformer puts here in their stead
         k_pos = key_positions(q_pos, k.shape[1])
         alone, keys = only_heads(geometry, k, heads)
         out = scores.clone()  # autograd and others may hold the old ones
         # Other heads' scores are never touched: they stay bit for bit.
         for rows, new, unchanged in remapped_scores(q[:, :, heads], keys, q_pos, k_pos, alone):
             old = scores[:, heads, rows, : new.shape[-1]]
-            stay = unchanged[:, None] | (old <= _MASKED)
+            stay = unchanged[:, None] | (old <= MASKED)
             out[:, heads, rows, : new.shape[-1]] = torch.where(stay, old, new.to(old.dtype))
         return out
 

@@ -16,7 +16,7 @@ from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.checkpoint import TableCheckpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import by_content, documents_of, layers_of, length_matters
+from tl_posheads.inputs import by_content, documents_of, layers_of
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.provenance import versions
 from tl_posheads.results import HeadScores
@@ -93,9 +93,7 @@ def score_heads(
         exact = longest <= EXACT_UP_TO
     by_key = by_content(documents)
     with rotary_hook_points(model):
-        geometry = RotaryGeometry.from_model(
-            model, length=longest if length_matters(model) else 64, layers=wanted
-        )
+        geometry = RotaryGeometry.from_model(model, length=longest, layers=wanted)
         accumulator = ScoreAccumulator(
             geometry, layers=wanted, pairs=pairs, skip_first=skip_first, exact=exact, seed=seed,
             n_blocks=1 if len(documents) >= FEW_DOCUMENTS else -(-N_BLOCKS // len(documents)),

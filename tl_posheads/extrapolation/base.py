@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_posheads.capture import rotary_hook_points
+from tl_posheads.capture import hook_names, rotary_hook_points
 from tl_posheads.contributions import turn
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
@@ -23,6 +23,7 @@ from tl_posheads.lens import (
     model_name,
     own_hooks,
     require_rotary,
+    trained_length,
 )
 from tl_posheads.positions import Positions, watched_positions
 from tl_posheads.remapping import Remapping
@@ -90,9 +91,6 @@ class Method:
         """A layer's geometry under the method, for texts of ``length`` tokens."""
         return layer
 
-    def check_layer(self, layer: LayerGeometry, trained: int) -> None:
-        """Refuse a layer that the method can't change."""
-
 
 @dataclass(frozen=True)
 class FrequencyMethod(Method):
@@ -128,9 +126,6 @@ class FrequencyMethod(Method):
             layer, inv_freq=new.inv_freq, rotation_scale=layer.rotation_scale * new.scale
         )
 
-    def check_layer(self, layer: LayerGeometry, trained: int) -> None:
-        self.frequencies(layer.inv_freq, trained, trained)
-
 
 @dataclass(frozen=True)
 class DistanceMethod(Method):
@@ -142,9 +137,6 @@ class DistanceMethod(Method):
 
     def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
         return replace(layer, remapping=self.remapping(layer, trained))
-
-    def check_layer(self, layer: LayerGeometry, trained: int) -> None:
-        self.remapping(layer, trained)
 
 
 def require_factor(method: str, factor: Any, name: str = "factor") -> None:
@@ -216,7 +208,7 @@ def trained_of(model: Any, trained: int | None) -> int:
         PosheadsError: no whole number of 2 or more.
     """
     if trained is None:
-        return int(model.cfg.n_ctx)
+        return trained_length(model)
     if isinstance(trained, bool) or not isinstance(trained, int) or trained < 2:
         raise PosheadsError(
             f"trained={trained!r} was given; expected the number of positions that the model was "
@@ -254,10 +246,9 @@ def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
         require_scores(model, repr(method))
     with ExitStack() as stack:
         stack.enter_context(rotary_hook_points(model))
-        bare = RotaryGeometry.from_model(model)
-        layers = _layers(bare)
-        for layer in layers.values():
-            method.check_layer(layer, known)
+        layers = extended_layers(RotaryGeometry.from_model(model))
+        # Refuses, before anything is touched, a layer that the method can't change.
+        inside = {i: method.layer_geometry(layer, known, known) for i, layer in layers.items()}
         stack.enter_context(any_length(model))
         positions = stack.enter_context(watched_positions(model))
         remapped: dict[int, LayerGeometry] = {}
@@ -265,7 +256,7 @@ def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
         if isinstance(method, FrequencyMethod):
             stack.enter_context(own_hooks(_rotations(model, method, layers, positions, known)))
         elif isinstance(method, DistanceMethod):
-            remapped = {i: method.layer_geometry(layer, known, 0) for i, layer in layers.items()}
+            remapped = inside
             handles = stack.enter_context(rescored(model, remapped, positions))
 
         def geometry(layer: LayerGeometry, length: int) -> LayerGeometry:
@@ -281,7 +272,8 @@ def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
         yield model
 
 
-def _layers(geometry: RotaryGeometry) -> dict[int, LayerGeometry]:
+def extended_layers(geometry: RotaryGeometry) -> dict[int, LayerGeometry]:
+    """The layers that methods change: those without a window, or all where every one has one."""
     rotary = [layer for layer in geometry.layers if layer.n_pairs]
     whole = [layer for layer in rotary if layer.window is None]
     return {layer.layer: layer for layer in whole or rotary}
@@ -302,9 +294,12 @@ def _rotations(
 
         return hook
 
+    return hooks_on_rotated(model, {i: rotation(layer) for i, layer in layers.items()})
+
+
+def hooks_on_rotated(
+    model: Any, hooks: Mapping[int, Callable[..., Tensor]]
+) -> list[tuple[Any, Callable[..., Tensor]]]:
+    """For ``own_hooks``: each layer's hook on its rotated queries and on its rotated keys."""
     points = model.hook_dict
-    return [
-        (points[f"blocks.{i}.attn.hook_rot_{which}"], rotation(layer))
-        for i, layer in layers.items()
-        for which in "qk"
-    ]
+    return [(points[name], hook) for i, hook in hooks.items() for name in hook_names([i])]

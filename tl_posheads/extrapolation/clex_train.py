@@ -16,7 +16,13 @@ from tqdm.auto import tqdm
 from tl_posheads.capture import rotary_hook_points
 from tl_posheads.contributions import turn
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import _layers, require_positive, require_whole, trained_of
+from tl_posheads.extrapolation.base import (
+    extended_layers,
+    hooks_on_rotated,
+    require_positive,
+    require_whole,
+    trained_of,
+)
 from tl_posheads.extrapolation.clex import CLEX
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
@@ -76,7 +82,7 @@ def train_clex(
             f"texts of {min(lengths)} to {max(lengths)} tokens were given for a model trained on "
             f"{known}; expected 8 tokens or more, none longer than that, and no method in force"
         )
-    layers = _layers(RotaryGeometry.from_model(model))
+    layers = extended_layers(RotaryGeometry.from_model(model))
     n_pairs = next(iter(layers.values())).n_pairs
     start = CLEX.untrained(n_pairs, max_factor, act=act, time_dt=time_dt, seed=seed)
     up, down = (weight.clone().requires_grad_(True) for weight in (start.up, start.down))
@@ -140,12 +146,7 @@ def _hooks(
 
         return hook
 
-    points = model.hook_dict
-    return [
-        (points[f"blocks.{i}.attn.hook_rot_{which}"], hook_of(layer))
-        for i, layer in layers.items()
-        for which in "qk"
-    ]
+    return hooks_on_rotated(model, {i: hook_of(layer) for i, layer in layers.items()})
 
 
 @contextmanager
