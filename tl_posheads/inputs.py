@@ -113,6 +113,11 @@ def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(out, key=lambda pair: pair[0])
 
 
+def digest_of(by_key: Sequence[tuple[str, Tensor]]) -> str:
+    """SHA-256 of what :func:`by_content` gave."""
+    return hashlib.sha256("".join(unit for unit, _ in by_key).encode()).hexdigest()
+
+
 def length_matters(model: Any) -> bool:
     """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
     return own_length_matters(model) or any(c.length_matters for c in changes_of(model))

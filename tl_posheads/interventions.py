@@ -44,7 +44,7 @@ Pairs = int | range | Sequence[int]
 
 
 @dataclass(frozen=True)
-class _Edit:
+class Edit:
     """What becomes of each pair: by its number, and nothing that isn't edited.
 
     Attributes:
@@ -125,15 +125,15 @@ def edit_rotary(
     require_rotary(model)
     members = by_layer(heads_of(model, heads))
     edit = _edit_of(scale, shift, freeze, swap, remap)
-    with _edited(model, members, edit):
+    with edited_rotary(model, members, edit):
         yield model
 
 
 @contextmanager
-def _edited(
+def edited_rotary(
     model: Any,
     members: Mapping[int, list[int]],
-    edit: _Edit,
+    edit: Edit,
     geometry: RotaryGeometry | None = None,
 ) -> Iterator[Any]:
     """:func:`edit_rotary` of the heads of each layer; a geometry that is known isn't measured."""
@@ -175,9 +175,9 @@ def _edited(
         yield model
 
 
-def _edit_of(scale: Any, shift: Any, freeze: Any, swap: Any, remap: Any) -> _Edit:
+def _edit_of(scale: Any, shift: Any, freeze: Any, swap: Any, remap: Any) -> Edit:
     if freeze is not None and not isinstance(freeze, Mapping):
-        freeze = dict.fromkeys(_pairs_of(freeze, "freeze"), 0.0)
+        freeze = dict.fromkeys(pairs_of(freeze, "freeze"), 0.0)
     source: dict[int, int] = {}
     for given, name in ((_both_ways(swap), "swap"), (_plain(remap, "remap"), "remap")):
         for pair, other in given:
@@ -185,7 +185,7 @@ def _edit_of(scale: Any, shift: Any, freeze: Any, swap: Any, remap: Any) -> _Edi
             if to in source:
                 raise _twice(to)
             source[to] = like
-    edit = _Edit(
+    edit = Edit(
         _numbers(scale, "scale"), _numbers(shift, "shift"), _numbers(freeze, "freeze"), source
     )
     seen: set[int] = set()
@@ -223,7 +223,7 @@ def _both_ways(swap: Any) -> list[tuple[Any, Any]]:
         ) from None
 
 
-def _pairs_of(pairs: Any, name: str) -> tuple[int, ...]:
+def pairs_of(pairs: Any, name: str) -> tuple[int, ...]:
     many = pairs if isinstance(pairs, Sequence) and not isinstance(pairs, str) else (pairs,)
     if not many or not all(isinstance(p, Integral) and not isinstance(p, bool) for p in many):
         raise PosheadsError(
@@ -234,7 +234,7 @@ def _pairs_of(pairs: Any, name: str) -> tuple[int, ...]:
 
 
 def _pair_of(pair: Any, name: str) -> int:
-    found = _pairs_of(pair, name)
+    found = pairs_of(pair, name)
     if isinstance(pair, Sequence):
         raise PosheadsError(f"{name} of the pairs {pair!r} was given; expected one pair's number")
     return found[0]
@@ -248,7 +248,7 @@ def _numbers(given: Any, name: str) -> dict[int, float]:
             "{range(20, 32): 0.0}"
         )
     for pairs, value in (given or {}).items():
-        for pair in _pairs_of(pairs, name):
+        for pair in pairs_of(pairs, name):
             number = math.nan
             if isinstance(value, Real) and not isinstance(value, bool):
                 with suppress(OverflowError):  # a whole number beyond every float
@@ -263,7 +263,7 @@ def _numbers(given: Any, name: str) -> dict[int, float]:
     return out
 
 
-def _require_room(model: Any, edit: _Edit) -> None:
+def _require_room(model: Any, edit: Edit) -> None:
     for change in changes_of(model):
         if change.kind == "edit":
             raise PosheadsError(
@@ -284,7 +284,7 @@ def _require_room(model: Any, edit: _Edit) -> None:
         require_scores(model, edit.name)
 
 
-def _check_layer(model: Any, layer: LayerGeometry, edit: _Edit) -> None:
+def _check_layer(model: Any, layer: LayerGeometry, edit: Edit) -> None:
     where = f"layer {layer.layer} of {model_name(model)}"
     if not layer.n_pairs:
         raise PosheadsError(f"{where} has no RoPE; leave its heads out")
@@ -302,7 +302,7 @@ def _check_layer(model: Any, layer: LayerGeometry, edit: _Edit) -> None:
         )
 
 
-def _on_queries(heads: Sequence[int], layer: LayerGeometry, edit: _Edit) -> Callable[..., Tensor]:
+def _on_queries(heads: Sequence[int], layer: LayerGeometry, edit: Edit) -> Callable[..., Tensor]:
     size = torch.ones(layer.n_pairs, dtype=torch.float64)
     angle = torch.zeros(layer.n_pairs, dtype=torch.float64)
     for pair, factor in edit.scale.items():
@@ -319,7 +319,7 @@ def _on_queries(heads: Sequence[int], layer: LayerGeometry, edit: _Edit) -> Call
     return hook
 
 
-def _remapping(heads: Sequence[int], edit: _Edit, layer: LayerGeometry) -> Remapping:
+def _remapping(heads: Sequence[int], edit: Edit, layer: LayerGeometry) -> Remapping:
     """Queries and keys at ``ratio * position``, where a pair then turns as the other would."""
     ratio = torch.ones(layer.n_pairs, dtype=torch.float64)
     ahead = torch.zeros(layer.n_pairs, dtype=torch.float64)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_posheads.fused import fused_attention
 from tl_posheads.lens import instance_method, own_hooks
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
@@ -65,6 +66,16 @@ def target_logprobs(
     """
     with torch.no_grad():
         return _scored(target_logits(model, tokens, targets), tokens, targets)
+
+
+def mean_loss(
+    model: Any, documents: Sequence[Int[Tensor, "pos"]], targets: Sequence[Int[Tensor, "target"]]
+) -> float:
+    """Mean negative log-probability of the texts' tokens at ``targets``, in nats."""
+    both = zip(documents, targets, strict=True)
+    with fused_attention(model):
+        found = [target_logprobs(model, document, at)[0].double() for document, at in both]
+    return -float(torch.cat(found).mean())
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from tl_posheads.ablation import Head, heads_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
 from tl_posheads.lens import attention, instance_method, model_name, require_clean, require_lens
-from tl_posheads.provenance import versions
+from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
 from tl_posheads.study.effects import spearman
 
@@ -199,9 +199,7 @@ def patch_heads(
     if scores is not None:
         effects = _with_scores(effects, scores, shape)
     facts = {
-        "model": model_name(model),
-        "model_class": type(model).__name__,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        **model_facts(model),
         "n_heads": len(pairs),
         "heads": list(shape),
         "tokens": list(clean_tokens.shape),

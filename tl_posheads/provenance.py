@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tl_posheads.lens import model_name
+
+
+def model_facts(model: Any) -> dict[str, str]:
+    """Name, class and dtype of a model."""
+    return {
+        "model": model_name(model),
+        "model_class": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +15,9 @@ from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.checkpoint import TableCheckpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import by_content, documents_of, layers_of
+from tl_posheads.inputs import by_content, digest_of, documents_of, layers_of
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
-from tl_posheads.provenance import versions
+from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
 from tl_posheads.statistics import DominantGrid
 from tl_posheads.tables import FEW_DOCUMENTS, N_BLOCKS, Grids, LayerTable, Weighting
@@ -124,13 +123,11 @@ def score_heads(
             for attempt in (1, 2):
                 _refine(model, accumulator, by_key, kept, bar, attempt)
     facts = {
-        "model": model_name(model),
-        "model_class": type(model).__name__,
+        **model_facts(model),
         "inside": [change.name for change in changes_of(model)],
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "n_tokens": sum(len(document) for document in documents),
         "longest": longest,
-        "tokens_sha256": hashlib.sha256("".join(u for u, _ in by_key).encode()).hexdigest(),
+        "tokens_sha256": digest_of(by_key),
         "versions": versions(),
     }
     return accumulator.scores({**facts, **(provenance or {})})

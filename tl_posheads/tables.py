@@ -297,7 +297,7 @@ def count_document(
                 for values in (sample, sample_of(permuted, geometry.window))
             )
         )
-    longest = n_pos - 1 if geometry.window is None else min(n_pos, geometry.window) - 1
+    longest = farthest(n_pos, geometry.window)
     weight_of = None
     if settings.pairs == "per_distance":
         # This text's share; documents of other lengths are balanced when rho is taken.
@@ -346,6 +346,11 @@ def _count_all(
             distances.append(apart.cpu())
             dominants.append(seen.cpu())
     return [(torch.cat(distances)[None], torch.cat(dominants, dim=1))] if keep else []
+
+
+def farthest(n_pos: int, window: int | None) -> int:
+    """The largest distance between a query and a key that it sees."""
+    return n_pos - 1 if window is None else min(n_pos, window) - 1
 
 
 def draw_pairs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
@@ -31,10 +30,10 @@ from tl_posheads.extrapolation.observing import (
 from tl_posheads.extrapolation.theta import Theta
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import by_content, documents_of, layers_of
+from tl_posheads.inputs import by_content, digest_of, documents_of, layers_of
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.passes import target_logprobs
-from tl_posheads.provenance import versions
+from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
 from tl_posheads.tasks.base import Prompt, Task
 
@@ -132,16 +131,14 @@ def compare_extrapolations(
         curved = heads_of(model, heads)
     plan = replace(plan, heads=tuple(curved))
     facts: dict[str, Any] = {
-        "model": model_name(model), "model_class": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **model_facts(model),
         "trained": known, "methods": [repr(method) for method in chosen], "pairs": pairs,
         "skip_first": skip_first, "n_queries": n_queries, "n_scored": n_scored, "seed": seed,
         "heads": [list(head) for head in curved], "layers": wanted,
         "tasks": [repr(task) for task in tasks],
-        "tokens_sha256": hashlib.sha256("".join(u for u, _ in by_key).encode()).hexdigest(),
+        "tokens_sha256": digest_of(by_key),
         "n_documents": len(by_key), "longest": max(len(document) for document in documents),
     }  # fmt: skip
-    plan = Plan(tuple(curved), tuple(wanted), known, pairs, skip_first, n_queries, n_scored, seed)
     kept = Checkpoint(checkpoint, facts)
     total = len(chosen) * (len(by_key) + sum(len(p) for _, p in prompts))
     results, answers = [], []

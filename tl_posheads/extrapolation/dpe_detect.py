@@ -17,11 +17,10 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import require_whole, trained_of
 from tl_posheads.extrapolation.dpe import DPE, KeyPairs
 from tl_posheads.extrapolation.none import None_
-from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import documents_of
 from tl_posheads.lens import require_clean, require_rotary
-from tl_posheads.passes import target_logprobs
+from tl_posheads.passes import mean_loss
 
 Texts = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
 # The largest distances that the paper's code tries, in halves of the training length.
@@ -99,10 +98,8 @@ def detect_effective_lengths(
     ]
     found = dict.fromkeys((scales for row in settings for scales in row), 0.0)
     for scales in tqdm(found, desc="effective lengths", disable=not progress):
-        with DPE(scales, window, chosen)(model, trained=known), fused_attention(model):
-            pairs = zip(documents, targets, strict=True)
-            logprobs = [target_logprobs(model, document, at)[0].double() for document, at in pairs]
-        found[scales] = -float(torch.cat(logprobs).mean())
+        with DPE(scales, window, chosen)(model, trained=known):
+            found[scales] = mean_loss(model, documents, targets)
     loss = torch.tensor([[found[scales] for scales in row] for row in settings], dtype=torch.double)
     good = loss <= loss.min(1, keepdim=True).values + tolerance
     lengths = tuple(tried[int(row.nonzero()[-1])] for row in good)

@@ -11,16 +11,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import require_factor, require_whole, trained_of
+from tl_posheads.extrapolation.base import (
+    extended_layers,
+    require_factor,
+    require_whole,
+    trained_of,
+)
 from tl_posheads.extrapolation.longrope import LongRoPE
 from tl_posheads.extrapolation.none import None_
 from tl_posheads.extrapolation.ntk import NTK
 from tl_posheads.extrapolation.yarn import YaRN
-from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import documents_of
 from tl_posheads.lens import model_name
-from tl_posheads.passes import target_logprobs
+from tl_posheads.passes import mean_loss
 
 _Factors = tuple[float, ...]
 _HIGHEST = 1.25  # the paper's search space ends at this times the scaling factor
@@ -85,22 +89,18 @@ def search_longrope(
             f"search_longrope was given a text of {shortest} tokens for {model_name(model)}, "
             f"trained on {known}; give longer texts, or a smaller trained=..."
         )
-    rotary = [layer for layer in geometry.layers if layer.n_pairs]
-    inv_freq = next((layer for layer in rotary if layer.window is None), rotary[0]).inv_freq
+    inv_freq = next(iter(extended_layers(geometry).values())).inv_freq
 
     def method(factors: _Factors) -> LongRoPE:
         return LongRoPE(factors, factor=factor)
 
     losses: dict[_Factors, float] = {}
+    targets = [torch.arange(1, len(document)) for document in documents]
 
     def loss(factors: _Factors) -> float:
         if factors not in losses:
-            with method(factors)(model, trained=known), fused_attention(model):
-                found = [
-                    target_logprobs(model, document, torch.arange(1, len(document)))[0]
-                    for document in documents
-                ]
-            mean = -float(torch.cat(found).double().mean())
+            with method(factors)(model, trained=known):
+                mean = mean_loss(model, documents, targets)
             losses[factors] = mean if np.isfinite(mean) else float("inf")
         return losses[factors]
 

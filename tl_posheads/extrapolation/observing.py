@@ -22,7 +22,7 @@ from tl_posheads.passes import target_logprobs
 from tl_posheads.remapping import pair_vectors
 from tl_posheads.results import HeadScores
 from tl_posheads.statistics import sampled_standard_error, spearman_by_distance
-from tl_posheads.tables import draw_pairs
+from tl_posheads.tables import draw_pairs, farthest
 
 Head = tuple[int, int]
 
@@ -85,14 +85,14 @@ def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, "target"]:
 def observe(
     model: Any, document: Int[Tensor, "pos"], unit: str, geometry: RotaryGeometry, plan: Plan
 ) -> TextUnder:
-    """One forward pass over a text; ``unit``, hexadecimal, names it for the draws.
+    """One pass over a text longer than ``plan.trained``; ``unit``, hexadecimal, names its draws.
 
     Memory: fused attention's, where the model allows it; ``head * pos`` numbers for the curves and
     ``2 * layer * head * pairs`` for the scores, twice.
     """
     members = by_layer(plan.heads)
     first, last = plan.skip_first, len(document)
-    near = min(plan.trained, last)
+    near = plan.trained
     curves: dict[Head, list[Tensor]] = {head: [] for head in plan.heads}
     counts: list[Tensor] = []
     drawn: dict[int, list[Tensor]] = {near: [], last: []}
@@ -103,8 +103,7 @@ def observe(
         for stop in (near, last):
             q, k = rot_q[0, first:stop], rot_k[0, first:stop]
             if layer in plan.layers:
-                seed = np.random.default_rng([plan.seed, int(unit[:15], 16), layer])
-                drawn[stop].append(_drawn(q, k, here, plan.pairs, seed))
+                drawn[stop].append(_drawn(q, k, here, unit, plan))
             if layer in members:
                 mean, n_pairs = mean_by_distance(
                     q, k, here, members[layer], n_queries=plan.n_queries
@@ -123,19 +122,20 @@ def observe(
         within=torch.stack([curves[head][0] for head in plan.heads]),
         n_within=counts[0],
         whole_pairs=torch.stack(drawn[last], 1),
-        within_pairs=torch.stack(drawn[near], 1) if near < last else torch.stack(drawn[last], 1),
+        within_pairs=torch.stack(drawn[near], 1),
         loss=-logprob.double(),
         positions=targets,
     )
 
 
 def _drawn(
-    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, n: int, seed: np.random.Generator
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, unit: str, plan: Plan
 ) -> Float[Tensor, "two head n"]:
+    """Distance and dominant dimension of pairs; text, layer and seed decide which."""
     vectors = pair_vectors(rot_q, rot_k, geometry)
-    n_pos = rot_q.shape[0]
-    longest = n_pos - 1 if geometry.window is None else min(n_pos, geometry.window) - 1
-    apart, query = draw_pairs(vectors, n, max(1, longest), seed)
+    generator = np.random.default_rng([plan.seed, int(unit[:15], 16), geometry.layer])
+    longest = max(1, farthest(rot_q.shape[0], geometry.window))
+    apart, query = draw_pairs(vectors, plan.pairs, longest, generator)
     dominant = vectors.dominant_pairs(query, query - apart)
     return torch.stack([apart.float(), dominant.float()]).cpu()
 
@@ -149,11 +149,10 @@ def bare_scores(
         layers: list[Tensor] = []
 
         def consumer(layer: int, rot_q: Tensor, rot_k: Tensor, unit: str = unit) -> None:
-            seed = np.random.default_rng([plan.seed, int(unit[:15], 16), layer])
             q, k = rot_q[0, plan.skip_first :], rot_k[0, plan.skip_first :]
             here = geometry[layer].after(plan.skip_first)
             require_finite(layer, q, k, here.kv_head)
-            layers.append(_drawn(q, k, here, plan.pairs, seed))  # noqa: B023
+            layers.append(_drawn(q, k, here, unit, plan))  # noqa: B023
 
         capture_rotary(model, document[None, : plan.trained], consumer, layers=plan.layers)
         found.append(torch.stack(layers, 1))

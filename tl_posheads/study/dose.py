@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,14 +20,13 @@ from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.interventions import Pairs, _Edit, _edited, _pairs_of
+from tl_posheads.interventions import Edit, Pairs, edited_rotary, pairs_of
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.passes import run_branch, run_trunk
-from tl_posheads.provenance import versions
+from tl_posheads.provenance import model_facts, versions
 from tl_posheads.study.controls import Head
 from tl_posheads.study.dose_results import DoseResponse
-from tl_posheads.study.run import _prompts, _task_facts
-from tl_posheads.study.trial import Trial
+from tl_posheads.study.run import prompts_digest, prompts_of, task_facts
 from tl_posheads.tasks.base import Prompt, Task
 
 EDITS = ("scale", "shift")
@@ -100,21 +98,20 @@ def dose_response(
             f"task={task!r} was given; expected one of tl_posheads.tasks, like "
             "tasks.Passkey(length=1024)"
         )
-    numbers = _pairs_of(pairs, edit)
+    numbers = pairs_of(pairs, edit)
     sets = [sorted(top), *layer_matched(top, int(model.cfg.n_heads), controls, seed)]
     geometry = RotaryGeometry.from_model(model, layers=list(by_layer(top)))  # every set's layers
     for dose in doses:
-        with _edited(model, by_layer(top), _edit(edit, numbers, dose), geometry):
+        with edited_rotary(model, by_layer(top), _edit(edit, numbers, dose), geometry):
             pass  # refused before the first pass
-    prompts = _prompts(model, [task], Trial.of(model, "zero", None, False, seed))[task.name]
+    prompts = prompts_of(model, [task])[task.name]
     facts: dict[str, Any] = {
-        "model": model_name(model), "model_class": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **model_facts(model),
         "inside": [change.name for change in changes_of(model)], "heads": [list(h) for h in top],
         "pairs": list(numbers), "edit": edit, "strengths": doses,
-        "task": json.loads(json.dumps({"name": task.name, **_task_facts(task)}, default=repr)),
+        "task": json.loads(json.dumps({"name": task.name, **task_facts(task)}, default=repr)),
         "controls": controls, "seed": seed,
-        "prompts_sha256": _digest(prompts),
+        "prompts_sha256": prompts_digest(prompts),
     }  # fmt: skip
     kept = Checkpoint(checkpoint, facts)
     rows: list[pd.DataFrame] = []
@@ -166,10 +163,10 @@ def _strengths(strengths: Sequence[float]) -> list[float]:
     return values
 
 
-def _edit(edit: str, pairs: Sequence[int], strength: float) -> _Edit:
+def _edit(edit: str, pairs: Sequence[int], strength: float) -> Edit:
     if edit == "scale":
-        return _Edit(scale=dict.fromkeys(pairs, 1.0 - strength))
-    return _Edit(shift=dict.fromkeys(pairs, strength))
+        return Edit(scale=dict.fromkeys(pairs, 1.0 - strength))
+    return Edit(shift=dict.fromkeys(pairs, strength))
 
 
 def _one_prompt(
@@ -198,7 +195,7 @@ def _one_prompt(
             same = (*one, dose)  # small layers give the same draw twice
             if same not in done:
                 change = _edit(edit, pairs, dose)
-                with _edited(model, by_layer(one), change, geometry), fused_attention(model):
+                with edited_rotary(model, by_layer(one), change, geometry), fused_attention(model):
                     done[same] = run_branch(model, prompt.tokens, prompt.targets, trunk, first, [])
             found, hit = done[same]
             logprob[s, d], exact[s, d] = found.double().mean(), hit.double().min()
@@ -221,10 +218,3 @@ def _rows(number: int, seen: dict[str, Tensor], doses: Sequence[float]) -> pd.Da
         "exact": seen["exact"].flatten().numpy() > 0,
         "clean": float(seen["clean"]),
     })  # fmt: skip
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    content = b"".join(
-        tensor.long().numpy().tobytes() for p in prompts for tensor in (p.tokens, p.targets)
-    )
-    return hashlib.sha256(content).hexdigest()

@@ -22,7 +22,7 @@ from tl_posheads.ablation import Mode
 from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.lens import model_name, require_clean, require_rotary
-from tl_posheads.provenance import versions
+from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
 from tl_posheads.study.budget import (
     LEAST_DRAWS,
@@ -106,13 +106,15 @@ def ablation_study(
     top_sets(scores, fractions)
     fractions = [float(fraction) for fraction in fractions]
     trial = Trial.of(model, mode, reference, per_position, seed)
-    prompts = _prompts(model, tasks, trial)
+    prompts = prompts_of(model, tasks)
+    for these in prompts.values():
+        trial.require_reference(max(len(prompt.tokens) for prompt in _with_short(these)))
     request = {
         "model": [model_name(model), str(next(model.parameters()).dtype)],
         "rho": _digest(scores.rho), "fractions": fractions, "controls": list(controls),
         "n_control": n_control, "mode": mode, "per_position": per_position, "seed": seed,
         "reference": trial.digest, "budget": limit,
-        "prompts": {name: _prompts_digest(these) for name, these in prompts.items()},
+        "prompts": {name: prompts_digest(these) for name, these in prompts.items()},
     }  # fmt: skip
     kept = Checkpoint(checkpoint, request)
     trial.prepare()
@@ -130,10 +132,9 @@ def ablation_study(
     cells = _cells(done, chosen)
     tests = screen_tests(screen, scores, fractions, controls, pilot.norms, seed)
     facts = {
-        "model": model_name(model), "model_class": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **model_facts(model),
         "mode": mode, "per_position": per_position, "reference_sha256": trial.digest,
-        "seed": seed, "tasks": {name: _task_facts(task) for name, task in _named(tasks)},
+        "seed": seed, "tasks": {name: task_facts(task) for name, task in _named(tasks)},
         "scores": scores.provenance, "plan": plan.as_dict(), "fused_attention": trial.fused,
         "seconds": round(time.monotonic() - began), "versions": versions(),
     }  # fmt: skip
@@ -182,15 +183,25 @@ def _named(tasks: Sequence[Task]) -> list[tuple[str, Task]]:
     return out
 
 
-def _prompts(model: Any, tasks: Sequence[Task], trial: Trial) -> dict[str, list[Prompt]]:
+def _with_short(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts and their short controls."""
+    return [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
+
+
+def prompts_of(model: Any, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
+    """Each task's prompts, checked, by its name.
+
+    Raises:
+        PosheadsError: a task without prompts; prompts that are too long for the model, score
+            nothing or hold tokens that it doesn't have.
+    """
     out = {}
     for name, task in _named(tasks):
         prompts = out[name] = task.prompts(model)
         if not prompts:
             raise PosheadsError(f"the task {name} has no prompts; raise its n")
         check_length(model, prompts)
-        both = [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
-        for prompt in both:
+        for prompt in _with_short(prompts):
             n, targets = len(prompt.tokens), prompt.targets
             fits = targets.ndim == 1 and len(targets) > 0
             if not fits or int(targets.min()) < 1 or int(targets.max()) >= n:
@@ -204,7 +215,6 @@ def _prompts(model: Any, tasks: Sequence[Task], trial: Trial) -> dict[str, list[
                     f"a prompt of {name} has token id {high}, but {model_name(model)} has ids 0 "
                     f"to {int(model.cfg.d_vocab) - 1}; was it made by another tokenizer?"
                 )
-        trial.require_reference(max(len(prompt.tokens) for prompt in both))
     return out
 
 
@@ -212,14 +222,13 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:24]
 
 
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    both = [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(
-        "".join(_digest(p.tokens) + _digest(p.targets) for p in both).encode()
+        "".join(_digest(p.tokens) + _digest(p.targets) for p in _with_short(prompts)).encode()
     ).hexdigest()[:24]
 
 
-def _task_facts(task: Task) -> dict[str, Any]:
+def task_facts(task: Task) -> dict[str, Any]:
     fields = getattr(task, "__dataclass_fields__", {})
     return {"class": type(task).__name__, **{name: getattr(task, name) for name in fields}}
 
