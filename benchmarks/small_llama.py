@@ -36,7 +36,7 @@ from tl_posheads.gguf_cache import cache_folder, quiet
 from tl_posheads.passes import target_logprobs
 from tl_posheads.tasks.base import encode
 
-LENGTH = 256  # of every training sequence, at positions 0 to 255
+LENGTH = 256  # of the longest training sequences, at positions 0 to 255
 STEPS = 1600
 MODEL = dict(
     vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -45,8 +45,8 @@ MODEL = dict(
     bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.06,
 )  # fmt: skip
 TRAINING = dict(
-    batch=4, lr=2e-3, warmup=0.05, betas=(0.9, 0.95), weight_decay=0.1,
-    passkeys=0.4, repeats=0.15, digit_weight=5.0,
+    lr=2e-3, warmup=0.05, betas=(0.9, 0.95), weight_decay=0.1, tokens=2048,
+    short=64, short_share=0.4, passkeys=0.4, repeats=0.15, digit_weight=5.0,
 )  # fmt: skip
 HELD_OUT = "held-out.txt"  # in the model's folder: a corpus that the model hasn't read
 _SPECIAL = ["<bos>", "<eos>", "<pad>"]
@@ -114,17 +114,17 @@ class Sequences:
         self.tokenizer, self.ids = tokenizer, _tokenise(text, tokenizer)
         self.start = [tokenizer.bos_token_id]
 
-    def batch(self, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def batch(self, rng: random.Random, length: int) -> tuple[Tensor, Tensor]:
         """Tokens and the weight of each in the loss, ``[sequence, pos]``."""
         rows = []
-        for _ in range(TRAINING["batch"]):
+        for _ in range(TRAINING["tokens"] // length):
             kind = rng.random()
             if kind < TRAINING["passkeys"]:
-                pieces = self._passkey(rng)
+                pieces = self._passkey(rng, length - 1)
             elif kind < TRAINING["passkeys"] + TRAINING["repeats"]:
-                pieces = self._repeat(rng)
+                pieces = self._repeat(rng, length - 1)
             else:
-                pieces = [(self._stretch(rng, LENGTH - 1), 1.0)]
+                pieces = [(self._stretch(rng, length - 1), 1.0)]
             pieces = [(self.start, 1.0), *pieces]
             rows.append([(token, weight) for piece, weight in pieces for token in piece])
         both = torch.tensor(rows, dtype=torch.float64)
@@ -134,12 +134,13 @@ class Sequences:
         first = rng.randrange(len(self.ids) - n)
         return self.ids[first : first + n]
 
-    def _passkey(self, rng: random.Random) -> list[tuple[list[int], float]]:
+    def _passkey(self, rng: random.Random, n: int) -> list[tuple[list[int], float]]:
         question = ph.tasks.Passkey()._question(0, rng)
-        pieces = [(question.intro + question.gap) * (rng.random() < 0.5), question.needles[0][1],
+        told = n > LENGTH // 2 and rng.random() < 0.5
+        pieces = [(question.intro + question.gap) * told, question.needles[0][1],
                   question.question + question.prefix, question.answer[0]]  # fmt: skip
         intro, needle, asked, answer = (encode(self.tokenizer, piece) for piece in pieces)
-        room = LENGTH - 1 - len(intro) - len(needle) - len(asked) - len(answer)
+        room = n - len(intro) - len(needle) - len(asked) - len(answer)
         # Half of the questions stand at the end, as in the task, the others anywhere.
         end = room - rng.choice([0, rng.randint(0, room)])
         text = self._stretch(rng, room)
@@ -156,10 +157,10 @@ class Sequences:
         key = (needle[first:last], TRAINING["digit_weight"])
         return [(needle[:first], 1.0), key, (needle[last:], 1.0)]
 
-    def _repeat(self, rng: random.Random) -> list[tuple[list[int], float]]:
+    def _repeat(self, rng: random.Random, room: int) -> list[tuple[list[int], float]]:
         """A stretch that comes twice: the second time it can be copied."""
-        n = rng.randint(16, 110)
-        room = LENGTH - 1 - 2 * n
+        n = rng.randint(min(16, room // 4), room * 2 // 5)
+        room -= 2 * n
         before = rng.randint(0, room)
         middle = rng.randint(before, room)
         text, twice = self._stretch(rng, room), self._stretch(rng, n)
@@ -207,7 +208,10 @@ def fit(sequences: Sequences, steps: int, seed: int, progress: bool) -> Any:
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
                 group["lr"] = TRAINING["lr"] * rate
-            tokens, weights = sequences.batch(rng)
+            # Copying is learned sooner where there is less to look through.
+            begins = step < TRAINING["short_share"] * steps
+            length = TRAINING["short"] if begins else LENGTH
+            tokens, weights = sequences.batch(rng, length)
             logits = model(tokens, use_cache=False).logits[:, :-1]
             losses = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
             weights = weights[:, 1:].flatten()

@@ -169,6 +169,45 @@ def test_unbroken_curves_seldom_break():
     assert np.mean(np.array(p) < 0.5) > 0.25  # and the test isn't asleep
 
 
+@pytest.mark.parametrize("width", [0.6, 1.0, 2.0])
+def test_a_smooth_bend_is_no_break(width):
+    bend = 8 / (1 + np.exp(-(np.log2(D) - 6) / width)) - 2 * np.log2(D)
+    p = []
+    for seed in range(40):
+        curves = broken(np.random.default_rng(seed), jump=0.0, at=10**9) + bend
+        p.append(break_point(curves, n_boot=99, seed=seed).p)
+    assert np.mean(np.array(p) < 0.05) <= 0.15
+    assert np.mean(np.array(p) < 0.5) > 0.2
+    # ... and one with a break still has it.
+    found = break_point(broken(np.random.default_rng(0)) + bend, n_boot=99)
+    assert found.p < 0.05
+    assert found.distance == pytest.approx(256, rel=0.1)
+
+
+def test_a_kink_is_found_where_it_is():
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        curves = broken(rng, jump=0.0) - 1.4 * np.maximum(0, np.log2(D / 256))
+        found = break_point(curves, n_boot=100, seed=seed)
+        assert found.distance == pytest.approx(256, rel=0.2)
+        assert found.ci_low <= 256 <= found.ci_high
+        assert found.slope_after - found.slope_before == pytest.approx(-1.0, abs=0.4)
+        assert found.jump == pytest.approx(0, abs=0.3)
+
+
+def test_heads_with_a_window_take_no_part():
+    curves = broken(np.random.default_rng(0), heads=4)
+    near = curves.copy()
+    near[:, 1, 128:] = np.nan
+    found = break_point(near, n_boot=50)
+    alone = break_point(curves[:, [0, 2, 3]], n_boot=50)
+    assert (found.n_heads, found.p) == (3, alone.p)
+    # The bins' mean distances shift a little with a head's pairs.
+    assert found.distance == pytest.approx(alone.distance, rel=1e-3)
+    assert found.jump == pytest.approx(alone.jump, rel=1e-3)
+    assert found.distance == pytest.approx(256, rel=0.1)
+
+
 def test_few_documents_have_no_test():
     found = break_point(broken(np.random.default_rng(0), docs=3), n_boot=50)
     assert np.isnan(found.p)

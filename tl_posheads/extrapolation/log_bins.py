@@ -141,6 +141,10 @@ class BinnedCurves:
         )  # fmt: skip
         return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * bins.n_pairs, bins.n_pairs)
 
+    def of_heads(self, chosen: np.ndarray) -> BinnedCurves:
+        """These heads alone."""
+        return BinnedCurves(self.octave, self.total[:, chosen], self.weight[:, chosen])
+
     def drawn(self, counts: np.ndarray, unit: str) -> np.ndarray:
         """Curves ``[draw, head, bin]`` of the units drawn so many times; NaN without a pair."""
         if unit == "heads":
