@@ -260,11 +260,16 @@ class ExtrapolationComparison:
             rows.append({"measure": measure, "rho": rho, "p": p, "n": len(known)})
         return pd.DataFrame(rows)
 
-    def plot(self) -> Any:
-        """Curves, losses and answers by length; a matplotlib figure that shows itself."""
+    def plot(self, methods: Sequence[str | int] | None = None) -> Any:
+        """Curves, losses and answers by length; a matplotlib figure that shows itself.
+
+        Args:
+            methods: what to draw, as names, texts or numbers; all by default.
+        """
         from tl_posheads.extrapolation.figure import figure
 
-        return figure(self)
+        chosen = range(len(self.methods)) if methods is None else map(self._number, methods)
+        return figure(self, list(chosen))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``comparison.json``, ``curves.safetensors`` and two Parquet tables into a folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +13,20 @@ if TYPE_CHECKING:
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes and markers for print.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-_DASHES = ("-", "--", "-.", ":")
+# Black is the bare model's.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+_DASHES = ("-", "--", "-.", ":")  # as many have no divisor in common with the colours
 _MARKERS = "osD^vPX*"
 
 
-def figure(comparison: ExtrapolationComparison) -> Any:
+def figure(comparison: ExtrapolationComparison, numbers: Sequence[int]) -> Any:
     """Above, the mean curve of the heads by distance; below, loss by position and task answers.
 
-    The training length is the upright line; what lies right of it the model has never seen.
+    ``numbers`` are the methods'. The training length is the upright line; what lies right of it the
+    model has never seen.
     """
+    from matplotlib.ticker import LogLocator
+
     answers = comparison.answers()
     tasks = list(dict.fromkeys(answers["task"]))
     fig = picture(figsize=(9.0, 7.0))
@@ -29,12 +34,15 @@ def figure(comparison: ExtrapolationComparison) -> Any:
     curves_ax, loss_ax = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
     task_axes = [fig.add_subplot(grid[1, 1 + i]) for i in range(len(tasks))]
 
-    curves, losses = comparison.curves(), comparison.losses()
-    for m, method in enumerate(comparison.methods):
-        style: dict[str, Any] = {
-            "color": _COLOURS[m % len(_COLOURS)], "linestyle": _DASHES[m // 2 % len(_DASHES)],
-            "linewidth": 2.2 if m == 0 else 1.5,
-        }  # fmt: skip
+    curves, losses = comparison.curves(per_octave=4), comparison.losses()
+    for m in numbers:
+        method = comparison.methods[m]
+        style: dict[str, Any] = {"color": "black", "linestyle": "-", "linewidth": 2.2}
+        if m > 0:
+            style = {
+                "color": _COLOURS[(m - 1) % len(_COLOURS)], "linewidth": 1.5,
+                "linestyle": _DASHES[m % len(_DASHES)],
+            }  # fmt: skip
         marked = {**style, "marker": _MARKERS[m % len(_MARKERS)], "markersize": 4}
         mine = curves[curves["method"] == method]
         by_distance = mine.groupby("distance")["mean"].mean()
@@ -62,12 +70,13 @@ def figure(comparison: ExtrapolationComparison) -> Any:
         ax.set_title(f"Task: {task}", loc="left", fontsize=10)
     for ax in (curves_ax, loss_ax, *task_axes):
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(LogLocator(base=2, numticks=8 if ax is curves_ax else 5))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         ax.axvline(comparison.trained, color="0.5", linewidth=1)
         ax.spines[["top", "right"]].set_visible(False)
     curves_ax.annotate(
-        f" trained on {comparison.trained:,}", (comparison.trained, 1), color="0.3", fontsize=9,
-        xycoords=("data", "axes fraction"), va="top",
+        f"trained on {comparison.trained:,} ", (comparison.trained, 1), color="0.3", fontsize=9,
+        xycoords=("data", "axes fraction"), va="top", ha="right",
     )  # fmt: skip
     fig.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return fig
