@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import tl_posheads as ph
-from tl_posheads import scoring, tables
+from tl_posheads import counting, scoring
 from tl_posheads.contributions import rotate_by
 from tl_posheads.statistics import shift_p_value
 
@@ -121,7 +121,7 @@ def test_later_documents_that_crowd_are_counted_in_bins_of_their_own(llama, monk
     """A grid from a text that the others don't resemble is made again from all of them."""
     documents = tokens_of(2, 90)
     whole = ph.score_heads(llama, documents, exact=True, progress=False)
-    made = tables.DominantGrid.from_sample
+    made = counting.DominantGrid.from_sample
     calls = []
 
     def poor_first(dominant, n_pairs):
@@ -130,7 +130,7 @@ def test_later_documents_that_crowd_are_counted_in_bins_of_their_own(llama, monk
             dominant = dominant * 0
         return made(dominant, n_pairs)
 
-    monkeypatch.setattr(tables.DominantGrid, "from_sample", staticmethod(poor_first))
+    monkeypatch.setattr(counting.DominantGrid, "from_sample", staticmethod(poor_first))
     binned = ph.score_heads(llama, documents, exact=False, progress=False)
     assert len(calls) > 4
     assert (binned.rho - whole.rho).abs().max() < 1e-3
@@ -424,7 +424,7 @@ def test_exact_ranks_in_groups_of_layers_are_the_same(llama, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_curves_equal_means_over_diagonals(name, request, monkeypatch):
-    monkeypatch.setattr(tables, "_CHUNK", 1500)
+    monkeypatch.setattr(counting, "_CHUNK", 1500)
     model = request.getfixturevalue(name)
     documents, heads = tokens_of(3, 60), [(0, 1), (1, 2), (0, 3)]
     curve = ph.dominant_dimension_curve(model, documents, heads=heads, progress=False)

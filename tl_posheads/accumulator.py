@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.capture import hook_names
+from tl_posheads.counting import POOL, count_document
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import require_finite, token_run
@@ -29,12 +30,10 @@ from tl_posheads.statistics import (
 from tl_posheads.tables import (
     FEW_DOCUMENTS,
     N_BLOCKS,
-    POOL,
     Grids,
     LayerTable,
     Settings,
     Weighting,
-    count_document,
 )
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from tl_posheads.capture import capture_rotary, rotary_hook_points
+from tl_posheads.counting import evenly, rows_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import model_name, require_clean, require_rotary
 from tl_posheads.remapping import only_heads, pair_vectors
-from tl_posheads.tables import evenly, rows_of
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 

@@ -92,45 +92,81 @@ def score_heads(
         exact = longest <= EXACT_UP_TO
     by_key = by_content(documents)
     with rotary_hook_points(model):
-        geometry = RotaryGeometry.from_model(model, length=longest, layers=wanted)
-        accumulator = ScoreAccumulator(
-            geometry, layers=wanted, pairs=pairs, skip_first=skip_first, exact=exact, seed=seed,
-            n_blocks=1 if len(documents) >= FEW_DOCUMENTS else -(-N_BLOCKS // len(documents)),
-        )  # fmt: skip
-        if not accumulator.layers:
-            raise PosheadsError(
-                f"none of the layers asked for in {model_name(model)} has RoPE; ask for others"
-            )
+        accumulator = empty_accumulator(
+            model, by_key, layers=wanted, pairs=pairs, skip_first=skip_first, exact=exact, seed=seed
+        )
         groups = _groups(accumulator, documents, exact and not isinstance(pairs, int))
-        plan = {
-            "texts": [unit for unit, _ in by_key], "settings": repr(accumulator.settings),
-            "layers": accumulator.layers, "skip_first": skip_first,
-            "model": [model_name(model), str(next(model.parameters()).dtype)],
-            "inside": [change.name for change in changes_of(model)],
-            "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
-        }  # fmt: skip
-        kept = TableCheckpoint(checkpoint, plan)
+        kept = TableCheckpoint(checkpoint, plan_of(model, accumulator, by_key))
         bar = tqdm(
             total=len(documents) * len(accumulator.layers), desc="scoring", unit="layer",
             disable=not progress, dynamic_ncols=True,
         )  # fmt: skip
         with bar:
             for group in groups:
-                _sweep(model, accumulator, by_key, group, kept, bar)
+                sweep(model, accumulator, by_key, group, kept, bar)
                 if exact and not isinstance(pairs, int):
                     for layer in group:
                         accumulator.settle(layer)
             for attempt in (1, 2):
-                _refine(model, accumulator, by_key, kept, bar, attempt)
-    facts = {
+                coarse = finer_bins(accumulator)
+                bar.total += len(coarse) * len(by_key)
+                sweep(model, accumulator, by_key, coarse, kept, bar, name=f"again{attempt}-")
+    return accumulator.scores({**facts_of(model, by_key), **(provenance or {})})
+
+
+def empty_accumulator(
+    model: Any,
+    by_key: Sequence[tuple[str, Tensor]],
+    *,
+    layers: Sequence[int],
+    pairs: Weighting,
+    skip_first: int,
+    exact: bool,
+    seed: int,
+) -> ScoreAccumulator:
+    """What these documents' counts are put into.
+
+    Raises:
+        PosheadsError: none of the layers has RoPE.
+    """
+    longest = max(len(document) for _, document in by_key)
+    geometry = RotaryGeometry.from_model(model, length=longest, layers=layers)
+    few = len(by_key) < FEW_DOCUMENTS
+    accumulator = ScoreAccumulator(
+        geometry, layers=layers, pairs=pairs, skip_first=skip_first, exact=exact, seed=seed,
+        n_blocks=-(-N_BLOCKS // len(by_key)) if few else 1,
+    )  # fmt: skip
+    if not accumulator.layers:
+        raise PosheadsError(
+            f"none of the layers asked for in {model_name(model)} has RoPE; ask for others"
+        )
+    return accumulator
+
+
+def plan_of(
+    model: Any, accumulator: ScoreAccumulator, by_key: Sequence[tuple[str, Tensor]]
+) -> dict[str, Any]:
+    """What decides the numbers: a checkpoint of another plan is another run's."""
+    geometry = accumulator.geometry
+    return {
+        "texts": [unit for unit, _ in by_key], "settings": repr(accumulator.settings),
+        "layers": accumulator.layers, "skip_first": accumulator.skip_first,
+        "model": [model_name(model), str(next(model.parameters()).dtype)],
+        "inside": [change.name for change in changes_of(model)],
+        "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
+    }  # fmt: skip
+
+
+def facts_of(model: Any, by_key: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Provenance of scores of these documents."""
+    return {
         **model_facts(model),
         "inside": [change.name for change in changes_of(model)],
-        "n_tokens": sum(len(document) for document in documents),
-        "longest": longest,
+        "n_tokens": sum(len(document) for _, document in by_key),
+        "longest": max(len(document) for _, document in by_key),
         "tokens_sha256": digest_of(by_key),
         "versions": versions(),
     }
-    return accumulator.scores({**facts, **(provenance or {})})
 
 
 def _groups(
@@ -151,7 +187,7 @@ def _groups(
     return [layers[i : i + step] for i in range(0, len(layers), step)]
 
 
-def _sweep(
+def sweep(
     model: Any,
     accumulator: ScoreAccumulator,
     by_key: Sequence[tuple[str, Tensor]],
@@ -161,6 +197,8 @@ def _sweep(
     name: str = "",
 ) -> None:
     """Count every document in some layers; those that the checkpoint holds are read from it."""
+    if not layers:
+        return
     for unit, document in by_key:
         file = f"{name}{layers[0]:03d}-{layers[-1]:03d}-{unit}"
         found = kept.load(file)
@@ -193,18 +231,9 @@ def _one_document(
     return alone.tables, alone.grids
 
 
-def _refine(
-    model: Any,
-    accumulator: ScoreAccumulator,
-    by_key: Sequence[tuple[str, Tensor]],
-    kept: TableCheckpoint,
-    bar: Any,
-    attempt: int,
-) -> None:
-    """Count layers again whose D bins, made from the first document, were too coarse for others."""
+def finer_bins(accumulator: ScoreAccumulator) -> list[int]:
+    """Layers to count again: their D bins, made from the first document, were too coarse."""
     coarse = accumulator.coarse_layers()
-    if not coarse:
-        return
     for layer in coarse:
         n_pairs = accumulator.geometry[layer].n_pairs
         table = accumulator.tables.pop(layer)
@@ -213,5 +242,4 @@ def _refine(
             DominantGrid.from_sample(table.sample.to(old.dominant.edges.device), n_pairs),
             old.geometry,
         )
-    bar.total += len(coarse) * len(by_key)
-    _sweep(model, accumulator, by_key, coarse, kept, bar, name=f"again{attempt}-")
+    return coarse

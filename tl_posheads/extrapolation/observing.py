@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_posheads.ablation import by_layer
 from tl_posheads.capture import capture_rotary, rotary_consumer
 from tl_posheads.checkpoint import Checkpoint
+from tl_posheads.counting import draw_pairs, farthest
 from tl_posheads.curves import mean_by_distance
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
@@ -22,7 +23,6 @@ from tl_posheads.passes import target_logprobs
 from tl_posheads.remapping import pair_vectors
 from tl_posheads.results import HeadScores
 from tl_posheads.statistics import sampled_standard_error, spearman_by_distance
-from tl_posheads.tables import draw_pairs, farthest
 
 Head = tuple[int, int]
 

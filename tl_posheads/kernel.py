@@ -1,0 +1,167 @@
+"""All query-key pairs of a tile in two loops: contributions, softmax, dominant dimension; cells.
+
+:func:`tile_dominant` has no axis of rotary pairs once ``torch.compile`` has turned it into C++ (on
+a CPU) or Triton (on a GPU): nothing between q, k and D is kept. :func:`tile_cells` looks D up
+among the table's edges. The compiled code is cached on disk by torch. Without a compiler
+:func:`compiled_cells` gives None, and ``counting`` goes in eager bites instead: the same numbers
+up to float32's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TILE = 128  # queries and keys a side
+WORTH_COMPILING = 10**8  # exponentials in a text and layer
+LOG2_E = 1.4426950408889634
+_EDGES = 255  # of D's bins, padded with infinity
+# 2**f on [-1/2, 1/2] to 1e-7, the fifth power first: least squares of relative errors.
+_POWERS = (1.32669704e-3, 9.67545975e-3, 5.55074262e-2, 0.240221218, 0.693146949, 1.00000007)
+_TO_WHOLE = 12582912.0  # 1.5 * 2**23: added, it leaves a number's nearest whole in its last bits
+# Keeps torch.compile from writing the products or exponentials of all rotary pairs to memory,
+# and from writing out the loop over them.
+_ONE_LOOP: dict[str, Any] = {
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 10000,
+    "realize_acc_reads_threshold": 1000,
+    "unroll_reductions_threshold": 1,
+}
+
+Cells = Callable[..., tuple[Tensor, Tensor]]
+
+
+def padded_edges(edges: Float[Tensor, "head edge"]) -> Float[Tensor, "head 255"]:
+    """Edges of D's bins as :func:`tile_cells` takes them."""
+    heads, n_edges = edges.shape
+    rest = edges.new_full((heads, _EDGES - n_edges), float("inf"))
+    return torch.cat([edges, rest], 1).float()
+
+
+def _exp2(power: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """2 to powers that are not above 0, to 2e-7 of itself.
+
+    In plain arithmetic, which the compiler fuses and vectorises where it would call a library's
+    exponential, and keep its results, because they are used twice.
+    """
+    power = torch.where(power > -126.0, power, -126.0)
+    whole = power + _TO_WHOLE
+    rest = power - (whole - _TO_WHOLE)
+    result = rest * _POWERS[0] + _POWERS[1]
+    for factor in _POWERS[2:]:
+        result = result * rest + factor
+    return (result.view(torch.int32) + (whole.view(torch.int32) << 23)).view(torch.float32)
+
+
+def tile_dominant(
+    q: Float[Tensor, "head 2 pair row"], k: Float[Tensor, "head 2 pair key"]
+) -> Float[Tensor, "head row key"]:
+    """D of every pair of a tile, float32. ``q`` is multiplied with :data:`LOG2_E` beforehand."""
+    exp2 = torch.exp2 if q.is_cuda else _exp2
+    contribution = q[:, 0, :, :, None] * k[:, 0, :, None] + q[:, 1, :, :, None] * k[:, 1, :, None]
+    weight = exp2(contribution - contribution.amax(1, keepdim=True))
+    pair = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)[:, None, None]
+    return (weight * pair).sum(1) / weight.sum(1)
+
+
+def _bins(
+    dominant: Float[Tensor, "head row key"],
+    edges: Float[Tensor, "head 255"],
+    heads: Int[Tensor, "head 1 1"],
+) -> Int[Tensor, "head row key"]:
+    """How many edges lie below D: a binary search without branches.
+
+    Its first four steps choose among edges that all rows share, which stay in registers; only the
+    last four look an edge up for every pair.
+    """
+    columns, above = edges[:, :, None, None], [dominant > edges[:, 127, None, None]]
+
+    def edge(lowest: int, n: int, steps: list[Tensor]) -> Tensor:
+        if not steps:
+            return columns[:, lowest + n // 2 - 1]
+        n //= 2
+        upper, lower = edge(lowest + n, n, steps[1:]), edge(lowest, n, steps[1:])
+        return torch.where(steps[0], upper, lower)
+
+    while len(above) < 4:
+        above.append(dominant > edge(0, _EDGES + 1, above))
+    d = torch.zeros_like(dominant, dtype=torch.int32)
+    for step, half in zip(above, (128, 64, 32, 16)):
+        d = d + torch.where(step, half, 0).int()
+    flat = edges.flatten()
+    for half in (8, 4, 2, 1):
+        d = d + torch.where(flat[heads * _EDGES + d + (half - 1)] < dominant, half, 0).int()
+    return d
+
+
+def tile_cells(
+    dominant: Float[Tensor, "head row key"],
+    edges: Float[Tensor, "head 255"],
+    x: Int[Tensor, "row key"],
+    block: tuple[Int[Tensor, "row"], Int[Tensor, "key"]],
+    shape: tuple[Tensor, Tensor, Tensor, Tensor],
+    pool: int,
+) -> tuple[Int[Tensor, "head row key"], Int[Tensor, "head row key"]]:
+    """Each pair's cell in the table of D bin by distance bin, and in the small table of its block.
+
+    Args:
+        dominant: from :func:`tile_dominant`.
+        edges: of D's bins, from :func:`padded_edges`.
+        x: distance bins; negative where attention doesn't see.
+        block: what queries and keys add to the number of their block.
+        shape: D bins and distance bins of the table and of the small tables.
+        pool: cells a side that are one in the small tables.
+
+    Returns:
+        Flat indices from 1 on; 0 for pairs that attention doesn't see.
+    """
+    bins, n_x, small_d, small_x = shape
+    n_heads = dominant.shape[0]
+    heads = torch.arange(n_heads, dtype=torch.int32, device=dominant.device)[:, None, None]
+    d = _bins(dominant, edges, heads)
+    cell = (heads * bins + d) * n_x + x + 1
+    number = block[0][:, None] + block[1]
+    small = ((number * n_heads + heads) * small_d + d // pool) * small_x + x // pool + 1
+    nothing = torch.zeros_like(cell)
+    return torch.where(x < 0, nothing, cell), torch.where(x < 0, nothing, small)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Tensor], Cells]:
+    return (
+        torch.compile(tile_dominant, dynamic=False, options=_ONE_LOOP),
+        torch.compile(tile_cells, dynamic=False),
+    )
+
+
+class CannotCompile(Exception):
+    """There is no compiler, or it refused; nothing was counted."""
+
+
+_refusal: list[Exception] = []
+
+
+def compiled_cells(n_exponentials: int, device: torch.device) -> Cells | None:
+    """:func:`tile_cells` after :func:`tile_dominant`, compiled: ``(q, k, edges, ...)``.
+
+    None where that isn't worth it or there is no compiler. A call that can't be compiled raises
+    :class:`CannotCompile`, and from then on there is None.
+    """
+    if n_exponentials < WORTH_COMPILING or _refusal or device.type not in ("cpu", "cuda"):
+        return None
+
+    def cells(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        try:
+            with torch.no_grad():
+                dominant, cells_of = _compiled()
+                return cells_of(dominant(q, k), *rest)
+        except Exception as problem:
+            _refusal.append(problem)
+            raise CannotCompile(str(problem)) from problem
+
+    return cells
