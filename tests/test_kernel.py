@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
-from tl_posheads import LayerGeometry, counting, kernel
+from tl_posheads import LayerGeometry, counter, kernel
 from tl_posheads.counting import Settings, count_document
 from tl_posheads.statistics import spearman_of_tables
 
@@ -46,36 +47,39 @@ def test_exponential():
 def test_tile_against_loops():
     """Every pair's cell from definitions in numpy: contributions, softmax, bins, blocks."""
     generator = torch.Generator().manual_seed(1)
-    q, k = (torch.randn(2, 2, 4, 5, generator=generator) for _ in "qk")
+    q, k = (torch.randn(2, 2, 4, n, generator=generator) for n in (6, 5))
     edges = torch.rand(2, 7, generator=generator, dtype=torch.double).sort(1).values * 3
-    x = torch.randint(-1, 5, (5, 5), generator=generator)
-    block = torch.tensor([1, 1, 3, 0, 3]), torch.tensor([0, 1, 1, 2, 2])
+    x = torch.randint(-1, 5, (2, 1, 3, 5), generator=generator)
+    block = torch.tensor([1, 1, 3, 0, 3, 1]).view(2, 1, 3, 1), torch.tensor([0, 1, 1, 2, 2])
     shape = tuple(torch.tensor(n) for n in (8, 5, 4, 3))
-    dominant = kernel.tile_dominant(q * kernel.LOG2_E, k)
-    cell, small = kernel.tile_cells(dominant, kernel.padded_edges(edges), x, block, shape, 2)
+    banded = rearrange(q * kernel.LOG2_E, "h c p (band row) -> band h c p row", band=2)
+    dominant = kernel.tile_dominant(banded, k)
+    cell, small = codes = torch.empty(2, 2, 2, 3, 5, dtype=torch.long)
+    kernel.tile_cells(dominant, kernel.padded_edges(edges), x, block, shape, 1, codes)
     for h in range(2):
-        for i in range(5):
+        for i in range(6):
             for j in range(5):
+                here = (i // 3, h, i % 3, j)
                 c = (q[h, :, :, i] * k[h, :, :, j]).sum(0).double().numpy()
                 w = np.exp(c - c.max())
                 d = (w * np.arange(4)).sum() / w.sum()
-                assert float(dominant[h, i, j]) == pytest.approx(d, rel=1e-6)
-                d_bin, at = int(np.searchsorted(edges[h].numpy(), d)), int(x[i, j])
+                assert float(dominant[here]) == pytest.approx(d, rel=1e-6)
+                d_bin, at = int(np.searchsorted(edges[h].numpy(), d)), int(x[i // 3, 0, i % 3, j])
                 want = (h * 8 + d_bin) * 5 + at + 1
-                number = int(block[0][i] + block[1][j])
+                number = int(block[0].flatten()[i] + block[1][j])
                 want_small = ((number * 2 + h) * 4 + d_bin // 2) * 3 + at // 2 + 1
-                assert int(cell[h, i, j]) == (want if at >= 0 else 0)
-                assert int(small[h, i, j]) == (want_small if at >= 0 else 0)
+                assert int(cell[here]) == (want if at >= 0 else 0)
+                assert int(small[here]) == (want_small if at >= 0 else 0)
 
 
 def test_bins_are_those_of_searchsorted():
     generator = torch.Generator().manual_seed(2)
     for n_edges in (255, 200, 3):
         edges = torch.randn(2, n_edges, generator=generator).sort(1).values
-        d = torch.randn(2, 40, 50, generator=generator)
-        d[:, 0, :n_edges] = edges[:, :50]  # on an edge
+        d = torch.randn(1, 2, 40, 50, generator=generator)
+        d[0, :, 0, :n_edges] = edges[:, :50]  # on an edge
         found = kernel._bins(d, kernel.padded_edges(edges), torch.arange(2)[:, None, None])
-        assert torch.equal(found.flatten(1).long(), torch.searchsorted(edges, d.flatten(1)))
+        assert torch.equal(found[0].flatten(1).long(), torch.searchsorted(edges, d[0].flatten(1)))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
@@ -124,7 +128,7 @@ def test_short_texts_are_not_compiled(monkeypatch):
 
 def test_tiles_hold_every_place_once():
     x = torch.arange(2 * 3 * 2 * 300.0).view(2, 3, 2, 300)
-    tiles = counting._tiles(x)
+    tiles = counter._tiles(x)
     assert tiles.shape == (3, 2, 2, 3, kernel.TILE)
     assert torch.equal(tiles[1, 0, 1, 2], x[1, 2, 0, 128:256])
     assert float(tiles[2, ..., 44:].abs().sum()) == 0

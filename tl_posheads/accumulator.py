@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.capture import hook_names
-from tl_posheads.counting import POOL, count_document
+from tl_posheads.counter import POOL
+from tl_posheads.counting import count_document
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import require_finite, token_run

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.contributions import PairVectors, rotate_by
+from tl_posheads.counter import Counter
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
-from tl_posheads.kernel import LOG2_E, TILE, CannotCompile, Cells, compiled_cells, padded_edges
+from tl_posheads.kernel import CannotCompile, Cells, compiled_cells
 from tl_posheads.remapping import pair_vectors
-from tl_posheads.statistics import DominantGrid, circular_shift_statistic, distance_edges
+from tl_posheads.statistics import DominantGrid, circular_shift_statistic
 from tl_posheads.tables import Grids, LayerTable, Settings
 
 N_DRAWS = 999  # shifted surrogates
 NULL_ROWS = 64  # queries of a document whose rows are shifted
 GEOMETRY_ROWS = 256  # queries of a document whose permuted rows are counted
-POOL = 8  # cells a side that the small tables of the bootstrap put together
 _NULL_KEYS = 2048  # keys of a row that the shifts see; of longer texts every second, third ...
 _SAMPLE = 1024  # values of D per head and document kept for another grid
 _CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
-_CELLS = 1 << 21  # cells' numbers of tiles that are counted together
 
 
 def rows_of(
@@ -93,111 +91,6 @@ def permuted_content(
     return rotate_by(q, steps, geometry), rotate_by(k, steps, geometry)
 
 
-class _Counter:
-    """Adds pairs to cells of D bin by distance bin, and to a coarse copy per block of positions.
-
-    Block ``(a, b)`` holds the queries of stretch ``a`` and the keys of stretch ``b <= a``; it is
-    number ``a (a + 1) / 2 + b``.
-    """
-
-    def __init__(
-        self, grid: DominantGrid, longest: int, cuts: Sequence[int], device: torch.device,
-        weight_of: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        edges = distance_edges(longest)
-        heads, bins, n_x = grid.edges.shape[0], grid.n_bins, len(edges)
-        self.grid, self.weight_of = grid, weight_of
-        self.x_of = torch.bucketize(torch.arange(longest + 1), edges, right=True).sub(1).to(device)
-        stretch = torch.bucketize(torch.arange(cuts[-1]), torch.tensor(cuts[1:-1]), right=True)
-        self.stretch, n_stretches = stretch.to(device), len(cuts) - 1
-        kind = torch.long if weight_of is None else torch.double
-        self.counts = torch.zeros(heads, bins, n_x, dtype=kind, device=device)
-        n_blocks, small_d, small_x = (
-            n_stretches * (n_stretches + 1) // 2, -(-bins // POOL), -(-n_x // POOL)
-        )  # fmt: skip
-        self.blocks = torch.zeros(n_blocks, heads, small_d, small_x, dtype=kind, device=device)
-        self.head = torch.arange(heads, device=device)[:, None]
-
-    def add(self, dominant: Tensor, distance: Tensor, query: Tensor) -> None:
-        """Count ``dominant [head, n]`` at distance and query of shape ``[n]`` or ``[head, n]``."""
-        heads, bins, n_x = self.counts.shape
-        d, x = self.grid.bins(dominant), self.x_of[distance]
-        weights = None
-        if self.weight_of is not None:
-            weights = self.weight_of[distance].expand(d.shape).flatten()
-        code = (self.head * bins + d) * n_x + x
-        self.counts += _bincount(code, weights, self.counts)
-        a, b = self.stretch[query], self.stretch[query - distance]
-        block = a * (a + 1) // 2 + b
-        _, _, small_d, small_x = self.blocks.shape
-        code = ((block * heads + self.head) * small_d + d // POOL) * small_x + x // POOL
-        self.blocks += _bincount(code, weights, self.blocks)
-
-    def add_tiles(self, vectors: PairVectors, window: int | None, cells: Cells) -> None:
-        """Count every pair of a text, tile by tile, with the fused kernel."""
-        n_pos, device = vectors.q.shape[-1], vectors.q.device
-        q, k = _tiles(vectors.q * LOG2_E), _tiles(vectors.k)
-        # 32-bit numbers: twice as many fit into a vector, and the largest table has millions.
-        stretch = torch.nn.functional.pad(self.stretch.int(), (0, len(q) * TILE - n_pos))
-        stretch = stretch.view(-1, TILE)
-        blocks = [(s * (s + 1) // 2, s) for s in stretch]
-        sizes = (*self.counts.shape[1:], *self.blocks.shape[2:])
-        shape = tuple(torch.tensor(n, dtype=torch.int32) for n in sizes)
-        edges = padded_edges(self.grid.edges)
-        apart = torch.arange(TILE, device=device)[:, None] - torch.arange(TILE, device=device)
-        n_apart = len(q) if window is None else min(len(q), (window + TILE - 2) // TILE + 1)
-        in_text = torch.arange(TILE, device=device)[:, None] < n_pos - (len(q) - 1) * TILE
-        waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for n in range(n_apart):  # tiles the same distance apart share their distances
-            everywhere, weights = self._places(apart + n * TILE, window)
-            for row in range(n, len(q)):
-                x = everywhere if row < len(q) - 1 else torch.where(in_text, everywhere, -1)
-                block = (blocks[row][0], blocks[row - n][1])
-                found = cells(q[row], k[row - n], edges, x, block, shape, POOL)
-                waiting.append((*found, weights))
-                if len(waiting) * found[0].numel() >= _CELLS:
-                    self._count(waiting)
-        self._count(waiting)
-
-    def _places(
-        self, distance: Int[Tensor, "row key"], window: int | None
-    ) -> tuple[Int[Tensor, "row key"], Float[Tensor, "row key"] | None]:
-        """Distance bins, -1 where attention doesn't see, and weights of a tile's pairs."""
-        seen = distance >= 1
-        if window is not None:
-            seen &= distance < window
-        known = distance.clamp(0, len(self.x_of) - 1)
-        x = torch.where(seen, self.x_of[known], -1).int()
-        return x, None if self.weight_of is None else self.weight_of[known]
-
-    def _count(self, waiting: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        if not waiting:
-            return
-        cell, small, weights = zip(*waiting, strict=True)
-        waiting.clear()
-        weight = None
-        if weights[0] is not None:
-            weight = torch.cat([w.expand_as(c).flatten() for w, c in zip(weights, cell)])
-        for codes, table in ((cell, self.counts), (small, self.blocks)):
-            code = torch.cat([c.flatten() for c in codes])
-            counted = torch.bincount(code, weight, minlength=table.numel() + 1)
-            table += counted[1:].view(table.shape)
-
-    def small_blocks(self) -> Tensor:
-        kind = torch.float32 if self.blocks.is_floating_point() else torch.int32
-        return self.blocks.to(kind).cpu()
-
-
-def _bincount(code: Tensor, weights: Tensor | None, like: Tensor) -> Tensor:
-    return torch.bincount(code.flatten(), weights, minlength=like.numel()).view(like.shape)
-
-
-def _tiles(x: Float[Tensor, "two pair head pos"]) -> Float[Tensor, "tile head two pair place"]:
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % TILE))
-    return rearrange(padded, "two pair head (tile place) -> tile head two pair place", place=TILE)\
-        .contiguous()  # fmt: skip
-
-
 def stretches(n_pos: int, n: int) -> list[int]:
     """Cuts of a text into stretches whose queries see equally many keys: later ones are shorter."""
     share = np.sqrt(np.linspace(0, 1, n + 1))
@@ -246,12 +139,12 @@ def count_document(
         # This text's share; documents of other lengths are balanced when rho is taken.
         weight_of = 1.0 / torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
     cuts = stretches(n_pos, settings.n_blocks)
-    counter = _Counter(grids.dominant, max(1, longest), cuts, device, weight_of)
+    counter = Counter(grids.dominant, max(1, longest), cuts, device, weight_of)
     if isinstance(settings.pairs, int):
         lists = _count_sample(vectors, counter, settings.pairs, generator, longest)
     else:
         lists = _count_all(vectors, counter, geometry.window, keep=settings.exact)
-    by_geometry = _Counter(grids.geometry, max(1, longest), [0, n_pos], device)
+    by_geometry = Counter(grids.geometry, max(1, longest), [0, n_pos], device)
     rows = evenly(n_pos, GEOMETRY_ROWS, device)
     for dominant, distance, valid, query in rows_of(permuted, rows, geometry.window):
         by_geometry.add(dominant[:, valid], distance[valid], query[valid])
@@ -287,7 +180,7 @@ def _n_pairs(n_pos: int, longest: int, settings: Settings) -> int:
 
 
 def _count_all(
-    vectors: PairVectors, counter: _Counter, window: int | None, *, keep: bool
+    vectors: PairVectors, counter: Counter, window: int | None, *, keep: bool
 ) -> list[tuple[Tensor, Tensor]]:
     if not keep and (cells := _fused(vectors)) is not None:
         with suppress(CannotCompile):
@@ -326,7 +219,7 @@ def draw_pairs(
 
 
 def _count_sample(
-    vectors: PairVectors, counter: _Counter, n: int, generator: np.random.Generator, longest: int
+    vectors: PairVectors, counter: Counter, n: int, generator: np.random.Generator, longest: int
 ) -> list[tuple[Tensor, Tensor]]:
     apart, query = draw_pairs(vectors, n, longest, generator)
     dominant = vectors.dominant_pairs(query, query - apart)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 TILE = 128  # queries and keys a side
+BAND = 8  # queries of a tile that one thread takes in turn
 WORTH_COMPILING = 10**8  # exponentials in a text and layer
 LOG2_E = 1.4426950408889634
 _EDGES = 255  # of D's bins, padded with infinity
@@ -25,15 +26,17 @@ _EDGES = 255  # of D's bins, padded with infinity
 _POWERS = (1.32669704e-3, 9.67545975e-3, 5.55074262e-2, 0.240221218, 0.693146949, 1.00000007)
 _TO_WHOLE = 12582912.0  # 1.5 * 2**23: added, it leaves a number's nearest whole in its last bits
 # Keeps torch.compile from writing the products or exponentials of all rotary pairs to memory,
-# and from writing out the loop over them.
+# and from writing out the loop over them; and lets it multiply and add at once.
 _ONE_LOOP: dict[str, Any] = {
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 10000,
     "realize_acc_reads_threshold": 1000,
     "unroll_reductions_threshold": 1,
+    "cpp.enable_floating_point_contract_flag": "fast",
 }
 
-Cells = Callable[..., tuple[Tensor, Tensor]]
+_at = torch.ops.aten._unsafe_index.Tensor
+Cells = Callable[..., None]
 
 
 def padded_edges(edges: Float[Tensor, "head edge"]) -> Float[Tensor, "head 255"]:
@@ -59,21 +62,23 @@ def _exp2(power: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def tile_dominant(
-    q: Float[Tensor, "head 2 pair row"], k: Float[Tensor, "head 2 pair key"]
-) -> Float[Tensor, "head row key"]:
+    q: Float[Tensor, "band head 2 pair row"], k: Float[Tensor, "head 2 pair key"]
+) -> Float[Tensor, "band head row key"]:
     """D of every pair of a tile, float32. ``q`` is multiplied with :data:`LOG2_E` beforehand."""
     exp2 = torch.exp2 if q.is_cuda else _exp2
-    contribution = q[:, 0, :, :, None] * k[:, 0, :, None] + q[:, 1, :, :, None] * k[:, 1, :, None]
-    weight = exp2(contribution - contribution.amax(1, keepdim=True))
-    pair = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)[:, None, None]
-    return (weight * pair).sum(1) / weight.sum(1)
+    q_x, q_y = q[:, :, 0, :, :, None], q[:, :, 1, :, :, None]
+    k_x, k_y = k[:, 0, :, None], k[:, 1, :, None]
+    contribution = q_x * k_x + q_y * k_y
+    weight = exp2(contribution - contribution.amax(2, keepdim=True))
+    pair = torch.arange(q.shape[3], dtype=torch.float32, device=q.device)[:, None, None]
+    return (weight * pair).sum(2) / weight.sum(2)
 
 
 def _bins(
-    dominant: Float[Tensor, "head row key"],
+    dominant: Float[Tensor, "band head row key"],
     edges: Float[Tensor, "head 255"],
     heads: Int[Tensor, "head 1 1"],
-) -> Int[Tensor, "head row key"]:
+) -> Int[Tensor, "band head row key"]:
     """How many edges lie below D: a binary search without branches.
 
     Its first four steps choose among edges that all rows share, which stay in registers; only the
@@ -91,22 +96,25 @@ def _bins(
     while len(above) < 4:
         above.append(dominant > edge(0, _EDGES + 1, above))
     d = torch.zeros_like(dominant, dtype=torch.int32)
-    for step, half in zip(above, (128, 64, 32, 16)):
-        d = d + torch.where(step, half, 0).int()
+    for step, bit in zip(above, (7, 6, 5, 4)):
+        d = d + (step.int() << bit)
     flat = edges.flatten()
-    for half in (8, 4, 2, 1):
-        d = d + torch.where(flat[heads * _EDGES + d + (half - 1)] < dominant, half, 0).int()
+    for bit in (3, 2, 1, 0):
+        # Never out of bounds, and unchecked half as slow.
+        there = _at(flat, [heads * _EDGES + d + ((1 << bit) - 1)])
+        d = d + ((dominant > there).int() << bit)
     return d
 
 
 def tile_cells(
-    dominant: Float[Tensor, "head row key"],
+    dominant: Float[Tensor, "band head row key"],
     edges: Float[Tensor, "head 255"],
-    x: Int[Tensor, "row key"],
-    block: tuple[Int[Tensor, "row"], Int[Tensor, "key"]],
+    x: Int[Tensor, "band 1 row key"],
+    block: tuple[Int[Tensor, "band 1 row 1"], Int[Tensor, "key"]],
     shape: tuple[Tensor, Tensor, Tensor, Tensor],
-    pool: int,
-) -> tuple[Int[Tensor, "head row key"], Int[Tensor, "head row key"]]:
+    pool_bits: int,
+    out: Int[Tensor, "2 band head row key"],
+) -> None:
     """Each pair's cell in the table of D bin by distance bin, and in the small table of its block.
 
     Args:
@@ -115,20 +123,20 @@ def tile_cells(
         x: distance bins; negative where attention doesn't see.
         block: what queries and keys add to the number of their block.
         shape: D bins and distance bins of the table and of the small tables.
-        pool: cells a side that are one in the small tables.
-
-    Returns:
-        Flat indices from 1 on; 0 for pairs that attention doesn't see.
+        pool_bits: 2 to it cells a side are one in the small tables.
+        out: for the flat indices, from 1 on; 0 for pairs that attention doesn't see.
     """
     bins, n_x, small_d, small_x = shape
-    n_heads = dominant.shape[0]
+    n_heads = dominant.shape[1]
     heads = torch.arange(n_heads, dtype=torch.int32, device=dominant.device)[:, None, None]
     d = _bins(dominant, edges, heads)
     cell = (heads * bins + d) * n_x + x + 1
-    number = block[0][:, None] + block[1]
-    small = ((number * n_heads + heads) * small_d + d // pool) * small_x + x // pool + 1
+    number = block[0] + block[1]
+    small = (number * n_heads + heads) * small_d + (d >> pool_bits)
+    small = small * small_x + (x >> pool_bits) + 1
     nothing = torch.zeros_like(cell)
-    return torch.where(x < 0, nothing, cell), torch.where(x < 0, nothing, small)
+    out[0] = torch.where(x < 0, nothing, cell)
+    out[1] = torch.where(x < 0, nothing, small)
 
 
 @cache
@@ -155,11 +163,11 @@ def compiled_cells(n_exponentials: int, device: torch.device) -> Cells | None:
     if n_exponentials < WORTH_COMPILING or _refusal or device.type not in ("cpu", "cuda"):
         return None
 
-    def cells(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def cells(q: Tensor, k: Tensor, *rest: Any) -> None:
         try:
             with torch.no_grad():
                 dominant, cells_of = _compiled()
-                return cells_of(dominant(q, k), *rest)
+                cells_of(dominant(q, k), *rest)
         except Exception as problem:
             _refusal.append(problem)
             raise CannotCompile(str(problem)) from problem
