@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         unrotated_contribution,
     )
     from tl_posheads.corpora import load_corpus
+    from tl_posheads.corpus_scoring import score_corpus
     from tl_posheads.curves import dominant_dimension_curve
     from tl_posheads.errors import PosheadsError
     from tl_posheads.extrapolation.break_point import BreakPoint, break_point
@@ -75,6 +76,7 @@ _HOME = {
     "patch_heads": "patching",
     "HeadScores": "results",
     "score_heads": "scoring",
+    "score_corpus": "corpus_scoring",
     "spearman_by_distance": "statistics",
     "ablation_study": "study.run",
     "AblationStudy": "study.results",

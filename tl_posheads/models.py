@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ def load_model(
     cls: Literal["hooked", "bridge"] | None = None,
     device: Any = None,
     dtype: Any = None,
+    n_devices: int | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a model into TransformerLens with the checkpoint's own, unprocessed weights.
 
@@ -56,13 +59,17 @@ def load_model(
         device: None is CUDA, else MPS, else the CPU.
         dtype: a torch dtype or its name. None is float32 on the CPU and the checkpoint's own
             dtype on an accelerator.
+        n_devices, device_map: spread a model too large for one GPU over several, as
+            ``TransformerBridge.boot_transformers`` takes them; in place of ``device``. Scores are
+            counted on each layer's own device.
 
     Returns:
         A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``.
 
     Raises:
         PosheadsError: the name leads nowhere, the file is damaged, the class doesn't exist in
-            the installed version, or device or dtype can't be had.
+            the installed version, or device or dtype can't be had; ``n_devices`` or ``device_map``
+            beside ``device`` or ``cls="hooked"``.
 
     Example:
         >>> load_model("missing/model.gguf")
@@ -76,6 +83,17 @@ def load_model(
             f"the installed transformer-lens {_lens_version()} has no HookedTransformer; use "
             "cls='bridge', or pip install 'transformer-lens>=3.9,<4'"
         )
+    spread = {
+        name: value
+        for name, value in (("n_devices", n_devices), ("device_map", device_map))
+        if value is not None
+    }
+    if spread and (device is not None or cls == "hooked"):
+        raise PosheadsError(
+            f"{' and '.join(spread)} was given beside "
+            f"{'device' if device is not None else 'cls=' + repr(cls)}; only a TransformerBridge "
+            "is spread over devices, and it says itself which"
+        )
     device, dtype = _device(device), _dtype(dtype)
     source, readable = _resolve(os.fspath(name_or_path))
     with quiet():
@@ -84,13 +102,13 @@ def load_model(
             dtype = _own_dtype(config, device)
         tokenizer = _tokenizer(source)
         hf_model = None
-        if _is_causal_lm(config):
+        if _is_causal_lm(config) and not spread:
             hf_model = _from_pretrained(
                 "AutoModelForCausalLM", source, dtype=dtype, attn_implementation="eager"
             )
             hf_model = hf_model.eval().to(device)
         model = None
-        if cls != "bridge" and hooked_available():
+        if cls != "bridge" and not spread and hooked_available():
             try:
                 model = _hooked(source, hf_model, tokenizer, device, dtype)
             except _NotConvertible as reason:
@@ -100,7 +118,8 @@ def load_model(
                         f"faithfully: {reason}; use cls='bridge'"
                     ) from None
         if model is None:
-            model = _bridge(source, config, hf_model, tokenizer, device, dtype)
+            where = spread or {"device": str(device)}
+            model = _bridge(source, config, hf_model, tokenizer, dtype, where)
     model.cfg.model_name = readable
     return model.eval()
 
@@ -236,19 +255,20 @@ def _architecture(config: Any) -> str:
 
 
 def _bridge(
-    source: str, config: Any, hf_model: Any, tokenizer: Any, device: Any, dtype: Any
+    source: str, config: Any, hf_model: Any, tokenizer: Any, dtype: Any, where: dict[str, Any]
 ) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
         return TransformerBridge.boot_transformers(
-            source, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
+            source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, **where
         )
     # each adapter has its own way to fail; all mean the same to the user
     except Exception as error:
+        spread = "" if "device" in where else f" with {where}"
         raise PosheadsError(
-            f"transformer-lens {_lens_version()} can't load {_architecture(config)} "
-            f"({first_line(error)}); choose another model"
+            f"transformer-lens {_lens_version()} can't load {_architecture(config)}{spread} "
+            f"({first_line(error)}); choose another {'model' if not spread else 'spread'}"
         ) from error
 
 

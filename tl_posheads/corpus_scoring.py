@@ -1,0 +1,98 @@
+"""Scores of a whole corpus: on this machine, on a Ray cluster, or under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tl_posheads.engines.job import Job
+from tl_posheads.errors import PosheadsError
+from tl_posheads.results import HeadScores
+from tl_posheads.scoring import score_heads
+from tl_posheads.tables import Weighting
+
+Engine = Literal["local", "ray", "torchrun"]
+
+
+def score_corpus(
+    model: str,
+    corpus: str | Sequence[Tensor] = "python-docs",
+    *,
+    engine: Engine = "local",
+    n_docs: int = 4,
+    length: int = 1024,
+    layers: Sequence[int] | None = None,
+    pairs: Weighting = "all",
+    skip_first: int = 0,
+    seed: int = 0,
+    workers: int = 2,
+    ray_options: Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> HeadScores:
+    """Load a model by name, score its heads on a corpus, on as many machines as there are.
+
+    Every engine counts the same: the first document, in the order of their hashes, sets the bins,
+    the others are counted in them wherever they come to lie, and counts are whole numbers that are
+    added up. The scores are those of :func:`~tl_posheads.score_heads` with ``exact=False``.
+
+    Args:
+        model: what :func:`~tl_posheads.load_model` takes.
+        corpus: what :func:`~tl_posheads.load_corpus` takes, or a list of documents' tokens.
+        engine: ``"local"``; ``"ray"``, actors of a Ray cluster (extra ``[ray]``), whose lost
+            workers' documents are done again; ``"torchrun"``, in a script that torchrun or SLURM
+            starts in several processes, in each of which it returns the same.
+        n_docs, length: documents to take, and their tokens.
+        layers, pairs, skip_first, seed: as in ``score_heads``.
+        workers: actors of Ray, each with a model of its own.
+        ray_options: of each actor, like ``{"num_gpus": 1}``; one CPU each by default.
+        checkpoint: folder that keeps every finished document, on a disk that all workers reach.
+        model_options: of ``load_model``: ``dtype``, ``cls``, ``device``, and for a model larger
+            than one GPU ``n_devices`` or ``device_map``.
+        progress: show a bar.
+
+    Returns:
+        :class:`~tl_posheads.HeadScores`; ``provenance["engine"]`` says how they were counted.
+
+    Memory: every worker holds the model and what ``score_heads`` needs; the merging side one
+    layer's tables of two documents at a time, the caller the sum.
+
+    Raises:
+        PosheadsError: an unknown engine, Ray not installed, no torchrun; what ``load_model``,
+            ``load_corpus`` and ``score_heads`` refuse.
+
+    Example:
+        >>> score_corpus("smollm2-135m", engine="ray", n_docs=100)      # doctest: +SKIP
+    """
+    if engine not in ("local", "ray", "torchrun"):
+        raise PosheadsError(f"engine={engine!r} was given; expected 'local', 'ray' or 'torchrun'")
+    if not isinstance(model, str):
+        raise PosheadsError(
+            f"a model of type {type(model).__name__} was given; expected its name, since every "
+            "worker loads it: score_heads takes a loaded model"
+        )
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise PosheadsError(f"workers={workers!r} was given; expected at least 1")
+    job = Job(
+        model, corpus, n_docs, length, layers, pairs, skip_first, seed,
+        None if checkpoint is None else os.path.abspath(checkpoint), dict(model_options or {}),
+    )  # fmt: skip
+    if engine == "ray":
+        from tl_posheads.engines.ray import score_with_ray
+
+        options = {"num_cpus": 1, **(ray_options or {})}
+        return score_with_ray(job, workers=workers, ray_options=options, progress=progress)
+    if engine == "torchrun":
+        from tl_posheads.engines.torchrun import score_with_torchrun
+
+        return score_with_torchrun(job, progress=progress)
+    begun = job.begin()
+    return score_heads(
+        begun.model, [tokens for _, tokens in begun.units], layers=layers, pairs=pairs,
+        skip_first=skip_first, exact=False, seed=seed, checkpoint=checkpoint, progress=progress,
+        provenance={**begun.facts, "engine": "local"},
+    )  # fmt: skip

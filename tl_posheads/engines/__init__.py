@@ -1,0 +1,1 @@
+"""Ways to count a corpus: Ray's actors, or processes that torchrun started."""
