@@ -75,7 +75,7 @@ def test_local_is_score_heads(folder, documents, local, tables):
 
 
 def test_merging_is_free_of_order(folder, documents):
-    job = Job(folder, documents, 0, 0, None, "all", 0, 0, None)
+    job = Job(folder, documents, 0, 0, None, "all", None, 0, 0, None)
     begun = job.begin()
     begun.count(begun.units[:1], begun.accumulator.layers)  # sets the bins
     parts = [to_bytes(begun.count([unit], [0])[0]) for unit in begun.units]

@@ -94,6 +94,38 @@ def test_drawn_pairs_estimate_the_per_distance_score_within_their_error(llama):
     torch.testing.assert_close(again.rho, first.rho, atol=1e-12, rtol=0)
 
 
+def test_auto_draws_what_the_error_asks_for(llama):
+    documents = tokens_of(2, 60)
+    truth = ph.score_heads(llama, documents, pairs="per_distance", progress=False)
+    inside, n = 0, 0
+    for seed in range(25):
+        drawn = ph.score_heads(
+            llama, documents, pairs="auto", error=0.05, seed=seed, progress=False
+        )
+        assert drawn.n_pairs.unique().tolist() == [800]
+        assert float(drawn.se.max()) < 0.05
+        inside += int(((drawn.rho - truth.rho).abs() < 1.96 * drawn.se).sum())
+        n += drawn.rho.numel()
+    # 95 % up to 4 standard deviations of a binomial
+    assert abs(inside / n - 0.95) < 4 * (0.95 * 0.05 / n) ** 0.5
+    plain = ph.score_heads(llama, documents, pairs=400, seed=0, progress=False)
+    again = ph.score_heads(llama, documents, pairs="auto", error=0.05, seed=0, progress=False)
+    assert torch.equal(plain.rho, again.rho)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(error=0.01), "beside pairs='all'"),
+        (dict(pairs="auto", error=0), "error=0"),
+        (dict(pairs="auto", error="small"), "error='small'"),
+    ],
+)
+def test_errors_that_choose_no_number(llama, options, said):
+    with pytest.raises(ph.PosheadsError, match=said):
+        ph.score_heads(llama, tokens_of(2, 60), progress=False, **options)
+
+
 @pytest.mark.lens
 def test_binned_ranks_stay_within_a_thousandth_on_every_head_of_smollm2(smollm2_bridge):
     documents = ph.load_corpus("python-docs", smollm2_bridge, n_docs=2, length=400)

@@ -17,6 +17,7 @@ from tl_posheads.statistics import (
     chance_overlap,
     circular_shift_statistic,
     distance_edges,
+    draws_for,
     sampled_standard_error,
     shift_p_value,
     spearman_of_tables,
@@ -103,6 +104,17 @@ def test_binned_rho_is_within_a_thousandth_of_scipys(crowd):
 def test_a_constant_head_has_no_score():
     table = table_of(torch.arange(1, 50), torch.full((1, 49), 3.0))
     assert np.isnan(spearman_of_tables(table.double().numpy())[0])
+
+
+def test_draws_for_an_error_are_enough_for_any_shape():
+    generator = np.random.default_rng(0)
+    n = draws_for(0.02)
+    assert n == 5000
+    x, noise = generator.random(n), generator.normal(size=n)
+    crossed = np.where(noise > 0, x, 1 - x)
+    shapes = noise, abs(x - 0.5), np.cos(8 * np.pi * x), abs(x - 0.5) > 0.25, crossed, x + noise
+    for shape in shapes:
+        assert 0 < sampled_standard_error(x, shape) < 0.02
 
 
 def test_grid_gives_ties_bins_of_their_own_and_levels_by_share():

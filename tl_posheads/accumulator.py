@@ -18,7 +18,7 @@ from tl_posheads.counter import POOL
 from tl_posheads.counting import count_document
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import require_finite, token_run
+from tl_posheads.inputs import check_pairs, require_finite, token_run
 from tl_posheads.statistics import (
     benjamini_hochberg,
     bootstrap_interval,
@@ -41,16 +41,6 @@ if TYPE_CHECKING:
     from tl_posheads.results import HeadScores
 
 _COARSE = 2e-4  # share of the rank variance that D bins may lose before another grid is made
-
-
-def check_pairs(pairs: object) -> None:
-    if pairs in ("all", "per_distance"):
-        return
-    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 3:
-        raise PosheadsError(
-            f"pairs={pairs!r} was given; expected 'all', 'per_distance' or a number of pairs "
-            "(at least 3) to draw per head and document"
-        )
 
 
 class ScoreAccumulator:

@@ -134,11 +134,13 @@ def _one_line(text: object) -> str:
 
 
 def _pairs(text: str) -> str | int:
-    if text in ("all", "per_distance"):
+    if text in ("all", "per_distance", "auto"):
         return text
     if re.fullmatch(r"[0-9]{1,18}", text) and int(text) > 0:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of: all, per_distance, a number above 0")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is none of: all, per_distance, auto, a number above 0"
+    )
 
 
 def parse_layers(text: str) -> list[int]:
@@ -187,8 +189,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a name, a text file, a folder of them, or a hub data set's id (default: python-docs)")  # fmt: skip
     add("--length", metavar="N", type=whole(2), default=1024, help="tokens a document (1024)")
     add("--docs", metavar="N", type=whole(1), default=4, help="number of documents (4)")
-    add("--pairs", metavar="all|per_distance|N", type=_pairs, default="all",
-        help="weigh every pair of tokens alike, every distance alike, or draw N pairs (all)")  # fmt: skip
+    add("--pairs", metavar="all|per_distance|N|auto", type=_pairs, default="all",
+        help="weigh every pair of tokens alike, every distance alike, or draw N pairs, or so many that rho's standard error stays under 0.01 (all)")  # fmt: skip
     add("--layers", metavar="LIST", type=parse_layers, help="like 0-9 or 0,3,5-7 (every layer)")
     add("--skip-first", metavar="N", type=whole(0), default=0,
         help="leave out the first N positions, the attention sink for one (0)")  # fmt: skip

@@ -25,7 +25,8 @@ def score_corpus(
     n_docs: int = 4,
     length: int = 1024,
     layers: Sequence[int] | None = None,
-    pairs: Weighting = "all",
+    pairs: Weighting | Literal["auto"] = "all",
+    error: float | None = None,
     skip_first: int = 0,
     seed: int = 0,
     workers: int = 2,
@@ -47,7 +48,7 @@ def score_corpus(
             workers' documents are done again; ``"torchrun"``, in a script that torchrun or SLURM
             starts in several processes, in each of which it returns the same.
         n_docs, length: documents to take, and their tokens.
-        layers, pairs, skip_first, seed: as in ``score_heads``.
+        layers, pairs, error, skip_first, seed: as in ``score_heads``.
         workers: actors of Ray, each with a model of its own.
         ray_options: of each actor, like ``{"num_gpus": 1}``; one CPU each by default.
         checkpoint: folder that keeps every finished document, on a disk that all workers reach.
@@ -78,7 +79,7 @@ def score_corpus(
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise PosheadsError(f"workers={workers!r} was given; expected at least 1")
     job = Job(
-        model, corpus, n_docs, length, layers, pairs, skip_first, seed,
+        model, corpus, n_docs, length, layers, pairs, error, skip_first, seed,
         None if checkpoint is None else os.path.abspath(checkpoint), dict(model_options or {}),
     )  # fmt: skip
     if engine == "ray":
@@ -92,7 +93,8 @@ def score_corpus(
         return score_with_torchrun(job, progress=progress)
     begun = job.begin()
     return score_heads(
-        begun.model, [tokens for _, tokens in begun.units], layers=layers, pairs=pairs,
-        skip_first=skip_first, exact=False, seed=seed, checkpoint=checkpoint, progress=progress,
+        begun.model, [tokens for _, tokens in begun.units], layers=layers,
+        pairs=begun.accumulator.settings.pairs, skip_first=skip_first, exact=False, seed=seed,
+        checkpoint=checkpoint, progress=progress,
         provenance={**begun.facts, "engine": "local"},
     )  # fmt: skip

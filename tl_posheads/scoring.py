@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_posheads.accumulator import ScoreAccumulator, check_pairs
+from tl_posheads.accumulator import ScoreAccumulator
 from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.checkpoint import TableCheckpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import by_content, digest_of, documents_of, layers_of
+from tl_posheads.inputs import by_content, digest_of, documents_of, layers_of, pairs_to_draw
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
@@ -32,7 +32,8 @@ def score_heads(
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     layers: Sequence[int] | None = None,
-    pairs: Weighting = "all",
+    pairs: Weighting | Literal["auto"] = "all",
+    error: float | None = None,
     attention_mask: Int[Tensor, "doc pos"] | None = None,
     skip_first: int = 0,
     exact: bool | None = None,
@@ -53,7 +54,9 @@ def score_heads(
         layers: those to score; all by default.
         pairs: ``"all"`` counts every pair once; ``"per_distance"`` lets every distance weigh the
             same; a number draws that many pairs per head and document, distance first and then
-            position, and gives a standard error in ``se``.
+            position, and gives a standard error in ``se``; ``"auto"`` draws as many as ``error``
+            asks for.
+        error: with ``pairs="auto"``, what ``se`` stays under; 0.01 by default.
         attention_mask: 1 for tokens, 0 for padding, on the left or the right. Each document is
             run by itself and without its padding.
         skip_first: positions at the start of every document that are left out, as queries and as
@@ -76,16 +79,17 @@ def score_heads(
     Raises:
         PosheadsError: a model without RoPE or with forgotten hooks; tokens that are too short,
             outside the vocabulary or too long for the model; layers it doesn't have; NaN or
-            infinity in a head; a checkpoint of another run.
+            infinity in a head; a checkpoint of another run; an ``error`` without ``"auto"``.
 
     Example:
         >>> scores = score_heads(model, tokens)                 # doctest: +SKIP
         >>> scores.top(0.05)                                    # doctest: +SKIP
     """
     require_rotary(model)
-    check_pairs(pairs)
+    pairs_to_draw(pairs, error, 1)
     require_clean(model)
     documents = documents_of(model, tokens, attention_mask, skip_first)
+    pairs = pairs_to_draw(pairs, error, len(documents))
     wanted = layers_of(model, layers)
     longest = max(len(document) for document in documents)
     if exact is None:

@@ -9,6 +9,7 @@ documents, batches and machines can be merged in any order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,19 @@ def sampled_standard_error(distance: np.ndarray, dominant: np.ndarray) -> float:
     influence = u * v + tail_mean(distance, v) + tail_mean(dominant, u)
     norm = np.sqrt(np.mean(u * u) * np.mean(v * v))
     return float(np.std(influence) / norm / np.sqrt(len(u))) if norm > 0 else float("nan")
+
+
+def draws_for(error: float) -> int:
+    """Independent draws that give Spearman's rho a standard error of at most ``error``.
+
+    The standard error is 1/sqrt(n) for independent ranks and less for ranks that agree. Where D
+    depends on the distance but not monotonously it can be larger: 1.34/sqrt(n) where D falls and
+    rises again like a V, the worst found. Hence 2/error**2.
+
+    >>> draws_for(0.01)
+    20000
+    """
+    return math.ceil(2 / error**2 - 1e-6)
 
 
 def distance_edges(longest: int) -> Int[Tensor, "bin"]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_posheads.accumulator import ScoreAccumulator, check_pairs
+from tl_posheads.accumulator import ScoreAccumulator
 from tl_posheads.capture import rotary_hook_points
 from tl_posheads.checkpoint import TableCheckpoint
 from tl_posheads.corpora import corpus_provenance, load_corpus
-from tl_posheads.inputs import by_content, documents_of, layers_of
+from tl_posheads.inputs import by_content, documents_of, layers_of, pairs_to_draw
 from tl_posheads.lens import require_clean, require_rotary
 from tl_posheads.models import load_model
 from tl_posheads.scoring import empty_accumulator, facts_of, plan_of, sweep
@@ -33,7 +33,7 @@ class Job:
         model: name, hub id, folder or GGUF file.
         corpus: name or path, or the documents themselves.
         n_docs, length: documents to take of it and their tokens.
-        layers, pairs, skip_first, seed: as in ``score_heads``.
+        layers, pairs, error, skip_first, seed: as in ``score_heads``.
         checkpoint: folder that all processes reach.
         model_options: of ``load_model``.
     """
@@ -43,7 +43,8 @@ class Job:
     n_docs: int
     length: int
     layers: Sequence[int] | None
-    pairs: Weighting
+    pairs: Weighting | Literal["auto"]
+    error: float | None
     skip_first: int
     seed: int
     checkpoint: str | os.PathLike[str] | None
@@ -55,7 +56,7 @@ class Job:
         Raises:
             PosheadsError: what ``load_model``, ``load_corpus`` and ``score_heads`` refuse.
         """
-        check_pairs(self.pairs)
+        pairs_to_draw(self.pairs, self.error, 1)
         options = dict(self.model_options)
         if device is not None and not {"device", "n_devices", "device_map"} & options.keys():
             options["device"] = device
@@ -70,9 +71,10 @@ class Job:
             )
             facts = {**corpus_provenance(self.corpus), "n_docs": self.n_docs}
         units = by_content(documents_of(model, tokens, None, self.skip_first))
+        pairs = pairs_to_draw(self.pairs, self.error, len(units))
         with rotary_hook_points(model):
             accumulator = empty_accumulator(
-                model, units, layers=layers_of(model, self.layers), pairs=self.pairs,
+                model, units, layers=layers_of(model, self.layers), pairs=pairs,
                 skip_first=self.skip_first, exact=False, seed=self.seed,
             )  # fmt: skip
         plan = plan_of(model, accumulator, units)
