@@ -19,9 +19,11 @@ lint: .venv/.stamp-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy tl_posheads
 
-# Speed, as ratios measured side by side; not a test.
+# Speed, as ratios measured side by side (a quarter of an hour); not a test.
 bench: .venv/.stamp-demo
-	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/ablation.py
+	for script in kernel forward sampling scaling comparison ablation; do \
+		HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/$$script.py || exit 1; echo; done
+	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/forward.py --memory 8192
 
 clean:
 	rm -rf .venv .venv-tl3 report .pytest_cache .ruff_cache .mypy_cache .hypothesis

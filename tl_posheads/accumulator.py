@@ -282,7 +282,7 @@ class ScoreAccumulator:
                     rows=blocks.rows, columns=blocks.columns,
                 )  # fmt: skip
             geometry_counts = table.geometry_counts.double().numpy()
-            if self.settings.pairs != "all":  # a number draws every distance alike, too
+            if by_distance:  # a number draws every distance alike anyway
                 geometry_counts *= distance_weights(geometry_counts, table.longest)
             out["rho_geometry"][layer] = spearman_of_tables(geometry_counts)
             p = shift_p_value(table.null_observed, table.null_draws)

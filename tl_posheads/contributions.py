@@ -182,6 +182,9 @@ def dominant_dimension(
     return weights @ torch.arange(contributions.shape[-1], device=weights.device).double()
 
 
+_DRAWN = 1 << 21  # contributions of single query-key pairs at a time
+
+
 class PairVectors:
     """Queries and keys of one text and layer, laid out so that D can be had block by block.
 
@@ -249,16 +252,15 @@ class PairVectors:
         self, q_pos: Int[Tensor, "head n"], k_pos: Int[Tensor, "head n"]
     ) -> Float[Tensor, "head n"]:
         """D of single query-key pairs, each head with its own; float64."""
-        head = torch.arange(self.n_heads, device=self.q.device)[:, None]
-
-        def contribution(m: int) -> Tensor:
-            product = self.q[:, m][:, head, q_pos] * self.k[:, m][:, head, k_pos]
-            return product.sum(0)
-
-        peak = contribution(0)
-        for m in range(1, self.n_pairs):
-            peak = torch.maximum(peak, contribution(m))
-        return self._weigh(contribution, peak)
+        step = max(1, _DRAWN // (self.n_heads * self.n_pairs))
+        found = []
+        for rows, keys in zip(q_pos.split(step, dim=1), k_pos.split(step, dim=1)):
+            shape = (*self.q.shape[:3], rows.shape[1])
+            q = self.q.gather(3, rows.expand(shape))
+            k = self.k.gather(3, keys.expand(shape))
+            product = q.mul_(k).sum(0)
+            found.append(self._weigh(product.__getitem__, product.amax(0)))
+        return torch.cat(found, dim=1)
 
     def _weigh(self, contribution: Callable[[int], Tensor], peak: Tensor) -> Tensor:
         # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.contributions import PairVectors
-from tl_posheads.kernel import BAND, LOG2_E, TILE, Cells, padded_edges
+from tl_posheads.kernel import BAND, LOG2_E, TILE, Cells, centred
 from tl_posheads.statistics import DominantGrid, distance_edges
 
 _POOL_BITS = 3
@@ -70,7 +70,7 @@ class Counter:
         key_block = key_block.view(-1, TILE)
         sizes = (*self.counts.shape[1:], *self.blocks.shape[2:])
         shape = tuple(torch.tensor(n, dtype=torch.int32) for n in sizes)
-        edges = padded_edges(self.grid.edges)
+        edges, pair = centred(self.grid.edges, vectors.n_pairs)
         row = torch.arange(TILE, device=device).view(-1, 1, BAND, 1)
         apart, in_text = row - torch.arange(TILE, device=device), row < n_pos - (len(q) - 1) * TILE
         n_apart = len(q) if window is None else min(len(q), (window + TILE - 2) // TILE + 1)
@@ -86,7 +86,7 @@ class Counter:
                 x = everywhere if tile < len(q) - 1 else torch.where(in_text, everywhere, -1)
                 block = (query_block[tile], key_block[tile - n])
                 out = codes[:, n_waiting]
-                cells(q[tile], k[tile - n], edges, x, block, shape, _POOL_BITS, out)
+                cells(q[tile], k[tile - n], pair, edges, x, block, shape, _POOL_BITS, out)
                 n_waiting += 1
                 if weight is not None:
                     weights.append(weight)

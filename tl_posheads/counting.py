@@ -24,14 +24,15 @@ N_DRAWS = 999  # shifted surrogates
 NULL_ROWS = 64  # queries of a document whose rows are shifted
 GEOMETRY_ROWS = 256  # queries of a document whose permuted rows are counted
 _NULL_KEYS = 2048  # keys of a row that the shifts see; of longer texts every second, third ...
+_SAMPLE_KEYS = 1024  # of those rows, at most
 _SAMPLE = 1024  # values of D per head and document kept for another grid
 _CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
 
 
 def rows_of(
-    vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None
+    vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None, every: int = 1
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """D of the queries at ``rows``, ascending, in bites of about half a million.
+    """D of the queries at ``rows``, ascending, and every so many keys, in bites of half a million.
 
     Yields ``(dominant [head, row, key], distance [row, key], valid [row, key], query [row, key])``,
     where valid are the keys before the query and inside the window. The last key is the one
@@ -39,15 +40,15 @@ def rows_of(
     """
     start = 0
     while start < len(rows):
-        n_keys = int(rows[-1])
+        n_keys = -(-int(rows[-1]) // every)
         step = max(1, _CHUNK // max(1, vectors.n_heads * n_keys))
         some = rows[start : start + step]
         start += step
         first_key = 0 if window is None else max(0, int(some[0]) - window + 1)
-        keys = slice(first_key, int(some[-1]))
+        keys = slice(-(-first_key // every) * every, int(some[-1]), every)
         if keys.stop <= keys.start:
             continue
-        key_pos = torch.arange(keys.start, keys.stop, device=rows.device)
+        key_pos = torch.arange(keys.start, keys.stop, every, device=rows.device)
         distance = some[:, None] - key_pos
         valid = distance >= 1
         if window is not None:
@@ -70,8 +71,10 @@ def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
 
 def sample_of(vectors: PairVectors, window: int | None, n_rows: int = NULL_ROWS) -> Tensor:
     """D on some rows, flat: what a grid is made of, ``[head, n]``."""
-    rows = evenly(vectors.q.shape[-1], n_rows, vectors.q.device)
-    return torch.cat([d[:, valid] for d, _, valid, _ in rows_of(vectors, rows, window)], dim=1)
+    n_pos = vectors.q.shape[-1]
+    rows, every = evenly(n_pos, n_rows, vectors.q.device), -(-n_pos // _SAMPLE_KEYS)
+    bites = rows_of(vectors, rows, window, every)
+    return torch.cat([d[:, valid] for d, _, valid, _ in bites], dim=1)
 
 
 def document_seed(settings: Settings, document: str) -> np.random.Generator:
@@ -145,9 +148,12 @@ def count_document(
     else:
         lists = _count_all(vectors, counter, geometry.window, keep=settings.exact)
     by_geometry = Counter(grids.geometry, max(1, longest), [0, n_pos], device)
-    rows = evenly(n_pos, GEOMETRY_ROWS, device)
-    for dominant, distance, valid, query in rows_of(permuted, rows, geometry.window):
-        by_geometry.add(dominant[:, valid], distance[valid], query[valid])
+    if isinstance(settings.pairs, int):
+        _count_sample(permuted, by_geometry, settings.pairs, generator, longest)
+    else:
+        rows = evenly(n_pos, GEOMETRY_ROWS, device)
+        for dominant, distance, valid, query in rows_of(permuted, rows, geometry.window):
+            by_geometry.add(dominant[:, valid], distance[valid], query[valid])
     observed, draws = shift_null(vectors, grids.dominant, geometry.window, settings, generator)
     table = LayerTable(
         counts=counter.counts.cpu(),
@@ -253,14 +259,12 @@ def shift_null(
     level = torch.zeros(vectors.n_heads, len(rows), n_keys, dtype=torch.float64, device=device)
     seen = torch.zeros(len(rows), n_keys, dtype=torch.bool, device=device)
     done = 0
-    for dominant, distance, valid, query in rows_of(vectors, rows, window):
-        key = query[0] - distance[0]
-        kept = key % step == 0
-        part = dominant[..., kept].contiguous()
-        levels = grid.level.gather(1, grid.bins(part.flatten(1))).view(part.shape)
-        at = slice(done, done := done + part.shape[1])
-        level[:, at, key[kept] // step] = levels
-        seen[at, key[kept] // step] = valid[:, kept]
+    for dominant, distance, valid, query in rows_of(vectors, rows, window, step):
+        key = (query[0] - distance[0]) // step
+        levels = grid.level.gather(1, grid.bins(dominant.flatten(1))).view(dominant.shape)
+        at = slice(done, done := done + dominant.shape[1])
+        level[:, at, key] = levels
+        seen[at, key] = valid
     n_rows = seen.sum(0)
     mean = (level * seen).sum(1) / n_rows.clamp_min(1)
     # A mean of few rows eats part of their spread; the factor gives it back.

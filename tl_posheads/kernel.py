@@ -39,11 +39,21 @@ _at = torch.ops.aten._unsafe_index.Tensor
 Cells = Callable[..., None]
 
 
-def padded_edges(edges: Float[Tensor, "head edge"]) -> Float[Tensor, "head 255"]:
-    """Edges of D's bins as :func:`tile_cells` takes them."""
+def centred(
+    edges: Float[Tensor, "head edge"], n_pairs: int
+) -> tuple[Float[Tensor, "head 255"], Float[Tensor, "head pair"]]:
+    """Edges of D's bins and the numbers of the rotary pairs, from a pair of the head's own.
+
+    A head that rests on one pair has D within 1e-13 of a whole number, and the order of those last
+    digits is part of its score. Counted from that number, where most edges crowd, they are small
+    numbers that float32 tells apart.
+    """
     heads, n_edges = edges.shape
+    pair = torch.arange(n_pairs, dtype=edges.dtype, device=edges.device)
+    crowd = ((edges[:, None] - pair[:, None]).abs() < 1e-3).sum(-1)
+    centre = pair[crowd.argmax(1)][:, None]
     rest = edges.new_full((heads, _EDGES - n_edges), float("inf"))
-    return torch.cat([edges, rest], 1).float()
+    return torch.cat([edges - centre, rest], 1).float(), (pair - centre).float()
 
 
 def _exp2(power: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -62,16 +72,20 @@ def _exp2(power: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def tile_dominant(
-    q: Float[Tensor, "band head 2 pair row"], k: Float[Tensor, "head 2 pair key"]
+    q: Float[Tensor, "band head 2 pair row"],
+    k: Float[Tensor, "head 2 pair key"],
+    pair: Float[Tensor, "head pair"],
 ) -> Float[Tensor, "band head row key"]:
-    """D of every pair of a tile, float32. ``q`` is multiplied with :data:`LOG2_E` beforehand."""
+    """D of every pair of a tile, counted from the pair that is 0 in :func:`centred`; float32.
+
+    ``q`` is multiplied with :data:`LOG2_E` beforehand.
+    """
     exp2 = torch.exp2 if q.is_cuda else _exp2
     q_x, q_y = q[:, :, 0, :, :, None], q[:, :, 1, :, :, None]
     k_x, k_y = k[:, 0, :, None], k[:, 1, :, None]
     contribution = q_x * k_x + q_y * k_y
     weight = exp2(contribution - contribution.amax(2, keepdim=True))
-    pair = torch.arange(q.shape[3], dtype=torch.float32, device=q.device)[:, None, None]
-    return (weight * pair).sum(2) / weight.sum(2)
+    return (weight * pair[:, :, None, None]).sum(2) / weight.sum(2)
 
 
 def _bins(
@@ -119,7 +133,7 @@ def tile_cells(
 
     Args:
         dominant: from :func:`tile_dominant`.
-        edges: of D's bins, from :func:`padded_edges`.
+        edges: of D's bins, from :func:`centred`.
         x: distance bins; negative where attention doesn't see.
         block: what queries and keys add to the number of their block.
         shape: D bins and distance bins of the table and of the small tables.
@@ -155,7 +169,7 @@ _refusal: list[Exception] = []
 
 
 def compiled_cells(n_exponentials: int, device: torch.device) -> Cells | None:
-    """:func:`tile_cells` after :func:`tile_dominant`, compiled: ``(q, k, edges, ...)``.
+    """:func:`tile_cells` after :func:`tile_dominant`, compiled: ``(q, k, pair, edges, ...)``.
 
     None where that isn't worth it or there is no compiler. A call that can't be compiled raises
     :class:`CannotCompile`, and from then on there is None.
@@ -163,11 +177,11 @@ def compiled_cells(n_exponentials: int, device: torch.device) -> Cells | None:
     if n_exponentials < WORTH_COMPILING or _refusal or device.type not in ("cpu", "cuda"):
         return None
 
-    def cells(q: Tensor, k: Tensor, *rest: Any) -> None:
+    def cells(q: Tensor, k: Tensor, pair: Tensor, *rest: Any) -> None:
         try:
             with torch.no_grad():
                 dominant, cells_of = _compiled()
-                cells_of(dominant(q, k), *rest)
+                cells_of(dominant(q, k, pair), *rest)
         except Exception as problem:
             _refusal.append(problem)
             raise CannotCompile(str(problem)) from problem

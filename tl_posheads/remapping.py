@@ -284,7 +284,7 @@ class RemappedVectors(PairVectors):
         return self._chosen(number, lambda vectors: vectors.dominant_pairs(q_pos, k_pos))
 
     def _positions(self, keys: slice) -> Tensor:
-        return torch.arange(keys.start, keys.stop, device=self.q.device)
+        return torch.arange(keys.start, keys.stop, keys.step or 1, device=self.q.device)
 
     def _number(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         first = self.remapping.first

@@ -1,0 +1,78 @@
+"""What capturing rotated queries and keys costs beside transformers' own pass under SDPA.
+
+    .venv/bin/python benchmarks/forward.py                    # time at 2,048 tokens
+    .venv/bin/python benchmarks/forward.py --memory 8192      # peak memory of score_heads
+
+*transformers, SDPA, no head* is the bare model without its unembedding, the least that any capture
+can cost. *the lens, eager* is what ``run_with_hooks`` of the lens does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from side_by_side import machine, peak_memory, seconds_of, table_of
+
+import tl_posheads as ph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", type=int, metavar="TOKENS")
+    args = parser.parse_args()
+    model = ph.load_model(args.model, cls="bridge")
+    generator = torch.Generator().manual_seed(0)
+    n = args.memory or args.tokens
+    tokens = torch.randint(model.cfg.d_vocab, (1, n), generator=generator)
+    tokens = tokens.to(next(model.parameters()).device)
+    print(f"### Forward pass: {args.model}, {n:,} tokens\n\n{machine()}\n")
+    if args.memory:
+        before = peak_memory()
+        start = time.perf_counter()
+        ph.score_heads(model, tokens.cpu(), progress=False)
+        print(
+            f"score_heads, all heads and pairs: {time.perf_counter() - start:.0f} s, peak "
+            f"{peak_memory() / 1e3:.2f} GB resident (the model and its libraries: "
+            f"{before / 1e3:.2f} GB)"
+        )
+        return
+    bare = _bare(args.model, model)
+
+    def eager() -> None:
+        with torch.no_grad():
+            model.run_with_hooks(
+                tokens, return_type=None,
+                fwd_hooks=[(lambda name: name.endswith("hook_rot_q"), lambda value, hook: None)],
+            )  # fmt: skip
+
+    def plain() -> None:
+        with torch.no_grad():
+            bare(tokens, use_cache=False)
+
+    base = "transformers, SDPA, no head"
+    ways = {
+        base: plain,
+        "capture_rotary": lambda: ph.capture_rotary(model, tokens, lambda layer, q, k: None),
+        "the lens, eager": eager,
+    }
+    print(table_of(seconds_of(ways, args.rounds), base))
+
+
+def _bare(name: str, model) -> torch.nn.Module:
+    """The same checkpoint in transformers, without its unembedding."""
+    from transformers import AutoModel
+
+    from tl_posheads.models import _resolve
+
+    source, _ = _resolve(name)
+    bare = AutoModel.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+    return bare.eval().to(next(model.parameters()).device)
+
+
+if __name__ == "__main__":
+    main()
