@@ -18,7 +18,7 @@ from side_by_side import machine, peak_growth, seconds_of, table_of
 
 from tl_posheads import LayerGeometry, kernel
 from tl_posheads.counter import Counter
-from tl_posheads.counting import Settings, _count_all, count_document
+from tl_posheads.counting import Settings, count_document, count_rows
 from tl_posheads.remapping import pair_vectors
 from tl_posheads.statistics import DominantGrid
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     def counted() -> Counter:
         counter = Counter(grid, n - 1, [0, n], q.device)
-        _count_all(vectors, counter, None, keep=False)
+        count_rows(vectors, counter, torch.arange(1, n, device=device), None)
         return counter
 
     start = time.perf_counter()

@@ -19,7 +19,7 @@ from tl_posheads import LayerGeometry, kernel, spearman_by_distance
 from tl_posheads.accumulator import distance_weights
 from tl_posheads.contributions import rotate_by
 from tl_posheads.counter import Counter
-from tl_posheads.counting import Settings, _count_all, _count_sample, count_document
+from tl_posheads.counting import Settings, _count_sample, count_document, count_rows
 from tl_posheads.remapping import pair_vectors
 from tl_posheads.statistics import (
     draws_for,
@@ -54,7 +54,7 @@ def main() -> None:
 
     def all_pairs() -> Counter:
         table = counter()
-        _count_all(vectors, table, None, keep=False)
+        count_rows(vectors, table, torch.arange(1, n), None)
         return table
 
     def drawn() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -22,7 +22,7 @@ from side_by_side import machine, peak_growth, seconds_of
 
 from tl_posheads import LayerGeometry, kernel
 from tl_posheads.counter import Counter
-from tl_posheads.counting import Settings, _count_all, count_document
+from tl_posheads.counting import Settings, count_document, count_rows
 from tl_posheads.remapping import pair_vectors
 
 LENGTHS = [512, 1024, 2048, 4096, 8192]
@@ -59,7 +59,8 @@ def ways(n: int) -> dict[str, partial]:
     vectors = pair_vectors(q, k, GEOMETRY)
 
     def all_pairs() -> None:
-        _count_all(vectors, Counter(grids.dominant, n - 1, [0, n], q.device), None, keep=False)
+        counter = Counter(grids.dominant, n - 1, [0, n], q.device)
+        count_rows(vectors, counter, torch.arange(1, n), None)
 
     document = partial(count_document, q, k, GEOMETRY, NAME)
     return {

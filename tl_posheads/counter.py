@@ -58,35 +58,40 @@ class Counter:
         code = ((block * heads + self.head) * small_d + d // POOL) * small_x + x // POOL
         self.blocks += _bincount(code, weights, self.blocks)
 
-    def add_tiles(self, vectors: PairVectors, window: int | None, cells: Cells) -> None:
-        """Count every pair of a text, tile by tile, with the fused kernel."""
+    def add_tiles(
+        self,
+        vectors: PairVectors,
+        rows: Int[Tensor, "row"],
+        window: int | None,
+        cells: Cells,
+    ) -> None:
+        """Count all pairs of the queries at ``rows``, ascending, tile by tile, with the kernel."""
         n_pos, device = vectors.q.shape[-1], vectors.q.device
         n_heads = vectors.n_heads
-        q, k = _tiles(vectors.q * LOG2_E), _tiles(vectors.k)
+        q, k = _tiles(vectors.q[..., rows] * LOG2_E), _tiles(vectors.k)
         q = rearrange(q, "tile h c p (band row) -> tile band h c p row", row=BAND).contiguous()
+        pad = torch.nn.functional.pad
+        query = pad(rows, (0, -len(rows) % TILE), value=-1).view(-1, TILE // BAND, 1, BAND, 1)
+        key = torch.arange(len(k) * TILE, device=device).view(-1, TILE)
         # 32-bit numbers: twice as many fit into a vector, and the largest table has millions.
-        key_block = torch.nn.functional.pad(self.stretch.int(), (0, len(q) * TILE - n_pos))
-        query_block = (key_block * (key_block + 1) // 2).view(-1, TILE // BAND, 1, BAND, 1)
-        key_block = key_block.view(-1, TILE)
+        key_block = pad(self.stretch.int(), (0, len(k) * TILE - n_pos)).view(-1, TILE)
+        query_block = key_block.flatten()[query]
+        query_block = query_block * (query_block + 1) // 2
         sizes = (*self.counts.shape[1:], *self.blocks.shape[2:])
         shape = tuple(torch.tensor(n, dtype=torch.int32) for n in sizes)
         edges, pair = centred(self.grid.edges, vectors.n_pairs)
-        row = torch.arange(TILE, device=device).view(-1, 1, BAND, 1)
-        apart, in_text = row - torch.arange(TILE, device=device), row < n_pos - (len(q) - 1) * TILE
-        n_apart = len(q) if window is None else min(len(q), (window + TILE - 2) // TILE + 1)
         n_together = max(1, _CELLS // (n_heads * TILE * TILE))
         codes = torch.zeros(
             2, n_together, TILE // BAND, n_heads, BAND, TILE, dtype=torch.int32, device=device
         )
         weights: list[Tensor] = []
         n_waiting = 0
-        for n in range(n_apart):  # tiles the same distance apart share their distances
-            everywhere, weight = self._places(apart + n * TILE, window)
-            for tile in range(n, len(q)):
-                x = everywhere if tile < len(q) - 1 else torch.where(in_text, everywhere, -1)
-                block = (query_block[tile], key_block[tile - n])
-                out = codes[:, n_waiting]
-                cells(q[tile], k[tile - n], pair, edges, x, block, shape, _POOL_BITS, out)
+        for i, some in enumerate(rows.split(TILE)):
+            first = 0 if window is None else max(0, int(some[0]) - window + 1)
+            for j in range(first // TILE, (int(some[-1]) - 1) // TILE + 1):
+                x, weight = self._places(query[i] - key[j], window)
+                block = (query_block[i], key_block[j])
+                cells(q[i], k[j], pair, edges, x, block, shape, _POOL_BITS, codes[:, n_waiting])
                 n_waiting += 1
                 if weight is not None:
                     weights.append(weight)
@@ -102,7 +107,7 @@ class Counter:
         seen = distance >= 1
         if window is not None:
             seen &= distance < window
-        known = distance.clamp(0, len(self.x_of) - 1)
+        known = distance.clamp_(0, len(self.x_of) - 1)
         x = torch.where(seen, self.x_of[known], -1).int()
         return x, None if self.weight_of is None else self.weight_of[known]
 

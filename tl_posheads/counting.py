@@ -143,17 +143,18 @@ def count_document(
         weight_of = 1.0 / torch.arange(n_pos, 0, -1, dtype=torch.float64, device=device)
     cuts = stretches(n_pos, settings.n_blocks)
     counter = Counter(grids.dominant, max(1, longest), cuts, device, weight_of)
+    by_geometry = Counter(grids.geometry, max(1, longest), [0, n_pos], device)
+    every, window = torch.arange(1, n_pos, device=device), geometry.window
+    lists: list[tuple[Tensor, Tensor]] = []
     if isinstance(settings.pairs, int):
         lists = _count_sample(vectors, counter, settings.pairs, generator, longest)
-    else:
-        lists = _count_all(vectors, counter, geometry.window, keep=settings.exact)
-    by_geometry = Counter(grids.geometry, max(1, longest), [0, n_pos], device)
-    if isinstance(settings.pairs, int):
         _count_sample(permuted, by_geometry, settings.pairs, generator, longest)
     else:
-        rows = evenly(n_pos, GEOMETRY_ROWS, device)
-        for dominant, distance, valid, query in rows_of(permuted, rows, geometry.window):
-            by_geometry.add(dominant[:, valid], distance[valid], query[valid])
+        if settings.exact:
+            lists = _count_and_list(vectors, counter, every, window)
+        else:
+            count_rows(vectors, counter, every, window)
+        count_rows(permuted, by_geometry, evenly(n_pos, GEOMETRY_ROWS, device), window)
     observed, draws = shift_null(vectors, grids.dominant, geometry.window, settings, generator)
     table = LayerTable(
         counts=counter.counts.cpu(),
@@ -170,6 +171,12 @@ def count_document(
     return table, grids
 
 
+def _n_pairs(n_pos: int, longest: int, settings: Settings) -> int:
+    if isinstance(settings.pairs, int):
+        return settings.pairs
+    return longest * n_pos - longest * (longest + 1) // 2
+
+
 def _fused(vectors: PairVectors) -> Cells | None:
     """The compiled kernel, where it counts the same: not at positions that a method moved."""
     if type(vectors) is not PairVectors or vectors.q.dtype != torch.float32:
@@ -179,34 +186,35 @@ def _fused(vectors: PairVectors) -> Cells | None:
     return compiled_cells(work, vectors.q.device)
 
 
-def _n_pairs(n_pos: int, longest: int, settings: Settings) -> int:
-    if isinstance(settings.pairs, int):
-        return settings.pairs
-    return longest * n_pos - longest * (longest + 1) // 2
-
-
-def _count_all(
-    vectors: PairVectors, counter: Counter, window: int | None, *, keep: bool
-) -> list[tuple[Tensor, Tensor]]:
-    if not keep and (cells := _fused(vectors)) is not None:
+def count_rows(
+    vectors: PairVectors, counter: Counter, rows: Int[Tensor, "row"], window: int | None
+) -> None:
+    """Count all pairs of the queries at ``rows``, ascending, from 1 on."""
+    if (cells := _fused(vectors)) is not None:
         with suppress(CannotCompile):
-            counter.add_tiles(vectors, window, cells)
-            return []
+            counter.add_tiles(vectors, rows, window, cells)
+            return
         warnings.warn(
-            "torch.compile failed, so that pairs are counted some three times more slowly; is "
+            "torch.compile failed, so that pairs are counted some five times more slowly; is "
             "there a C++ compiler?",
             RuntimeWarning,
             stacklevel=2,
         )
+    for dominant, distance, valid, query in rows_of(vectors, rows, window):
+        counter.add(dominant[:, valid], distance[valid], query[valid])
+
+
+def _count_and_list(
+    vectors: PairVectors, counter: Counter, rows: Int[Tensor, "row"], window: int | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Count, and keep every pair's distance ``[1, n]`` and D ``[head, n]`` besides."""
     distances, dominants = [], []
-    rows = torch.arange(1, vectors.q.shape[-1], device=vectors.q.device)
     for dominant, distance, valid, query in rows_of(vectors, rows, window):
         seen, apart = dominant[:, valid], distance[valid]
         counter.add(seen, apart, query[valid])
-        if keep:
-            distances.append(apart.cpu())
-            dominants.append(seen.cpu())
-    return [(torch.cat(distances)[None], torch.cat(dominants, dim=1))] if keep else []
+        distances.append(apart.cpu())
+        dominants.append(seen.cpu())
+    return [(torch.cat(distances)[None], torch.cat(dominants, dim=1))]
 
 
 def farthest(n_pos: int, window: int | None) -> int:

@@ -16,6 +16,8 @@ from tl_posheads.results import HeadScores
 from tl_posheads.scoring import finer_bins
 from tl_posheads.tables import LayerTable
 
+_BATCHES = 8  # of a worker
+
 
 def score_with_ray(
     job: Job, *, workers: int, ray_options: Mapping[str, Any], progress: bool
@@ -105,6 +107,10 @@ def _add(
 
     if not units or not layers:
         return
+    # A worker adds up the documents of a batch before it sends them: tables are large. Its last
+    # batch is what is done again when it is lost.
+    size = max(1, len(units) // (_BATCHES * workers))
+    n_batches = -(-len(units) // size)
     rows = [{"unit": unit, "tokens": tokens.numpy().tobytes()} for unit, tokens in units]
     # Held here until all is counted, so that an actor can be started anew.
     shared = ray.put(replace(begun, units=begun.units[:1], accumulator=begun.accumulator.like()))
@@ -115,10 +121,10 @@ def _add(
         name="tables",
     )
     counted = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
+        ray.data.from_items(rows, override_num_blocks=n_batches)
         .map_batches(
-            _Worker, batch_size=1, **ray_options,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))),
+            _Worker, batch_size=size, **ray_options,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, n_batches)),
             fn_constructor_args=([shared], list(layers), name),
         )
         .groupby("layer", num_partitions=min(len(layers), 4 * workers))
