@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_posheads import extrapolation, tasks
+    from tl_posheads import extrapolation, tasks, views
     from tl_posheads.ablation import ablate, ablation_hooks
     from tl_posheads.accumulator import ScoreAccumulator
     from tl_posheads.capture import capture_rotary, hook_names, rotary_hook_points
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tl_posheads.extrapolation.stretch import Stretch, stretch
     from tl_posheads.geometry import LayerGeometry, RotaryGeometry
     from tl_posheads.interventions import edit_rotary
+    from tl_posheads.maps import HeadMaps, head_maps
     from tl_posheads.models import load_model
     from tl_posheads.patching import HeadPatching, patch_heads
     from tl_posheads.results import HeadScores
@@ -70,6 +71,8 @@ _HOME = {
     "stretch": "extrapolation.stretch",
     "LayerGeometry": "geometry",
     "RotaryGeometry": "geometry",
+    "HeadMaps": "maps",
+    "head_maps": "maps",
     "edit_rotary": "interventions",
     "load_model": "models",
     "HeadPatching": "patching",
@@ -85,7 +88,7 @@ _HOME = {
     "head_effects": "study.screen",
 }
 
-_PACKAGES = ("extrapolation", "tasks")
+_PACKAGES = ("extrapolation", "tasks", "views")
 
 __all__ = [*_HOME, *_PACKAGES]
 

@@ -1,0 +1,14 @@
+"""What to look at: each view shows itself in a notebook and saves as one file that works offline.
+
+>>> from tl_posheads import views                                       # doctest: +SKIP
+>>> maps = ph.head_maps(model, tokens[0], scores.top(4))                # doctest: +SKIP
+>>> views.score_map(scores, maps).save("map.html")                      # doctest: +SKIP
+"""
+
+from tl_posheads.views.attention import attention
+from tl_posheads.views.far_samples import far_samples
+from tl_posheads.views.looks import looks, looks_from
+from tl_posheads.views.score_map import score_map
+from tl_posheads.views.shown import View
+
+__all__ = ["View", "attention", "far_samples", "looks", "looks_from", "score_map"]

@@ -1,0 +1,70 @@
+"""The positions that look farthest back, with the words around them."""
+
+from __future__ import annotations
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.maps import HeadMaps
+from tl_posheads.views.shown import View, as_html, page
+
+_SCRIPT = """
+draw(view, "TopkSamples", data);
+"""
+
+
+def far_samples(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
+    """The ``k`` farthest-looking positions of each head, each with the tokens before it.
+
+    Tokens are coloured by how far back each looks as a query, in tokens, or by which dimension,
+    both weighted by attention.
+    ``circuitsvis.topk_samples`` draws it.
+
+    Args:
+        maps: what :func:`tl_posheads.head_maps` returned.
+        k: samples a head, at least 1; those of one stretch stand once.
+        around: tokens before and after the position.
+
+    Raises:
+        PosheadsError: ``k`` below 1 or ``around`` below 0.
+
+    Example:
+        >>> far_samples(maps, k=5)                                      # doctest: +SKIP
+    """
+    if k < 1 or around < 0:
+        raise PosheadsError(
+            f"k={k!r} and around={around!r} were given; expected k of at least 1 and around of at "
+            "least 0"
+        )
+    tokens: list[list[list[list[str]]]] = []
+    values: list[list[list[list[float]]]] = []
+    for distance, dimension in zip(maps.distance, maps.dimension):
+        stretches = [
+            slice(max(0, position - around), position + around + 1)
+            for position in _apart(distance.tolist(), k, around)
+        ]
+        tokens.append([[as_html(maps.tokens[stretch]) for stretch in stretches]] * 2)
+        measures = (distance, dimension.nan_to_num(0.0))
+        values.append([[of[stretch].tolist() for stretch in stretches] for of in measures])
+    return page(
+        f"Where heads look farthest back: {maps.model}",
+        f"Of {len(maps.tokens):,} tokens those that look farthest back, with what stands around "
+        "them. Each token's value is how far back it looks itself, or by which dimension.",
+        {
+            "tokens": tokens, "activations": values,
+            "zerothDimensionName": "Head", "firstDimensionName": "Value",
+            "zerothDimensionLabels": maps.names,
+            "firstDimensionLabels": ["tokens back", "dominant dimension"],
+        },
+        _SCRIPT,
+        height=600,
+    )  # fmt: skip
+
+
+def _apart(distance: list[float], k: int, around: int) -> list[int]:
+    """The farthest-looking positions, none within another's stretch."""
+    chosen: list[int] = []
+    for position in sorted(range(len(distance)), key=lambda i: -distance[i]):
+        if all(abs(position - other) > around for other in chosen):
+            chosen.append(position)
+        if len(chosen) == k:
+            break
+    return chosen

@@ -1,0 +1,99 @@
+"""Layer by head, coloured by score; a click opens a head."""
+
+from __future__ import annotations
+
+from tl_posheads.maps import HeadMaps
+from tl_posheads.results import HeadScores
+from tl_posheads.views.attention import said_of_cells
+from tl_posheads.views.shown import View, page
+
+_SCRIPT = """
+const table = element("table", {"aria-label": "positional score by layer and head"});
+const head = element("tr");
+head.append(element("th", {scope: "col"}, "layer"));
+data.rho[0].forEach((_, h) => head.append(element("th", {scope: "col"}, h)));
+table.append(head);
+const panel = element("section", {id: "head", "aria-live": "polite",
+                                  "aria-label": "the chosen head"});
+const known = data.rho.flat().filter(r => r !== null);
+const low = Math.min(...known), high = Math.max(...known);
+let pressed = null;
+function open(button, layer, h) {
+  if (pressed) pressed.setAttribute("aria-pressed", "false");
+  pressed = button;
+  button.setAttribute("aria-pressed", "true");
+  panel.replaceChildren(element("h2", {}, `Layer ${layer}, head ${h}`));
+  const facts = data.facts[layer][h];
+  panel.append(element("p", {}, facts === null ? "Not scored." : facts));
+  const found = data.maps[`${layer},${h}`];
+  if (!found) return;
+  panel.append(element("p", {}, data.said));
+  for (const [name, values] of Object.entries(found)) {
+    panel.append(element("h2", {}, name));
+    draw(panel, "AttentionPattern",
+         {attention: values, tokens: data.tokens, maxValue: 1, minValue: -1, maskUpperTri: true});
+  }
+}
+data.rho.forEach((row, layer) => {
+  const line = element("tr");
+  line.append(element("th", {scope: "row"}, layer));
+  row.forEach((rho, h) => {
+    const cell = element("td");
+    const shown = rho === null ? "\\u2013" : rho.toFixed(2);
+    const button = element("button", {type: "button", "aria-pressed": "false",
+      "aria-label": `layer ${layer} head ${h}, score ${shown}`}, shown);
+    paint(button, rho === null ? null : (rho - low) / (high - low || 1));
+    button.addEventListener("click", () => open(button, layer, h));
+    cell.append(button);
+    line.append(cell);
+  });
+  table.append(line);
+});
+const wide = element("div", {tabindex: "0", role: "region", "aria-label": "map of the heads",
+                             style: "overflow-x:auto"});
+wide.append(table);
+view.className = "beside";
+view.append(wide, panel);
+"""
+
+
+def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
+    """The positional score of every head; a click tells about a head.
+
+    Args:
+        scores: what ``score_heads`` returned or ``HeadScores.load`` read.
+        maps: of :func:`tl_posheads.head_maps`: those heads open with their attention and
+            dominant-dimension map.
+
+    Example:
+        >>> score_map(scores, head_maps(model, tokens[0], scores.top(4)))       # doctest: +SKIP
+    """
+    facts: list[list[str | None]] = [[None] * scores.rho.shape[1] for _ in scores.rho]
+    for row in scores.to_pandas().to_dict("records"):
+        if row["rho"] == row["rho"]:
+            facts[int(row["layer"])][int(row["head"])] = (
+                f"Score {row['rho']:.3f}, 95 % interval {row['ci_low']:.3f} to "
+                f"{row['ci_high']:.3f}; {row['rho_geometry']:.3f} by geometry alone; "
+                f"p {row['p_null']:.3g} against the shifted null."
+            )
+    opened = {}
+    for i, (layer, head) in enumerate(maps.heads if maps else []):
+        assert maps is not None
+        last = maps.n_pairs[i] - 1
+        opened[f"{layer},{head}"] = {
+            "Attention": maps.pattern[i],
+            f"Dominant dimension, divided by {last}": maps.dominant[i].nan_to_num(0.0) / last,
+        }
+    return page(
+        f"Positional scores: {scores.provenance.get('model')}",
+        "Spearman's correlation between token distance and dominant dimension, from dark (lowest) "
+        "to light (highest). Choose a head"
+        + (f"; {', '.join(maps.names)} open with their maps." if maps else "."),
+        {
+            "rho": scores.rho, "facts": facts, "maps": opened,
+            "tokens": maps.cell_tokens() if maps else [],
+            "said": said_of_cells(maps) if maps else "",
+        },
+        _SCRIPT,
+        height=720,
+    )  # fmt: skip
