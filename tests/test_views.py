@@ -216,3 +216,59 @@ def test_samples_lie_apart():
         views.looks(maps, start=13)
     with pytest.raises(ph.PosheadsError, match="q_pos=3"):
         views.looks_from(maps, 3)
+
+
+@pytest.fixture(scope="module")
+def curve(llama):
+    heads = [(0, 0), (1, 1)]
+    return ph.dominant_dimension_curve(llama, tokens_of(60)[None], heads=heads, progress=False)
+
+
+def test_curve_figure_shows_the_means_it_was_given(curve):
+    fig = curve.plot(trained=40)
+    (ax,) = fig.axes
+    lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    assert [line.get_label() for line in lines] == ["layer 0, head 0", "layer 1, head 1"]
+    for i, line in enumerate(lines):
+        # Up to distance 8 an eighth of an octave holds one distance or none.
+        x, y = line.get_xdata(), line.get_ydata()
+        for distance in range(1, 8):
+            at = int(abs(x - distance).argmin())
+            assert x[at] == pytest.approx(distance)
+            assert y[at] == pytest.approx(float(curve.mean[i, distance - 1]))
+    assert "tokens" in ax.get_xlabel()
+    assert "rotary pair" in ax.get_ylabel()
+    assert 40 in [line.get_xdata()[0] for line in ax.lines]
+
+
+def test_allocation_figure_has_a_row_for_every_pair(curve):
+    fig = curve.plot_allocation((1, 1))
+    mesh = fig.axes[0].collections[0].get_array()
+    assert mesh.shape[0] == curve.allocation.shape[1]
+    assert mesh[:, 0].sum() == pytest.approx(1, abs=1e-6)
+    assert mesh[2, 0] == pytest.approx(float(curve.allocation[1, 2, 0]))
+    labels = [label.get_text() for label in fig.axes[-1].get_yticklabels()]
+    assert labels[0] == f"{float(curve.wavelengths[1, 0]):,.0f}"
+    with pytest.raises(ph.PosheadsError, match="the curve has"):
+        curve.plot_allocation((5, 5))
+
+
+def test_score_figure_counts_every_head():
+    scores = toy_scores()
+    (ax,) = scores.plot().axes
+    everything = ax.patches[:40]
+    assert sum(patch.get_height() for patch in everything) == 20
+    assert ax.get_ylabel() == "heads"
+    with pytest.raises(ph.PosheadsError, match="no head has a score"):
+        toy_scores(scored=False).plot()
+
+
+def test_the_users_style_is_left_alone_and_ours_is_kept():
+    import matplotlib
+
+    with matplotlib.rc_context({"axes.facecolor": "black"}):
+        before = dict(matplotlib.rcParams)
+        (ax,) = toy_scores().plot().axes
+        assert dict(matplotlib.rcParams) == before
+    assert ax.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
+    assert not ax.spines["top"].get_visible()

@@ -49,6 +49,35 @@ class DominantDimensionCurve:
     allocation: Float[Tensor, "head pair distance"]
     wavelengths: Float[Tensor, "head pair"]
 
+    def plot(self, *, trained: int | None = None) -> Any:
+        """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
+
+        Args:
+            trained: training length, marked by an upright line.
+        """
+        from tl_posheads.curve_figures import curve_figure
+
+        return curve_figure(self, trained)
+
+    def plot_allocation(
+        self, head: tuple[int, int] | None = None, *, trained: int | None = None
+    ) -> Any:
+        """Weight of every rotary pair by distance, wavelengths on the right axis.
+
+        Args:
+            head: one of :attr:`heads`; the first by default.
+            trained: training length, marked by an upright line.
+
+        Raises:
+            PosheadsError: a head that the curve hasn't.
+        """
+        from tl_posheads.curve_figures import allocation_figure
+
+        place = self.heads[0] if head is None else tuple(head)
+        if place not in self.heads:
+            raise PosheadsError(f"head={head!r} was given; the curve has {self.heads}")
+        return allocation_figure(self, self.heads.index(place), trained)
+
     def to_pandas(self) -> pd.DataFrame:
         """Long form: layer, head, distance, n_pairs, mean and a column per quantile."""
         frames = []

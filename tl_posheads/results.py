@@ -114,6 +114,18 @@ class HeadScores:
         """Heads whose whole confidence interval lies above ``threshold``, best first."""
         return [place for place in self._ranked() if float(self.ci_low[place]) > threshold]
 
+    def plot(self) -> Any:
+        """Histogram of the scores beside the nulls, as a matplotlib figure.
+
+        Raises:
+            PosheadsError: no head has a score.
+        """
+        from tl_posheads.score_figure import score_figure
+
+        if not self._ranked():
+            raise PosheadsError("no head has a score; there is nothing to draw")
+        return score_figure(self)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per head of the scored layers, in order of layer and head."""
         layers = torch.nonzero(self.n_pairs.sum(1) > 0).flatten().tolist()

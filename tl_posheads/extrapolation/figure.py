@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tl_posheads.pictures import picture
+from tl_posheads.pictures import COLOURS, DASHES, MARKERS, picture, styled
 
 if TYPE_CHECKING:
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 
-# Okabe and Ito's colours, told apart by colour-blind readers; dashes and markers for print.
-# Black is the bare model's.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-_DASHES = ("-", "--", "-.", ":")  # as many have no divisor in common with the colours
-_MARKERS = "osD^vPX*"
 
-
+@styled
 def figure(comparison: ExtrapolationComparison, numbers: Sequence[int]) -> Any:
     """Above, the mean curve of the heads by distance; below, loss by position and task answers.
 
@@ -40,10 +35,10 @@ def figure(comparison: ExtrapolationComparison, numbers: Sequence[int]) -> Any:
         style: dict[str, Any] = {"color": "black", "linestyle": "-", "linewidth": 2.2}
         if m > 0:
             style = {
-                "color": _COLOURS[(m - 1) % len(_COLOURS)], "linewidth": 1.5,
-                "linestyle": _DASHES[m % len(_DASHES)],
+                "color": COLOURS[(m - 1) % len(COLOURS)], "linewidth": 1.5,
+                "linestyle": DASHES[m % len(DASHES)],
             }  # fmt: skip
-        marked = {**style, "marker": _MARKERS[m % len(_MARKERS)], "markersize": 4}
+        marked = {**style, "marker": MARKERS[m % len(MARKERS)], "markersize": 4}
         mine = curves[curves["method"] == method]
         by_distance = mine.groupby("distance")["mean"].mean()
         label = "bare model" if m == 0 else method
@@ -58,25 +53,22 @@ def figure(comparison: ExtrapolationComparison, numbers: Sequence[int]) -> Any:
     heads = len(comparison.heads)
     curves_ax.set_ylabel("dominant dimension\n(rotary pair, 0 = fastest)")
     curves_ax.set_xlabel("token distance (tokens)")
-    curves_ax.set_title(
-        f"Mean of {heads} head{'s' if heads > 1 else ''} by token distance", loc="left", fontsize=10
-    )
+    curves_ax.set_title(f"Mean of {heads} head{'s' if heads > 1 else ''} by token distance")
     loss_ax.set_ylabel("loss (nats a token)")
     loss_ax.set_xlabel("position (tokens)")
-    loss_ax.set_title("Loss by position", loc="left", fontsize=10)
+    loss_ax.set_title("Loss by position")
     for ax, task in zip(task_axes, tasks, strict=True):
         ax.set_ylabel("log-probability of the answer\n(nats a token)")
         ax.set_xlabel("length of the prompt (tokens)")
-        ax.set_title(f"Task: {task}", loc="left", fontsize=10)
+        ax.set_title(f"Task: {task}")
     for ax in (curves_ax, loss_ax, *task_axes):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_locator(LogLocator(base=2, numticks=8 if ax is curves_ax else 5))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         ax.axvline(comparison.trained, color="0.5", linewidth=1)
-        ax.spines[["top", "right"]].set_visible(False)
     curves_ax.annotate(
         f"trained on {comparison.trained:,} ", (comparison.trained, 1), color="0.3", fontsize=9,
         xycoords=("data", "axes fraction"), va="top", ha="right",
     )  # fmt: skip
-    fig.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    fig.legend(loc="outside upper center", ncols=3)
     return fig

@@ -18,7 +18,7 @@ from tl_posheads.files import (
     table_of,
     write_labelled,
 )
-from tl_posheads.pictures import picture
+from tl_posheads.pictures import COLOURS, picture, styled
 from tl_posheads.study.controls import Head
 from tl_posheads.study.effects import Effect, paired_effect, rank_tests, spearman
 from tl_posheads.study.results import RESOLUTION
@@ -109,6 +109,7 @@ class DoseResponse:
         mine = paired_effect(rho[0], np.zeros_like(rho[0]), seed=seed)
         return mine, float(rho[1:].mean())
 
+    @styled
     def plot(self) -> Any:
         """Effect against strength, over the draws; a matplotlib figure that shows itself."""
         table, means = self.to_pandas(), self.effects().mean(1)
@@ -117,7 +118,7 @@ class DoseResponse:
         ax.axhline(0, color="0.5", linewidth=0.8)
         for i, draw in enumerate(means[1:]):
             label = "layer-matched heads, a line a draw" if i == 0 else None
-            ax.plot(self.strengths, draw, color="#E69F00", linewidth=0.8, alpha=0.6, label=label)
+            ax.plot(self.strengths, draw, color=COLOURS[4], linewidth=0.8, alpha=0.6, label=label)
         ax.plot(
             table["strength"], table["effect"], color="#000000", marker="o", linewidth=2,
             label=f"the {len(self.sets[0])} heads, 95 % interval over prompts",
@@ -129,8 +130,7 @@ class DoseResponse:
         shift = self.provenance.get("edit") == "shift"
         ax.set_xlabel("shift of the query (tokens)" if shift else "share of the pairs taken away")
         ax.set_ylabel("change (nats a token)")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend()
         return fig
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

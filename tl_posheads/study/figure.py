@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.pictures import picture
+from tl_posheads.pictures import COLOURS, picture, styled
 
 if TYPE_CHECKING:
     from tl_posheads.study.results import AblationStudy
 
-# Okabe and Ito's colours, told apart by colour-blind readers, with a marker each for print.
 _STYLE = {
-    "random": ("#56B4E9", "o"),
-    "layer_matched": ("#E69F00", "s"),
-    "norm_matched": ("#009E73", "^"),
-    "lowest": ("#CC79A7", "D"),
+    "random": (COLOURS[5], "o"),
+    "layer_matched": (COLOURS[4], "s"),
+    "norm_matched": (COLOURS[2], "^"),
+    "lowest": (COLOURS[3], "D"),
 }
 _TOP = "#000000"
 
 
+@styled
 def figure(study: AblationStudy) -> Any:
     """A row per task; on the left the long prompts, on the right their short controls.
 
@@ -35,7 +35,6 @@ def figure(study: AblationStudy) -> Any:
             ax = axes[row, column]
             mine = table[(table["task"] == task) & (table["variant"] == variant)]
             ax.axhline(0, color="0.5", linewidth=0.8)
-            ax.spines[["top", "right"]].set_visible(False)
             if mine.empty:
                 ax.text(0.5, 0.5, "no short control", ha="center", transform=ax.transAxes)
                 continue
@@ -58,13 +57,13 @@ def figure(study: AblationStudy) -> Any:
                     [best["ci_high"] - best["effect"]],
                 ]
                 ax.errorbar([x], [best["effect"]], yerr=error, fmt="o", color=_TOP, capsize=3)
-            ax.set_title(f"{task}, {variant} context", fontsize=10, loc="left")
+            ax.set_title(f"{task}, {variant} context")
             if column == 0:
                 ax.set_ylabel("change (nats a token)")
     for ax in axes[-1]:
         ax.set_xticks(range(len(fractions)), [f"{100 * fraction:.2g} %" for fraction in fractions])
         ax.set_xlabel("share of heads ablated")
-    fig.legend(handles=_handles(controls), loc="outside upper center", ncols=5, frameon=False)
+    fig.legend(handles=_handles(controls), loc="outside upper center", ncols=5)
     return fig
 
 
