@@ -38,7 +38,7 @@ def require_lm_eval() -> None:
         raise PosheadsError(f"{_MISSING}; for lm-eval, pip install 'tl-posheads[evals]'")
 
 
-class LensLM(TemplateLM):
+class LensLM(TemplateLM):  # type: ignore[misc]
     """A TransformerLens model as lm-eval's ``lm``, for ``lm_eval.simple_evaluate(model=...)``.
 
     It calls the live model: inside ``with tl_posheads.ablate(model, heads)``, or any other hooks,
@@ -89,11 +89,12 @@ class LensLM(TemplateLM):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -119,10 +120,11 @@ class LensLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as one text, by the tokenizer's template."""
-        return self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
+        return text
 
     def get_model_info(self) -> dict[str, Any]:
         return {"model": model_name(self.model), "model_class": type(self.model).__name__}
@@ -216,7 +218,7 @@ class LensLM(TemplateLM):
             ids = row[start:].tolist()
             # Not every tokenizer knows its EOS as a special token that decoding skips.
             ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
-            return self.tokenizer.decode(ids, skip_special_tokens=True)
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
         if "stopping_criteria" in inspect.signature(self.model.generate).parameters:
             if stop:

@@ -251,7 +251,7 @@ def _is_causal_lm(config: Any) -> bool:
 
 
 def _architecture(config: Any) -> str:
-    return (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    return str((getattr(config, "architectures", None) or [type(config).__name__])[0])
 
 
 def _bridge(

@@ -42,7 +42,8 @@ def target_logits(
     """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it."""
     device = next(model.parameters()).device
     with unembed_only(model, targets - 1):
-        return model(tokens[None].to(device), return_type="logits")[0].float()
+        logits: Tensor = model(tokens[None].to(device), return_type="logits")[0].float()
+        return logits
 
 
 def _scored(

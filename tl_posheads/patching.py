@@ -277,7 +277,8 @@ def _sweep(
 
     def setter(z: Tensor, index: Sequence[int], clean_z: Any) -> Tensor:
         # The lens writes into z, which may be a tensor that a user's hook returned and keeps.
-        return lens_patching.layer_head_vector_patch_setter(z.clone(), index, clean_z)
+        patched: Tensor = lens_patching.layer_head_vector_patch_setter(z.clone(), index, clean_z)
+        return patched
 
     # The lens shows a bar of its own and has no argument for it.
     bar = partial(tqdm, desc="patching", unit="head", disable=not progress, dynamic_ncols=True)

@@ -68,7 +68,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
         raise PosheadsError(
             f"{out / RUN_FILE} was not written by tl-posheads; choose another --out"
         )
-    return run
+    return dict(run)
 
 
 def look(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> State:

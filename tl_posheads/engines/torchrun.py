@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def _score(job: Job, device: str | None, progress: bool) -> HeadScores:
         (coarse,) = _from_first([coarse])
         _share_bins(begun)
         _add(begun, 0, coarse, f"again{attempt}-", device, progress and rank == 0)
-    scores = None
+    scores: HeadScores | None = None
     if rank == 0:
         scores = accumulator.scores(
             {**begun.facts, "engine": f"torchrun, {dist.get_backend()}, {world} processes"}
@@ -67,7 +68,7 @@ def _score(job: Job, device: str | None, progress: bool) -> HeadScores:
     return scores
 
 
-def _from_first(values: list) -> list:
+def _from_first(values: list[Any]) -> list[Any]:
     dist.broadcast_object_list(values, src=0)
     return values
 

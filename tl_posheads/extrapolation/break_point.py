@@ -143,14 +143,16 @@ class _Bases:
 
     def rest(self, curves: np.ndarray) -> np.ndarray:
         """Curves without their unbroken trends, ``[..., bin]``."""
-        return curves - (curves @ self.trend) @ self.trend.T
+        left: np.ndarray = curves - (curves @ self.trend) @ self.trend.T
+        return left
 
     def gain(self, curves: np.ndarray) -> np.ndarray:
         """Squares that each break explains over squares left, ``[draw, break]``."""
         rest = self.rest(curves)
         total = (rest**2).sum((1, 2))[:, None]
         told = (np.einsum("dhb,kbc->dkhc", rest, self.added, optimize=True) ** 2).sum((2, 3))
-        return told / np.maximum(total - told, 1e-12 * np.maximum(total, 1e-300))
+        share: np.ndarray = told / np.maximum(total - told, 1e-12 * np.maximum(total, 1e-300))
+        return share
 
     def change(self, place: int) -> np.ndarray:
         """Level, slope and a bin of its own, since a break may lie anywhere in it."""
@@ -173,7 +175,8 @@ def _knots(x: np.ndarray, n_knots: int) -> np.ndarray:
 
 
 def _spline(x: np.ndarray, n_knots: int) -> np.ndarray:
-    return BSpline.design_matrix(x, _knots(x, n_knots), 3).toarray()
+    splines: np.ndarray = BSpline.design_matrix(x, _knots(x, n_knots), 3).toarray()
+    return splines
 
 
 def _chosen(curves: np.ndarray, x: np.ndarray) -> tuple[_Bases, float]:

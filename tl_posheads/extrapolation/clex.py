@@ -150,7 +150,8 @@ class CLEX(FrequencyMethod):
         ntk = -pair / n * math.log(self.base) - pair / max(1, n - 1) * alpha.log()
         up, down = self.up.to(x), self.down.to(x)
         learned = _ACTS[self.act]((x + ntk) @ up) @ down
-        return learned - 2 * pair / (max(1, n - 1) * alpha)
+        change: Tensor = learned - 2 * pair / (max(1, n - 1) * alpha)
+        return change
 
     def _require_pairs(self, n_pairs: int) -> None:
         if self.up.shape[0] != n_pairs:

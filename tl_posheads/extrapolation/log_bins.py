@@ -149,10 +149,14 @@ class BinnedCurves:
         """Curves ``[draw, head, bin]`` of the units drawn so many times; NaN without a pair."""
         if unit == "heads":
             picks = np.stack([np.repeat(np.arange(len(row)), row) for row in counts.astype(int)])
-            return self.drawn(np.ones((1, len(self.total))), "documents")[0, picks]
+            alone = self.drawn(np.ones((1, len(self.total))), "documents")
+            chosen: np.ndarray = alone[0, picks]
+            return chosen
         with np.errstate(invalid="ignore"):
             weight = np.tensordot(counts, self.weight, 1)
-            return np.tensordot(counts, self.total, 1) / np.where(weight > 0, weight, np.nan)
+            total = np.tensordot(counts, self.total, 1)
+            mean: np.ndarray = total / np.where(weight > 0, weight, np.nan)
+            return mean
 
 
 def bootstrap_counts(n_units: int, n_boot: int, seed: int) -> np.ndarray:

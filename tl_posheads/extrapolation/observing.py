@@ -79,7 +79,8 @@ class Plan:
 def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, "target"]:
     """Up to ``n_scored`` positions from 1 on, evenly spread."""
     n = min(n_pos - 1, n_scored)
-    return torch.linspace(1, n_pos - 1, n, dtype=torch.float64).round().long().unique()
+    rows: Tensor = torch.linspace(1, n_pos - 1, n, dtype=torch.float64).round().long().unique()
+    return rows
 
 
 def observe(

@@ -85,14 +85,16 @@ def _best_shift(bounds: tuple[float, float], *curves: np.ndarray) -> np.ndarray:
         a, b = high - golden * (high - low), low + golden * (high - low)
         left = misfit(a) <= misfit(b)
         low, high = np.where(left, low, a), np.where(left, b, high)
-    return (low + high) / 2
+    middle: np.ndarray = (low + high) / 2
+    return middle
 
 
 def _spread(curves: np.ndarray) -> np.ndarray:
     """Sum of squares along distance about each head's mean, ``[draw]``."""
     n = np.isfinite(curves).sum(2, keepdims=True)
     mean = np.nansum(curves, axis=2, keepdims=True) / np.maximum(n, 1)
-    return np.nansum((curves - mean) ** 2, axis=(1, 2))
+    squares: np.ndarray = np.nansum((curves - mean) ** 2, axis=(1, 2))
+    return squares
 
 
 def stretch(

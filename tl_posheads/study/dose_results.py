@@ -59,7 +59,8 @@ class DoseResponse:
         change = self.cells.assign(effect=self.cells["logprob"] - self.cells["clean"])
         change = change.sort_values(["set", "prompt", "strength"])
         shape = (len(self.sets), self.cells["prompt"].nunique(), len(self.strengths))
-        return change["effect"].to_numpy().reshape(shape)
+        effects: np.ndarray = change["effect"].to_numpy().reshape(shape)
+        return effects
 
     def to_pandas(self, *, seed: int = 0) -> pd.DataFrame:
         """A row per strength.

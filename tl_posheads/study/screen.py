@@ -113,7 +113,8 @@ def _norms(z: Tensor, attn: Any) -> Float[Tensor, "head"]:
     gram = einsum(w_o, w_o, "head d d_model, head e d_model -> head d e")
     half = einsum(z, gram, "batch pos head d, head d e -> batch pos head e")
     squares = (half * z).sum(-1)
-    return squares.clamp_min(0).sqrt().mean((0, 1))
+    norms: Tensor = squares.clamp_min(0).sqrt().mean((0, 1))
+    return norms
 
 
 @contextmanager
