@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -35,7 +35,7 @@ class View:
         height: of its frame in a notebook, in pixels.
     """
 
-    html: str
+    html: str = field(repr=False)
     height: int = 600
 
     def _repr_html_(self) -> str:
