@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import architectures
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from tl_posheads import (
     sweep_theta,
 )
 from tl_posheads import extrapolation as ex
+from tl_posheads.report import write_report
 from tl_posheads.tasks.base import Prompt
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
@@ -244,3 +247,12 @@ def test_names_leave_defaults_out():
         ex.Resonance(ex.YaRN(4, beta_fast=8)).name == "Resonance(inner=YaRN(factor=4, beta_fast=8))"
     )
     assert ex.None_().name == "None_()"
+
+
+def test_the_report_shows_a_comparison(found, tmp_path):
+    write_report(found.scores_whole[0], tmp_path / "index.html", extrapolation=found)
+    page = (tmp_path / "index.html").read_text()
+    assert "Beyond the training length" in page
+    for method in found.methods:
+        assert escape(method) in page
+    assert page.count('<img class="figure"') == 1

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
+from html import escape
+from pathlib import Path
 
+import architectures
 import pytest
 import torch
+from browser import CHROMIUM
+from browser import opened as watched
 
-from tl_posheads import HeadScores
+from tl_posheads import AblationStudy, HeadScores, dominant_dimension_curve
 from tl_posheads.report import render, write_report
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 HOSTILE = (
     "</script><script>document.title='hacked'</script>\"'&\u2028\u202e<img src=x onerror=alert(1)>"
 )
@@ -71,3 +72,62 @@ def test_chromium_shows_the_page_without_a_word_on_its_console(tmp_path, name):
     assert "<img" not in dom
     # The script ran: it gives the map a single stop of the Tab key.
     assert dom.count('tabindex="-1"') == 19
+
+
+STUDY = Path(__file__).parent.parent / "notebooks" / "smollm2-ablation"
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    """The page with a curve and an ablation study."""
+    llama = architectures.rotary_model("Llama")
+    tokens = torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+    curve = dominant_dimension_curve(llama, tokens, heads=[(0, 1), (1, 0)], progress=False)
+    path = tmp_path_factory.mktemp("report") / "index.html"
+    study = AblationStudy.load(STUDY)
+    write_report(scores(HOSTILE), path, curve=curve, ablation=study)
+    return path, study
+
+
+def test_other_results_bring_sections(full_page):
+    path, study = full_page
+    page = path.read_text()
+    for verdict in study.verdict().values():
+        assert escape(verdict) in page
+    assert page.count('<img class="figure" alt="') == 3
+    assert len(re.findall(r"<tr><td>(?:passkey|key_value|copying|longppl)</td>", page)) == len(
+        study.to_pandas()
+    )
+    assert path.stat().st_size < 10_000_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: the page was not opened")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_serious_for_those_who_cannot_see_it(full_page, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    # axe is a script of its own, which the page's policy would not let in.
+    options = dict(color_scheme=scheme, bypass_csp=True, viewport={"width": 390, "height": 800})
+    with watched(full_page[0], **options) as found:
+        wrong = Axe().run(found.page).response["violations"]
+        assert [v["id"] for v in wrong if v["impact"] in ("serious", "critical")] == []
+        # Nothing is wider than a phone but what scrolls by itself.
+        assert found.page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: the page was not opened")
+def test_the_map_by_keyboard_alone(full_page):
+    with watched(full_page[0]) as found:
+        for _ in range(8):
+            found.page.keyboard.press("Tab")
+            if found.page.evaluate("document.activeElement.dataset.i") is not None:
+                break
+        first = found.page.evaluate("document.activeElement.getAttribute('aria-label')")
+        found.page.keyboard.press("ArrowRight")
+        second = found.page.evaluate("document.activeElement.getAttribute('aria-label')")
+        assert first.startswith("layer 0 head 0")
+        assert second.startswith("layer 0 head 1")
+        found.page.keyboard.press("Enter")
+        assert "Layer 0, head 1" in found.page.inner_text("#detail")
+        assert found.said == []
+        assert found.asked == []

@@ -213,6 +213,10 @@ def build_parser() -> argparse.ArgumentParser:
         "report", help="make a run's index.html again", description="Make DIR/index.html again."
     )
     report.add_argument("dir", metavar="DIR", type=Path, help="a folder that score wrote")
+    report.add_argument("--ablation", metavar="DIR2", type=Path,
+        help="with the verdicts of a study: a folder that ablate or AblationStudy.save wrote")  # fmt: skip
+    report.add_argument("--extrapolation", metavar="DIR3", type=Path,
+        help="with a comparison of methods: a folder that ExtrapolationComparison.save wrote")  # fmt: skip
     report.set_defaults(action=_report)
     return parser
 
@@ -308,7 +312,17 @@ def _show(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from .report import write_report
 
-    write_report(_finished_scores(args.dir), args.dir / rundir.PAGE)
+    scores, study, comparison = _finished_scores(args.dir), None, None
+    if args.ablation is not None:
+        from .study.results import AblationStudy
+
+        study = AblationStudy.load(args.ablation)
+    if args.extrapolation is not None:
+        from .extrapolation.comparison import ExtrapolationComparison
+
+        comparison = ExtrapolationComparison.load(args.extrapolation)
+    page = args.dir / rundir.PAGE
+    write_report(scores, page, ablation=study, extrapolation=comparison)
     print(f"wrote {args.dir / rundir.PAGE}")
 
 

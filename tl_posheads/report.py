@@ -19,7 +19,10 @@ from .report_page import SCRIPT, STYLE
 from .rundir import write_whole
 
 if TYPE_CHECKING:
+    from .curves import DominantDimensionCurve
+    from .extrapolation.comparison import ExtrapolationComparison
     from .results import HeadScores
+    from .study.results import AblationStudy
 
 Row = dict[str, Any]
 
@@ -34,17 +37,36 @@ _BEST = 20
 _NUMBERS_UP_TO = 16
 
 
-def write_report(scores: HeadScores, path: str | os.PathLike[str]) -> None:
+def write_report(
+    scores: HeadScores,
+    path: str | os.PathLike[str],
+    *,
+    curve: DominantDimensionCurve | None = None,
+    ablation: AblationStudy | None = None,
+    extrapolation: ExtrapolationComparison | None = None,
+) -> None:
     """Write the page about ``scores`` to ``path``, whole or not at all.
 
     Args:
         scores: what ``score_heads`` returned or ``HeadScores.load`` read.
         path: the HTML file; an old one is replaced.
+        curve: of ``dominant_dimension_curve``, to show what the best heads rest on.
+        ablation: of ``ablation_study``, to show its verdicts.
+        extrapolation: of ``compare_extrapolations``.
 
     Raises:
         OSError: the file can't be written.
     """
-    write_whole(path, render(scores))
+    from .report_sections import ablation_section, curve_section, extrapolation_section
+
+    parts = []
+    if curve is not None:
+        parts.append(curve_section(curve))
+    if ablation is not None:
+        parts.append(ablation_section(ablation))
+    if extrapolation is not None:
+        parts.append(extrapolation_section(extrapolation))
+    write_whole(path, render(scores, parts))
 
 
 def scored_rows(scores: HeadScores) -> list[Row]:
@@ -54,8 +76,8 @@ def scored_rows(scores: HeadScores) -> list[Row]:
     return sorted(scored, key=lambda row: (-row["rho"], row["layer"], row["head"]))
 
 
-def render(scores: HeadScores) -> str:
-    """The page about ``scores`` as text."""
+def render(scores: HeadScores, parts: Sequence[str] = ()) -> str:
+    """The page about ``scores`` as text, with sections about other results."""
     rows = scored_rows(scores)
     n_layers, n_heads = (int(size) for size in scores.rho.shape)
     name = _text(scores.provenance.get("model") or scores.provenance.get("model_name") or "a model")
@@ -85,6 +107,7 @@ def render(scores: HeadScores) -> str:
 {_map(rows, n_layers, n_heads, limit)}
 {_best(rows)}
 {_histogram(rows)}
+{"".join(parts)}
 {_PROSE}
 {_provenance(scores.provenance)}
 </main>
@@ -168,7 +191,7 @@ def _colours() -> str:
             colour = [round(a + (b - a) * part) for a, b in zip(middle, end, strict=True)]
             linear = [(c / 255) ** 2.2 for c in colour]
             bright = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-            ink = "#111" if bright > 0.18 else "#fff"
+            ink = "#000" if bright > 0.18 else "#fff"
             back = "#" + "".join(f"{c:02x}" for c in colour)
             text += f".{_class(step)}{{background:{back};fill:{back};color:{ink}}}"
         return text
@@ -205,7 +228,7 @@ def _map(rows: Sequence[Row], n_layers: int, n_heads: int, limit: float) -> str:
 the arrow keys move from cell to cell.</p>
 <p class="legend"><span>rho {_signed(-limit, 1)}</span><span class="bar" aria-hidden="true">{swatches}</span>
 <span>{_signed(limit, 1)}</span><span class="blank"><i class="none" aria-hidden="true"></i> not scored</span></p>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="map-title">
+<div class="scroll" tabindex="0" role="region" aria-label="map of the heads">
 <table class="map{" numbers" if numbers else ""}" id="map">
 <caption class="vh">Positional score rho by layer (rows) and head (columns)</caption>
 <thead><tr><th scope="col"><span class="vh">layer</span></th>{head_row}</tr></thead>
@@ -229,7 +252,7 @@ def _best(rows: Sequence[Row]) -> str:
 <h2 id="best-title">The {len(best)} highest scores</h2>
 <p>In the small pictures: dot and line are rho and its interval, the ring is rho_geometry,
 the thin upright line is zero.</p>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="best-title">
+<div class="scroll" tabindex="0" role="region" aria-label="table: best heads">
 <table class="rows"><thead><tr><th scope="col">rank</th>{columns}
 <th scope="col"><span class="vh">picture</span></th></tr></thead>
 <tbody>{lines}</tbody></table></div>
@@ -291,7 +314,7 @@ def _histogram(rows: Sequence[Row]) -> str:
     return f"""<section aria-labelledby="histogram-title">
 <h2 id="histogram-title">How the scores are spread</h2>
 <p>{said}</p>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="histogram-title">
+<div class="scroll" tabindex="0" role="region" aria-label="histogram">
 <svg class="histogram" viewBox="0 0 720 245" role="img" aria-label="Histogram of rho: {said}">
 <text x="36" y="26" text-anchor="end">{tallest}</text><text x="36" y="204" text-anchor="end">0</text>
 <line x1="40" x2="680" y1="200.5" y2="200.5"/>{bars}{ticks}
@@ -306,7 +329,7 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
     )
     return f"""<section aria-labelledby="run-title">
 <h2 id="run-title">What was run</h2>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="run-title">
+<div class="scroll" tabindex="0" role="region" aria-label="table: what was run">
 <table class="facts"><tbody>{lines}</tbody></table></div>
 </section>"""
 
