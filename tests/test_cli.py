@@ -13,6 +13,7 @@ import torch
 
 from tl_posheads import HeadScores, scoring
 from tl_posheads.cli import main, parse_layers
+from tl_posheads.curves import DominantDimensionCurve
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
@@ -55,15 +56,18 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert lines[1].split() == ["layer", "head", "rho", "ci", "rho_geometry", "p_null", "n_pairs",
                                 "window"]  # fmt: skip
     names = sorted(p.name for p in (tmp_path / "s").iterdir())
-    assert names == ["index.html", "run.json", "scores.json", "scores.safetensors", "table.csv",
+    assert names == ["curve", "index.html", "run.json", "scores.json", "scores.safetensors", "table.csv",
                      "table.parquet"]  # fmt: skip
     scores = HeadScores.load(tmp_path / "s")
     assert scores.top(1) == [tuple(int(x) for x in lines[2].split()[:2])]
     assert len(pd.read_csv(tmp_path / "s" / "table.csv")) == 8
     for key in ("corpus_sha256", "tokens_sha256", "versions", "seed", "pairs", "layers", "model"):
         assert key in scores.provenance
+    curve = DominantDimensionCurve.load(tmp_path / "s" / "curve")
+    assert curve.heads == scores.top(3)
     assert run("show", "s", "--top", 3) == (0, out, "")
     page = (tmp_path / "s" / "index.html").read_text()
+    assert page.count('<img class="figure"') == 2
     (tmp_path / "s" / "index.html").unlink()
     assert run("report", "s")[0] == 0
     assert (tmp_path / "s" / "index.html").read_text() == page
@@ -115,11 +119,11 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(run, tmp_path, 
 
 def test_another_runs_results_are_kept_until_overwrite(run, tmp_path):
     assert run(*SCORE, "--out", "s")[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
     code, _, err = run(*SCORE, "--out", "s", "--seed", 1)
     assert code == 2
     assert "another run's results (differs in: seed)" in err
-    assert {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()} == before
     assert run(*SCORE, "--out", "s", "--seed", 1, "--overwrite")[0] == 0
     assert json.loads((tmp_path / "s" / "run.json").read_text())["request"]["seed"] == 1
     (tmp_path / "mine").mkdir()

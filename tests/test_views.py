@@ -253,6 +253,19 @@ def test_allocation_figure_has_a_row_for_every_pair(curve):
         curve.plot_allocation((5, 5))
 
 
+def test_a_saved_curve_comes_back_bit_for_bit(curve, tmp_path):
+    again = type(curve).load(curve.save(tmp_path / "curve"))
+    assert again.heads == curve.heads
+    assert again.levels == curve.levels
+    for name in ("distance", "n_pairs", "mean", "quantiles", "allocation", "wavelengths"):
+        torch.testing.assert_close(
+            getattr(again, name), getattr(curve, name), rtol=0, atol=0, equal_nan=True
+        )
+    (tmp_path / "curve" / "curve.safetensors").write_bytes(b"half")
+    with pytest.raises(ph.PosheadsError, match="damaged"):
+        type(curve).load(tmp_path / "curve")
+
+
 def test_score_figure_counts_every_head():
     scores = toy_scores()
     (ax,) = scores.plot().axes

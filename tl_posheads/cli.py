@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,7 @@ from .cli_options import add_model_options, local_files, resumable, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
+    from .curves import DominantDimensionCurve
     from .results import HeadScores
 
 _ABOUT = """\
@@ -45,7 +47,8 @@ what comes out, in the folder --out:
   run.json     what was asked for; tells this run's results from another's
   scores.*     the scores, for HeadScores.load("FOLDER") in Python
   table.csv    one row per head, for a spreadsheet
-  index.html   a page with map, table and histogram; needs no network
+  curve/       what the best heads rest on by distance, for DominantDimensionCurve.load
+  index.html   a page with map, table, histogram and curves; needs no network
 
 Stopped by Ctrl-C, the same command goes on from there.
 "Positional" is not "important": ablate the heads before you claim that.
@@ -197,6 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--exact", action="store_true", default=None,
         help="exact ranks at any length; slower (short texts are exact anyway)")  # fmt: skip
     add_model_options(add)
+    add("--curves", metavar="N", type=whole(0), default=3,
+        help="best heads whose curves the page shows; one more pass (3)")  # fmt: skip
     add("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     score.set_defaults(action=_score)
@@ -282,16 +287,32 @@ def _score(args: argparse.Namespace) -> None:
             progress=True,
             provenance={**request, "model_class": type(model).__name__},
         )
-        _write_results(scores, out)
+        _write_results(scores, out, _best_curve(args, model, tokens, scores))
     _print_table(scores, out, args.top)
 
 
-def _write_results(scores: HeadScores, out: Path) -> None:
+def _best_curve(
+    args: argparse.Namespace, model: Any, tokens: Any, scores: HeadScores
+) -> DominantDimensionCurve | None:
+    """What the best heads rest on by distance; the best one alone where they can't be compared."""
+    from .curves import dominant_dimension_curve
+
+    heads = scores.top(args.curves) if args.curves and bool(scores.rho.isfinite().any()) else []
+    options = {"skip_first": args.skip_first, "progress": True}
+    for some in (heads, heads[:1]) if heads else ():
+        with suppress(PosheadsError):
+            return dominant_dimension_curve(model, tokens, heads=some, **options)
+    return None
+
+
+def _write_results(scores: HeadScores, out: Path, curve: DominantDimensionCurve | None) -> None:
     from .report import write_report
 
     scores.save(out)
+    if curve is not None:
+        curve.save(out / rundir.CURVE)
     rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
-    write_report(scores, out / rundir.PAGE)
+    write_report(scores, out / rundir.PAGE, curve=curve)
 
 
 def _finished_scores(folder: Path) -> HeadScores:
@@ -312,7 +333,11 @@ def _show(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from .report import write_report
 
-    scores, study, comparison = _finished_scores(args.dir), None, None
+    scores, curve, study, comparison = _finished_scores(args.dir), None, None, None
+    if (args.dir / rundir.CURVE).exists():
+        from .curves import DominantDimensionCurve
+
+        curve = DominantDimensionCurve.load(args.dir / rundir.CURVE)
     if args.ablation is not None:
         from .study.results import AblationStudy
 
@@ -322,7 +347,7 @@ def _report(args: argparse.Namespace) -> None:
 
         comparison = ExtrapolationComparison.load(args.extrapolation)
     page = args.dir / rundir.PAGE
-    write_report(scores, page, ablation=study, extrapolation=comparison)
+    write_report(scores, page, curve=curve, ablation=study, extrapolation=comparison)
     print(f"wrote {args.dir / rundir.PAGE}")
 
 
