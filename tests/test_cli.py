@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tl_posheads import HeadScores, scoring
-from tl_posheads.cli import main, parse_layers
+from tl_posheads.cli import main
+from tl_posheads.cli_options import layers
 from tl_posheads.curves import DominantDimensionCurve
+from tl_posheads.maps import HeadMaps
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
@@ -56,7 +58,7 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert lines[1].split() == ["layer", "head", "rho", "ci", "rho_geometry", "p_null", "n_pairs",
                                 "window"]  # fmt: skip
     names = sorted(p.name for p in (tmp_path / "s").iterdir())
-    assert names == ["curve", "index.html", "run.json", "scores.json", "scores.safetensors", "table.csv",
+    assert names == ["curve", "index.html", "maps", "run.json", "scores.json", "scores.safetensors", "table.csv",
                      "table.parquet"]  # fmt: skip
     scores = HeadScores.load(tmp_path / "s")
     assert scores.top(1) == [tuple(int(x) for x in lines[2].split()[:2])]
@@ -64,10 +66,11 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     for key in ("corpus_sha256", "tokens_sha256", "versions", "seed", "pairs", "layers", "model"):
         assert key in scores.provenance
     curve = DominantDimensionCurve.load(tmp_path / "s" / "curve")
-    assert curve.heads == scores.top(3)
+    assert curve.heads == HeadMaps.load(tmp_path / "s" / "maps").heads == scores.top(3)
     assert run("show", "s", "--top", 3) == (0, out, "")
     page = (tmp_path / "s" / "index.html").read_text()
     assert page.count('<img class="figure"') == 2
+    assert page.count("<iframe") == 1
     (tmp_path / "s" / "index.html").unlink()
     assert run("report", "s")[0] == 0
     assert (tmp_path / "s" / "index.html").read_text() == page
@@ -171,7 +174,7 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(run, tmp_path, word
 
 
 def test_layers_are_read_as_written():
-    assert parse_layers("0,3,5-7") == [0, 3, 5, 6, 7]
+    assert layers("0,3,5-7") == [0, 3, 5, 6, 7]
 
 
 def test_help_teaches_without_waiting_for_torch():

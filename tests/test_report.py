@@ -13,7 +13,7 @@ import torch
 from browser import CHROMIUM
 from browser import opened as watched
 
-from tl_posheads import AblationStudy, HeadScores, dominant_dimension_curve
+from tl_posheads import AblationStudy, HeadScores, dominant_dimension_curve, head_maps
 from tl_posheads.report import render, write_report
 
 HOSTILE = (
@@ -79,13 +79,14 @@ STUDY = Path(__file__).parent.parent / "notebooks" / "smollm2-ablation"
 
 @pytest.fixture(scope="module")
 def full_page(tmp_path_factory):
-    """The page with a curve and an ablation study."""
+    """The page with a curve, attention and an ablation study."""
     llama = architectures.rotary_model("Llama")
     tokens = torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(0))
     curve = dominant_dimension_curve(llama, tokens, heads=[(0, 1), (1, 0)], progress=False)
+    maps = head_maps(llama, tokens[0], [(0, 1), (1, 0)])
     path = tmp_path_factory.mktemp("report") / "index.html"
     study = AblationStudy.load(STUDY)
-    write_report(scores(HOSTILE), path, curve=curve, ablation=study)
+    write_report(scores(HOSTILE), path, curve=curve, maps=maps, ablation=study)
     return path, study
 
 
@@ -125,6 +126,8 @@ def test_the_map_by_keyboard_alone(full_page):
         first = found.page.evaluate("document.activeElement.getAttribute('aria-label')")
         found.page.keyboard.press("ArrowRight")
         second = found.page.evaluate("document.activeElement.getAttribute('aria-label')")
+        frame = found.page.frame_locator("iframe")
+        frame.locator("#drawing0 canvas").first.wait_for()
         assert first.startswith("layer 0 head 0")
         assert second.startswith("layer 0 head 1")
         found.page.keyboard.press("Enter")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.resources import files
 
 import architectures
@@ -113,6 +113,17 @@ def test_the_model_is_left_as_it_was(llama):
     assert not any(point.fwd_hooks for point in llama.hook_dict.values())
 
 
+def test_saved_maps_come_back_bit_for_bit(tmp_path):
+    maps = hostile_maps()
+    again = HeadMaps.load(maps.save(tmp_path / "maps"))
+    for field in fields(HeadMaps):
+        given, found = getattr(maps, field.name), getattr(again, field.name)
+        assert torch.equal(given, found) if torch.is_tensor(given) else given == found
+    (tmp_path / "maps" / "maps.safetensors").write_bytes(b"half")
+    with pytest.raises(ph.PosheadsError, match="damaged"):
+        HeadMaps.load(tmp_path / "maps")
+
+
 def hostile_maps(n=13, heads=2):
     """Maps of a text made of the worst tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -153,6 +164,21 @@ def test_hostile_text_stays_text(tmp_path, name):
         assert HOSTILE[0] in found.page.text_content("h1")
         assert found.said == []
         assert found.asked == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_nothing_serious_for_those_who_cannot_see_it(tmp_path, name):
+    from axe_playwright_python.sync_playwright import Axe
+
+    path = VIEWS[name](hostile_maps()).save(tmp_path / "view.html")
+    with opened(path, bypass_csp=True) as found:
+        if name == "score_map":
+            found.page.click('button[aria-label^="layer 0 head 1"]')
+        found.page.wait_for_selector("#drawing0 > *")
+        found.page.wait_for_timeout(300)
+        wrong = Axe().run(found.page).response["violations"]
+        assert [v["id"] for v in wrong if v["impact"] in ("serious", "critical")] == []
 
 
 @needs_browser

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import rundir
 from .cli_ablate import add_command
-from .cli_options import add_model_options, local_files, resumable, whole
+from .cli_options import add_model_options, layers, local_files, pairs, resumable, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
-    from .curves import DominantDimensionCurve
     from .results import HeadScores
+
+_SHOWN, _CELLS = 256, 64  # tokens whose attention the page shows, and cells a side
 
 _ABOUT = """\
 Find the Positional Heads of a transformer with rotary position embedding (RoPE).
@@ -48,7 +48,8 @@ what comes out, in the folder --out:
   scores.*     the scores, for HeadScores.load("FOLDER") in Python
   table.csv    one row per head, for a spreadsheet
   curve/       what the best heads rest on by distance, for DominantDimensionCurve.load
-  index.html   a page with map, table, histogram and curves; needs no network
+  maps/        what they attend to in the first text's beginning, for HeadMaps.load
+  index.html   a page with all of this; needs no network
 
 Stopped by Ctrl-C, the same command goes on from there.
 "Positional" is not "important": ablate the heads before you claim that.
@@ -136,37 +137,6 @@ def _one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def _pairs(text: str) -> str | int:
-    if text in ("all", "per_distance", "auto"):
-        return text
-    if re.fullmatch(r"[0-9]{1,18}", text) and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is none of: all, per_distance, auto, a number above 0"
-    )
-
-
-def parse_layers(text: str) -> list[int]:
-    """Turn ``"0,3,5-7"`` into a sorted list of layers.
-
-    >>> parse_layers("5-7,0,6")
-    [0, 5, 6, 7]
-
-    Raises:
-        argparse.ArgumentTypeError: the text is no list of layers and ranges.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,4})(?:\s*-\s*([0-9]{1,4}))?\s*", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} names no layers; write them like 0-9 or 0,3,5-7, counted from 0"
-            )
-        layers.update(range(first, last + 1))
-    return sorted(layers)
-
-
 def _ranges(numbers: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for number in numbers:
@@ -192,16 +162,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="a name, a text file, a folder of them, or a hub data set's id (default: python-docs)")  # fmt: skip
     add("--length", metavar="N", type=whole(2), default=1024, help="tokens a document (1024)")
     add("--docs", metavar="N", type=whole(1), default=4, help="number of documents (4)")
-    add("--pairs", metavar="all|per_distance|N|auto", type=_pairs, default="all",
+    add("--pairs", metavar="all|per_distance|N|auto", type=pairs, default="all",
         help="weigh every pair of tokens alike, every distance alike, or draw N pairs, or so many that rho's standard error stays under 0.01 (all)")  # fmt: skip
-    add("--layers", metavar="LIST", type=parse_layers, help="like 0-9 or 0,3,5-7 (every layer)")
+    add("--layers", metavar="LIST", type=layers, help="like 0-9 or 0,3,5-7 (every layer)")
     add("--skip-first", metavar="N", type=whole(0), default=0,
         help="leave out the first N positions, the attention sink for one (0)")  # fmt: skip
     add("--exact", action="store_true", default=None,
         help="exact ranks at any length; slower (short texts are exact anyway)")  # fmt: skip
     add_model_options(add)
-    add("--curves", metavar="N", type=whole(0), default=3,
-        help="best heads whose curves the page shows; one more pass (3)")  # fmt: skip
+    add("--best", metavar="N", type=whole(0), default=3,
+        help="best heads whose curves and attention the page shows; two more passes (3)")  # fmt: skip
     add("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     score.set_defaults(action=_score)
@@ -287,32 +257,31 @@ def _score(args: argparse.Namespace) -> None:
             progress=True,
             provenance={**request, "model_class": type(model).__name__},
         )
-        _write_results(scores, out, _best_curve(args, model, tokens, scores))
+        scores.save(out)
+        rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
+        if args.best and bool(scores.rho.isfinite().any()):
+            _save_best(args, model, tokens, scores.top(args.best))
+        _write_page(out, scores)
     _print_table(scores, out, args.top)
 
 
-def _best_curve(
-    args: argparse.Namespace, model: Any, tokens: Any, scores: HeadScores
-) -> DominantDimensionCurve | None:
-    """What the best heads rest on by distance; the best one alone where they can't be compared."""
+def _save_best(
+    args: argparse.Namespace, model: Any, tokens: Any, heads: list[tuple[int, int]]
+) -> None:
+    """What the page shows of the best heads: curves over all texts, attention in the first one."""
     from .curves import dominant_dimension_curve
+    from .maps import head_maps
 
-    heads = scores.top(args.curves) if args.curves and bool(scores.rho.isfinite().any()) else []
-    options = {"skip_first": args.skip_first, "progress": True}
-    for some in (heads, heads[:1]) if heads else ():
+    maps = head_maps(model, tokens[0][:_SHOWN], heads, max_cells=_CELLS)
+    maps.save(args.out / rundir.MAPS)
+    # Heads of different geometry have no curve in common; the best one has.
+    for some in (heads, heads[:1]):
         with suppress(PosheadsError):
-            return dominant_dimension_curve(model, tokens, heads=some, **options)
-    return None
-
-
-def _write_results(scores: HeadScores, out: Path, curve: DominantDimensionCurve | None) -> None:
-    from .report import write_report
-
-    scores.save(out)
-    if curve is not None:
-        curve.save(out / rundir.CURVE)
-    rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
-    write_report(scores, out / rundir.PAGE, curve=curve)
+            curve = dominant_dimension_curve(
+                model, tokens, heads=some, skip_first=args.skip_first, progress=True
+            )
+            curve.save(args.out / rundir.CURVE)
+            return
 
 
 def _finished_scores(folder: Path) -> HeadScores:
@@ -331,24 +300,33 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from .report import write_report
-
-    scores, curve, study, comparison = _finished_scores(args.dir), None, None, None
-    if (args.dir / rundir.CURVE).exists():
-        from .curves import DominantDimensionCurve
-
-        curve = DominantDimensionCurve.load(args.dir / rundir.CURVE)
+    scores = _finished_scores(args.dir)
+    more: dict[str, Any] = {}
     if args.ablation is not None:
         from .study.results import AblationStudy
 
-        study = AblationStudy.load(args.ablation)
+        more["ablation"] = AblationStudy.load(args.ablation)
     if args.extrapolation is not None:
         from .extrapolation.comparison import ExtrapolationComparison
 
-        comparison = ExtrapolationComparison.load(args.extrapolation)
-    page = args.dir / rundir.PAGE
-    write_report(scores, page, curve=curve, ablation=study, extrapolation=comparison)
+        more["extrapolation"] = ExtrapolationComparison.load(args.extrapolation)
+    _write_page(args.dir, scores, **more)
     print(f"wrote {args.dir / rundir.PAGE}")
+
+
+def _write_page(folder: Path, scores: HeadScores, **more: Any) -> None:
+    """The page about everything that the folder holds, and more."""
+    from .report import write_report
+
+    if (folder / rundir.CURVE).exists():
+        from .curves import DominantDimensionCurve
+
+        more["curve"] = DominantDimensionCurve.load(folder / rundir.CURVE)
+    if (folder / rundir.MAPS).exists():
+        from .maps import HeadMaps
+
+        more["maps"] = HeadMaps.load(folder / rundir.MAPS)
+    write_report(scores, folder / rundir.PAGE, **more)
 
 
 def _print_table(scores: HeadScores, out: Path, top: int) -> None:

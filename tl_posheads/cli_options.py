@@ -59,6 +59,37 @@ def shares(text: str) -> list[float]:
     return values
 
 
+def pairs(text: str) -> str | int:
+    if text in ("all", "per_distance", "auto"):
+        return text
+    if re.fullmatch(r"[0-9]{1,18}", text) and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is none of: all, per_distance, auto, a number above 0"
+    )
+
+
+def layers(text: str) -> list[int]:
+    """Turn ``"0,3,5-7"`` into a sorted list of layers.
+
+    >>> layers("5-7,0,6")
+    [0, 5, 6, 7]
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no list of layers and ranges.
+    """
+    found_layers: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,4})(?:\s*-\s*([0-9]{1,4}))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} names no layers; write them like 0-9 or 0,3,5-7, counted from 0"
+            )
+        found_layers.update(range(first, last + 1))
+    return sorted(found_layers)
+
+
 def add_model_options(add: Callable[..., object]) -> None:
     """Seed, and how the model is loaded."""
     add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_posheads.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.counting import rows_of
 from tl_posheads.errors import PosheadsError
+from tl_posheads.files import damage_named, read_labelled, write_labelled
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import (
@@ -29,6 +34,9 @@ from tl_posheads.lens import (
     run_forward,
 )
 from tl_posheads.remapping import only_heads, pair_vectors
+
+_TENSORS = ("pattern", "dominant", "distance", "dimension", "row_pattern", "row_dominant")
+_LABEL, _FILE = "maps.json", "maps.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,37 @@ class HeadMaps:
         at = range(0, len(self.tokens), self.step)
         return [f"{i}: {self.tokens[i]}" for i in at]
 
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``maps.json`` and ``maps.safetensors`` into a folder, each whole or not at all.
+
+        Raises:
+            PosheadsError: ``folder`` is a file.
+        """
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        facts = {
+            "format": "tl_posheads.HeadMaps", "version": 1, "model": self.model,
+            "heads": [list(head) for head in self.heads], "tokens": self.tokens,
+            "step": self.step, "q_pos": self.q_pos, "n_pairs": self.n_pairs,
+        }  # fmt: skip
+        return write_labelled(folder, _LABEL, {_FILE: save_tensors(tensors)}, facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> HeadMaps:
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Raises:
+            PosheadsError: no such folder, another program's files, or damaged ones.
+        """
+        label, parts = read_labelled(
+            folder, _LABEL, made_by="HeadMaps", what="maps", again="make them again"
+        )
+        with damage_named(f"the maps in {folder} are", "make them again"):
+            names = ("model", "tokens", "step", "q_pos", "n_pairs")
+            facts: dict[str, Any] = {name: label[name] for name in names}
+            heads = [(int(layer), int(head)) for layer, head in label["heads"]]
+            facts.update(load_tensors(parts[_FILE]))
+            return cls(heads=heads, **facts)
+
 
 def head_maps(
     model: Any,
@@ -83,7 +122,7 @@ def head_maps(
     heads: Sequence[tuple[int, int]],
     *,
     q_pos: Sequence[int] = (-1,),
-    max_cells: int = 128,
+    max_cells: int = 80,
 ) -> HeadMaps:
     """Attention pattern and dominant-dimension map of chosen heads on one text.
 

@@ -21,6 +21,7 @@ from .rundir import write_whole
 if TYPE_CHECKING:
     from .curves import DominantDimensionCurve
     from .extrapolation.comparison import ExtrapolationComparison
+    from .maps import HeadMaps
     from .results import HeadScores
     from .study.results import AblationStudy
 
@@ -42,6 +43,7 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     curve: DominantDimensionCurve | None = None,
+    maps: HeadMaps | None = None,
     ablation: AblationStudy | None = None,
     extrapolation: ExtrapolationComparison | None = None,
 ) -> None:
@@ -51,22 +53,32 @@ def write_report(
         scores: what ``score_heads`` returned or ``HeadScores.load`` read.
         path: the HTML file; an old one is replaced.
         curve: of ``dominant_dimension_curve``, to show what the best heads rest on.
+        maps: of ``head_maps``, to show what they attend to; 1.3 MB more.
         ablation: of ``ablation_study``, to show its verdicts.
         extrapolation: of ``compare_extrapolations``.
 
     Raises:
         OSError: the file can't be written.
     """
-    from .report_sections import ablation_section, curve_section, extrapolation_section
+    from .report_sections import (
+        ablation_section,
+        curve_section,
+        extrapolation_section,
+        maps_section,
+    )
 
-    parts = []
+    parts: list[str] = []
+    scripts: list[str] = []
     if curve is not None:
         parts.append(curve_section(curve))
+    if maps is not None:
+        part, scripts = maps_section(maps)
+        parts.append(part)
     if ablation is not None:
         parts.append(ablation_section(ablation))
     if extrapolation is not None:
         parts.append(extrapolation_section(extrapolation))
-    write_whole(path, render(scores, parts))
+    write_whole(path, render(scores, parts, scripts))
 
 
 def scored_rows(scores: HeadScores) -> list[Row]:
@@ -76,16 +88,22 @@ def scored_rows(scores: HeadScores) -> list[Row]:
     return sorted(scored, key=lambda row: (-row["rho"], row["layer"], row["head"]))
 
 
-def render(scores: HeadScores, parts: Sequence[str] = ()) -> str:
-    """The page about ``scores`` as text, with sections about other results."""
+def render(scores: HeadScores, parts: Sequence[str] = (), scripts: Sequence[str] = ()) -> str:
+    """The page about ``scores`` as text, with sections about other results.
+
+    Args:
+        parts: sections, as HTML.
+        scripts: hashes of the scripts that frames in them run.
+    """
     rows = scored_rows(scores)
     n_layers, n_heads = (int(size) for size in scores.rho.shape)
     name = _text(scores.provenance.get("model") or scores.provenance.get("model_name") or "a model")
     limit = _limit(rows)
     style, data = STYLE + _colours(), _json({"rows": rows})
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(SCRIPT)}"
-    )
+    # A frame is under this policy, too, and circuitsvis makes styles while it draws.
+    styles = "'unsafe-inline'" if scripts else _hash(style)
+    allowed = " ".join([_hash(SCRIPT), *scripts])
+    policy = f"default-src 'none'; img-src data:; style-src {styles}; script-src {allowed}"
     best = f"{_label(rows[0])}, {_signed(rows[0]['rho'])}" if rows else "none"
     return f"""<!doctype html>
 <html lang="en">

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from .curves import DominantDimensionCurve
     from .extrapolation.comparison import ExtrapolationComparison
+    from .maps import HeadMaps
     from .study.results import AblationStudy
 
 
@@ -35,6 +36,19 @@ def curve_section(curve: DominantDimensionCurve) -> str:
             f"Softmax weight of layer {layer} head {head} on every rotary pair, by distance.",
         ),
     )
+
+
+def maps_section(maps: HeadMaps) -> tuple[str, list[str]]:
+    """Attention of some heads beside their dominant dimension, and the scripts that draw it."""
+    from .views import attention
+
+    view = attention(maps)
+    return _section(
+        "views",
+        "What the heads attend to",
+        f"<p>In the first {len(maps.tokens):,} tokens of the first text. Choose a head; D is its "
+        f"dominant dimension.</p>{view.frame('attention beside dominant dimension')}",
+    ), view.scripts
 
 
 def ablation_section(study: AblationStudy) -> str:

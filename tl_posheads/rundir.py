@@ -21,7 +21,7 @@ CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"
 TABLE = "table.csv"
 PAGE = "index.html"
-CURVE = "curve"
+CURVE, MAPS = "curve", "maps"
 EFFECTS, VERDICT, PICTURE = "effects.csv", "verdict.txt", "effects.png"
 SCORES = ("scores.json", "scores.safetensors", "table.parquet")
 STUDY = (
@@ -29,7 +29,7 @@ STUDY = (
     EFFECTS, VERDICT, PICTURE,
 )  # fmt: skip
 # Everything that a run writes. --overwrite touches these names and no others.
-MADE_BY_US = (*SCORES, *STUDY, CURVE, TABLE, PAGE, CHECKPOINT, RUN_FILE)
+MADE_BY_US = (*SCORES, *STUDY, CURVE, MAPS, TABLE, PAGE, CHECKPOINT, RUN_FILE)
 _SET_ASIDE = ".replaced"
 _PROGRAM = "tl-posheads"
 

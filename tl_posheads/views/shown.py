@@ -33,15 +33,23 @@ class View:
     Attributes:
         html: the page.
         height: of its frame in a notebook, in pixels.
+        scripts: hash of each script in it, as a content policy names them.
     """
 
     html: str = field(repr=False)
     height: int = 600
+    scripts: list[str] = field(repr=False, default_factory=list)
 
     def _repr_html_(self) -> str:
-        # A frame of its own: neither the notebook's styles nor its other outputs touch it.
+        return self.frame("tl_posheads")
+
+    def frame(self, title: str) -> str:
+        """The page in a frame of its own: nothing around it touches it, and it touches nothing.
+
+        A page with a content policy must let :attr:`scripts` in.
+        """
         return (
-            f'<iframe sandbox="allow-scripts" srcdoc="{escape(self.html)}" title="tl_posheads" '
+            f'<iframe sandbox="allow-scripts" srcdoc="{escape(self.html)}" title="{_text(title)}" '
             f'style="width:100%;height:{self.height}px;border:0"></iframe>'
         )
 
@@ -66,8 +74,9 @@ def page(title: str, note: str, data: Mapping[str, Any], script: str, *, height:
         height: of its frame in a notebook.
     """
     scripts = [_circuitsvis()[0], _START + script]
-    hashes = " ".join(f"'sha256-{_hash(text)}'" for text in scripts)
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
+    hashes = [f"'sha256-{_hash(text)}'" for text in scripts]
+    allowed = f"script-src {' '.join(hashes)}; style-src 'unsafe-inline'; img-src data:"
+    policy = f"default-src 'none'; {allowed}"
     tags = "".join(f"<script>{text}</script>\n" for text in scripts)
     return View(
         f"""<!DOCTYPE html>
@@ -91,6 +100,7 @@ def page(title: str, note: str, data: Mapping[str, Any], script: str, *, height:
 </html>
 """,
         height,
+        hashes,
     )
 
 
@@ -182,6 +192,29 @@ function draw(parent, component, properties) {
   CircuitsVis.render(place.id, CircuitsVis[component], properties);
   return place;
 }
+function inkOn(r, g, b) {
+  const linear = [r, g, b].map(c => Math.pow(c / 255, 2.2));
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 ? "rgb(0, 0, 0)" : "rgb(255, 255, 255)";
+}
+// circuitsvis names neither its pictures nor its fields, and writes white on yellow.
+function mend(drawn) {
+  if (drawn.nodeType !== Node.ELEMENT_NODE) return;
+  for (const part of [drawn, ...drawn.querySelectorAll("canvas, input, [style]")]) {
+    if (part.matches("canvas:not([aria-label])")) part.setAttribute("aria-label", "heat map");
+    if (part.matches("input:not([aria-label])")) {
+      part.setAttribute("aria-label", part.parentNode.textContent.trim() || "number");
+    }
+    const ground = /^rgb\\((\\d+), (\\d+), (\\d+)\\)$/.exec(part.style.backgroundColor);
+    if (!ground || !part.style.color) continue;
+    const ink = inkOn(...ground.slice(1).map(Number));
+    // Only a change is written, for every writing is another change.
+    if (part.style.color !== ink) part.style.color = ink;
+  }
+}
+new MutationObserver(changes => changes.forEach(change => {
+  if (change.type === "attributes") mend(change.target);
+  else change.addedNodes.forEach(mend);
+})).observe(view, {childList: true, subtree: true, attributes: true, attributeFilter: ["style"]});
 const scale = [[68,1,84],[72,40,120],[62,74,137],[49,104,142],[38,130,142],[31,158,137],
                [53,183,121],[109,205,89],[180,222,44],[253,231,37]];
 function colour(share) {
@@ -197,8 +230,6 @@ function paint(target, share) {
   }
   const [r, g, b] = colour(share);
   target.style.background = `rgb(${r},${g},${b})`;
-  const linear = [r, g, b].map(c => Math.pow(c / 255, 2.2));
-  const light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
-  target.style.color = light > 0.18 ? "#000" : "#fff";
+  target.style.color = inkOn(r, g, b);
 }
 """
