@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/extrapolation.py small --out DIR
     .venv/bin/python benchmarks/extrapolation.py smollm2 --out DIR
 
-``small`` trains ``small_llama.py``'s model on 256 tokens, once, and extends it to 2,048;
+``small`` extends ``small_llama.py``'s model, trained on 256 tokens, to 2,048;
 ``smollm2`` extends SmolLM2 from 8,192 to 16,384 tokens. Both print the comparison's tables and
 write it and its picture into DIR; stopped, the same command goes on where it was.
 """
@@ -24,9 +24,9 @@ from tl_posheads import extrapolation as ex
 
 def small(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str, Any]]:
     """Model, methods, texts, tasks and options of the model trained on 256 tokens."""
-    from small_llama import HELD_OUT, small_llama
+    from small_llama import HELD_OUT
 
-    folder = small_llama()
+    folder = Path(__file__).parents[1] / "notebooks" / "small-llama"
     model = ph.load_model(str(folder))
     with ex.None_()(model):
         tokens = ph.load_corpus(str(folder / HELD_OUT), model, n_docs=texts, length=2048)

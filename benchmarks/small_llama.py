@@ -4,15 +4,13 @@
 
 It reads English and retrieves a passkey within 256 tokens, and it has never seen a larger
 distance. Everything it learns from is on every machine with Python; nothing is downloaded. The
-same seed gives the same weights on one machine.
+same seed gives the same weights on one machine; those in ``notebooks/small-llama`` are of seed 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import hashlib
-import json
 import math
 import os
 import random
@@ -32,7 +30,7 @@ from torch.nn.functional import cross_entropy
 
 import tl_posheads as ph
 from tl_posheads.corpora import PYTHON_DOCS, _text, _tokenise
-from tl_posheads.gguf_cache import cache_folder, quiet
+from tl_posheads.gguf_cache import quiet
 from tl_posheads.passes import target_logprobs
 from tl_posheads.tasks.base import encode
 
@@ -247,14 +245,6 @@ def train(folder: Path, *, steps: int = STEPS, seed: int = 0, progress: bool = T
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
-
-
-def small_llama(cache: Path | None = None, *, steps: int = STEPS, seed: int = 0) -> Path:
-    """Folder of the trained model in a cache, the package's own by default; trained if absent."""
-    settings = json.dumps([MODEL, TRAINING, steps, seed], sort_keys=True)
-    name = f"small-llama-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
-    folder = (cache or cache_folder()) / name
-    return folder if folder.exists() else train(folder, steps=steps, seed=seed)
 
 
 def report(folder: Path) -> None:

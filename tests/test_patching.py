@@ -311,7 +311,12 @@ def test_rank_correlation_follows_recovery_with_its_sign(llama):
     found = result.rank_correlation()
     frame = result.to_pandas()
     expected = stats.spearmanr(frame["rho"], frame["recovered"])
-    assert (found.rho, found.p) == pytest.approx((expected.statistic, expected.pvalue))
+    orders = stats.permutation_test(
+        (frame["rho"],), lambda x: abs(stats.spearmanr(x, frame["recovered"]).statistic),
+        permutation_type="pairings", n_resamples=999, alternative="greater", random_state=0,
+    )  # fmt: skip
+    assert found.rho == pytest.approx(expected.statistic)
+    assert found.p == pytest.approx(orders.pvalue, abs=0.06)
     assert found.n_heads == 8
     assert -1 <= found.ci_low < found.rho < found.ci_high <= 1
     assert found == result.rank_correlation(seed=3) == result.rank_correlation(scores)

@@ -20,6 +20,7 @@ from tl_posheads.statistics import (
     draws_for,
     sampled_standard_error,
     shift_p_value,
+    spearman_of_few,
     spearman_of_tables,
     weighted_midranks,
 )
@@ -210,3 +211,22 @@ def test_chance_overlap_is_hypergeometric():
     assert mean == pytest.approx(14 * 14 / 270)
     draws = np.random.default_rng(0).permuted(np.tile(np.arange(270), (20000, 1)), axis=1)[:, :14]
     assert p == pytest.approx(np.mean((draws < 14).sum(1) >= 3), abs=0.01)
+
+
+@pytest.mark.parametrize("n", [4, 6, 8])
+def test_few_pairs_are_judged_against_every_order(n):
+    random = np.random.default_rng(n)
+    x, y = random.integers(0, 5, n).astype(float), random.random(n)
+    rho, p = spearman_of_few(x, y)
+    assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
+
+    def centred(a, axis):
+        return np.abs(((stats.rankdata(a, axis=axis) - (n + 1) / 2) * stats.rankdata(y)).sum(axis))
+
+    true = stats.permutation_test(
+        (x,), centred, permutation_type="pairings", vectorized=True, n_resamples=np.inf,
+        alternative="greater",
+    )  # fmt: skip
+    assert p == pytest.approx(true.pvalue)
+    many = random.random((2, 30))
+    assert spearman_of_few(*many) == pytest.approx(tuple(stats.spearmanr(*many)))

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import patching as lens_patching
@@ -24,6 +23,7 @@ from tl_posheads.inputs import documents_of
 from tl_posheads.lens import attention, instance_method, model_name, require_clean, require_lens
 from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
+from tl_posheads.statistics import spearman_of_few
 from tl_posheads.study.effects import spearman
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""] | float]
@@ -36,7 +36,7 @@ class RankCorrelation:
     Attributes:
         rho: Spearman's rho between the score and the share that patching a head restores.
         ci_low, ci_high: 95 % percentile interval, by bootstrap over heads.
-        p: two-sided p-value of ``scipy.stats.spearmanr``, heads taken as independent.
+        p: two-sided p-value, heads taken as independent; exact up to eight heads.
         n_heads: heads that have both numbers.
     """
 
@@ -105,12 +105,11 @@ class HeadPatching:
                 f"all scores or all effects of the {len(both)} heads are equal, so they have no "
                 "order; choose other heads or another metric"
             )
-        found = stats.spearmanr(both[:, 0], both[:, 1])
+        rho, p = spearman_of_few(both[:, 0], both[:, 1])
         random = np.random.default_rng(self.provenance["seed"] if seed is None else seed)
         drawn = both[random.integers(len(both), size=(n_boot, len(both)))]
         # A resample of a few heads can hold one head alone; it has no order and is left out.
         low, high = np.nanpercentile(spearman(drawn[:, :, 0], drawn[:, :, 1]), [2.5, 97.5])
-        rho, p = float(found.statistic), float(found.pvalue)
         return RankCorrelation(rho, float(low), float(high), p, len(both))
 
 

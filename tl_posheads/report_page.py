@@ -55,6 +55,7 @@ white-space:nowrap}
 .histogram line{stroke:var(--soft)}
 .histogram text{fill:var(--soft);font-size:12px}
 .facts{font-size:.88rem}
+summary{cursor:pointer;max-width:44rem}
 .figure{max-width:100%;height:auto;background:#fff;border-radius:4px}
 .facts th{font-weight:400;color:var(--soft);text-align:left;vertical-align:top;white-space:nowrap;
 padding:.15rem 1rem .15rem 0}

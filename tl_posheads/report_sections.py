@@ -64,8 +64,8 @@ def ablation_section(study: AblationStudy) -> str:
         "ablation",
         "Do these heads matter?",
         f"<ul>{verdicts}</ul>{_image(study.plot(), said)}"
-        "<p>Changes of the scored tokens' mean log-probability, in nats a token.</p>"
-        + _table(table[columns], "effects of ablation"),
+        "<details><summary>Every effect: change of the scored tokens' mean log-probability, in "
+        f"nats a token</summary>{_table(table[columns], 'effects of ablation')}</details>",
     )
 
 

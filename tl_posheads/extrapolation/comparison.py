@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
@@ -31,6 +30,7 @@ from tl_posheads.files import (
     write_labelled,
 )
 from tl_posheads.results import Comparison, HeadScores
+from tl_posheads.statistics import spearman_of_few
 
 FORMAT = "tl_posheads.ExtrapolationComparison"
 _LABEL, _TENSORS, _TABLES = "comparison.json", "curves.safetensors", ("loss", "tasks")
@@ -245,7 +245,7 @@ class ExtrapolationComparison:
 
         The paper reads its finding so (Hong et al. 2024, section 4.3). A row per measure (loss
         past training, log-probability of each task past training): ``rho`` of ``stretch`` with it
-        over methods, ``p`` of the t approximation and ``n``; NaN with fewer than four methods
+        over methods, ``p`` (exact up to eight methods) and ``n``; NaN with fewer than four methods
         whose stretch can be told. Few methods, chosen by hand, are no random sample.
         """
         table = self.to_pandas()
@@ -255,8 +255,7 @@ class ExtrapolationComparison:
             known = table[["stretch", measure]].dropna()
             rho = p = float("nan")
             if len(known) >= 4 and known.nunique().min() > 1:
-                found = stats.spearmanr(known["stretch"], known[measure])
-                rho, p = float(found.statistic), float(found.pvalue)
+                rho, p = spearman_of_few(known["stretch"].to_numpy(), known[measure].to_numpy())
             rows.append({"measure": measure, "rho": rho, "p": p, "n": len(known)})
         return pd.DataFrame(rows)
 

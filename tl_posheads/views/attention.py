@@ -39,7 +39,7 @@ def attention(maps: HeadMaps) -> View:
             "maxValue": 1, "minValue": -1, "maskUpperTri": True,
         },
         _SCRIPT,
-        height=900,
+        height=1000,
     )  # fmt: skip
 
 

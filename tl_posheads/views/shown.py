@@ -194,7 +194,8 @@ function draw(parent, component, properties) {
 }
 function inkOn(r, g, b) {
   const linear = [r, g, b].map(c => Math.pow(c / 255, 2.2));
-  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 ? "rgb(0, 0, 0)" : "rgb(255, 255, 255)";
+  const light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+  return light > 0.18 ? "rgb(0, 0, 0)" : "rgb(255, 255, 255)";
 }
 // circuitsvis names neither its pictures nor its fields, and writes white on yellow.
 function mend(drawn) {
