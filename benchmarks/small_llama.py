@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,17 +181,31 @@ def _reproducible(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def fit(sequences: Sequences, steps: int, seed: int, progress: bool) -> Any:
-    """The trained model, in eval mode."""
+def fit(
+    sequences: Sequences,
+    steps: int,
+    seed: int,
+    progress: bool,
+    on_step: Callable[[int, Any], None] = lambda step, model: None,
+    *,
+    start: Any = None,
+    length: int = LENGTH,
+    lr: float = TRAINING["lr"],
+) -> Any:
+    """The trained model, in eval mode; ``on_step`` gets every step's number and the model.
+
+    Training begins with ``start`` where it is given: fine-tuning, all of it on long sequences.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rng = random.Random(seed)
     with _reproducible(seed):
-        model = LlamaForCausalLM(LlamaConfig(**MODEL))
-        with torch.no_grad():
-            # A direction that all tokens share: heads find "the token before" sooner with it.
-            embedding = model.model.embed_tokens.weight
-            embedding.add_(MODEL["initializer_range"] * torch.randn(MODEL["hidden_size"]))
+        model = LlamaForCausalLM(LlamaConfig(**MODEL)) if start is None else start.train()
+        if start is None:
+            with torch.no_grad():
+                # A direction that all tokens share: heads find "the token before" sooner with it.
+                embedding = model.model.embed_tokens.weight
+                embedding.add_(MODEL["initializer_range"] * torch.randn(MODEL["hidden_size"]))
         matrices = [weight for weight in model.parameters() if weight.ndim > 1]
         vectors = [weight for weight in model.parameters() if weight.ndim == 1]
         groups = [
@@ -202,14 +216,14 @@ def fit(sequences: Sequences, steps: int, seed: int, progress: bool) -> Any:
         warmup = max(1, round(TRAINING["warmup"] * steps))
         begun = time.perf_counter()
         for step in range(steps):
+            on_step(step, model)
             done = max(0, step - warmup) / max(1, steps - warmup)
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
-                group["lr"] = TRAINING["lr"] * rate
+                group["lr"] = lr * rate
             # Copying is learned sooner where there is less to look through.
-            begins = step < TRAINING["short_share"] * steps
-            length = TRAINING["short"] if begins else LENGTH
-            tokens, weights = sequences.batch(rng, length)
+            begins = start is None and step < TRAINING["short_share"] * steps
+            tokens, weights = sequences.batch(rng, TRAINING["short"] if begins else length)
             logits = model(tokens, use_cache=False).logits[:, :-1]
             losses = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
             weights = weights[:, 1:].flatten()
@@ -224,6 +238,7 @@ def fit(sequences: Sequences, steps: int, seed: int, progress: bool) -> Any:
                     f"step {step + 1} of {steps}: loss {loss:.3f} ({seconds:.0f} s)",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
+        on_step(steps, model)
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_posheads import extrapolation, tasks, views
+    from tl_posheads import codes, emergence, extrapolation, profile, tasks, unseen, views
     from tl_posheads.ablation import ablate, ablation_hooks
     from tl_posheads.accumulator import ScoreAccumulator
     from tl_posheads.capture import capture_rotary, hook_names, rotary_hook_points
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tl_posheads.corpora import load_corpus
     from tl_posheads.corpus_scoring import score_corpus
     from tl_posheads.curves import dominant_dimension_curve
+    from tl_posheads.emergence.results import Emergence
+    from tl_posheads.emergence.tracker import EmergenceTracker, track_emergence
     from tl_posheads.errors import PosheadsError
     from tl_posheads.extrapolation.break_point import BreakPoint, break_point
     from tl_posheads.extrapolation.compare import compare_extrapolations, sweep_theta
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from tl_posheads.maps import HeadMaps, head_maps
     from tl_posheads.models import load_model
     from tl_posheads.patching import HeadPatching, patch_heads
+    from tl_posheads.profile.driver import profile_heads
+    from tl_posheads.profile.results import HeadProfile
     from tl_posheads.results import HeadScores
     from tl_posheads.scoring import score_heads
     from tl_posheads.statistics import spearman_by_distance
@@ -61,6 +65,9 @@ _HOME = {
     "control_sets": "study.controls",
     "load_corpus": "corpora",
     "dominant_dimension_curve": "curves",
+    "Emergence": "emergence.results",
+    "EmergenceTracker": "emergence.tracker",
+    "track_emergence": "emergence.tracker",
     "PosheadsError": "errors",
     "compare_extrapolations": "extrapolation.compare",
     "sweep_theta": "extrapolation.compare",
@@ -77,6 +84,8 @@ _HOME = {
     "load_model": "models",
     "HeadPatching": "patching",
     "patch_heads": "patching",
+    "HeadProfile": "profile.results",
+    "profile_heads": "profile.driver",
     "HeadScores": "results",
     "score_heads": "scoring",
     "score_corpus": "corpus_scoring",
@@ -88,7 +97,7 @@ _HOME = {
     "head_effects": "study.screen",
 }
 
-_PACKAGES = ("extrapolation", "tasks", "views")
+_PACKAGES = ("codes", "emergence", "extrapolation", "profile", "tasks", "unseen", "views")
 
 __all__ = [*_HOME, *_PACKAGES]
 

@@ -46,6 +46,7 @@ def load_model(
     dtype: Any = None,
     n_devices: int | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Any:
     """Load a model into TransformerLens with the checkpoint's own, unprocessed weights.
 
@@ -62,6 +63,7 @@ def load_model(
         n_devices, device_map: spread a model too large for one GPU over several, as
             ``TransformerBridge.boot_transformers`` takes them; in place of ``device``. Scores are
             counted on each layer's own device.
+        revision: of a hub id: a branch, tag or commit, like ``"step1000"`` of Pythia.
 
     Returns:
         A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``.
@@ -69,7 +71,7 @@ def load_model(
     Raises:
         PosheadsError: the name leads nowhere, the file is damaged, the class doesn't exist in
             the installed version, or device or dtype can't be had; ``n_devices`` or ``device_map``
-            beside ``device`` or ``cls="hooked"``.
+            beside ``device`` or ``cls="hooked"``; a ``revision`` of what is on the disk.
 
     Example:
         >>> load_model("missing/model.gguf")
@@ -96,15 +98,23 @@ def load_model(
         )
     device, dtype = _device(device), _dtype(dtype)
     source, readable = _resolve(os.fspath(name_or_path))
+    if revision is not None:
+        if Path(source).is_dir():
+            raise PosheadsError(
+                f"revision={revision!r} was given for {readable}, which is on the disk; only a hub "
+                "id has revisions"
+            )
+        readable = f"{readable}@{revision}"
+    at = {} if revision is None else {"revision": revision}
     with quiet():
-        config = _from_pretrained("AutoConfig", source)
+        config = _from_pretrained("AutoConfig", source, **at)
         if dtype is None:
             dtype = _own_dtype(config, device)
-        tokenizer = _tokenizer(source)
+        tokenizer = _tokenizer(source, **at)
         hf_model = None
         if _is_causal_lm(config) and not spread:
             hf_model = _from_pretrained(
-                "AutoModelForCausalLM", source, dtype=dtype, attn_implementation="eager"
+                "AutoModelForCausalLM", source, dtype=dtype, attn_implementation="eager", **at
             )
             hf_model = hf_model.eval().to(device)
         model = None
@@ -118,7 +128,7 @@ def load_model(
                         f"faithfully: {reason}; use cls='bridge'"
                     ) from None
         if model is None:
-            where = spread or {"device": str(device)}
+            where = {**(spread or {"device": str(device)}), **at}
             model = _bridge(source, config, hf_model, tokenizer, dtype, where)
     model.cfg.model_name = readable
     return model.eval()
@@ -235,10 +245,10 @@ def _from_pretrained(auto: str, source: str, **options: Any) -> Any:
         ) from None
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, **options: Any) -> Any:
     from transformers import PreTrainedTokenizerBase
 
-    tokenizer = _from_pretrained("AutoTokenizer", source)
+    tokenizer = _from_pretrained("AutoTokenizer", source, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise PosheadsError(f"{source} has no tokenizer; save one into the same folder")
     return tokenizer

@@ -28,8 +28,13 @@ STUDY = (
     "study.json", "conditions.parquet", "cells.parquet", "screen.parquet", "screen_tests.parquet",
     EFFECTS, VERDICT, PICTURE,
 )  # fmt: skip
+LAGS, TRAINING = "lags.csv", "training.png"
+EMERGENCE = (
+    "emergence.json", "emergence.safetensors", "emergence.parquet", LAGS, TRAINING,
+)  # fmt: skip
+PROFILE = ("profile.json", "profile.parquet", "profile.png")
 # Everything that a run writes. --overwrite touches these names and no others.
-MADE_BY_US = (*SCORES, *STUDY, CURVE, MAPS, TABLE, PAGE, CHECKPOINT, RUN_FILE)
+MADE_BY_US = (*SCORES, *STUDY, *EMERGENCE, *PROFILE, CURVE, MAPS, TABLE, PAGE, CHECKPOINT, RUN_FILE)
 _SET_ASIDE = ".replaced"
 _PROGRAM = "tl-posheads"
 

@@ -1,0 +1,356 @@
+"""Training watched: numbers against score_heads, lags against planted ones, nothing left behind."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import architectures
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset
+
+import tl_posheads as ph
+from tl_posheads import emergence
+from tl_posheads.emergence.measuring import Moment, look, texts_of
+
+pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+STEPS = np.array([0, 1, 3, 7, 15, 31, 63])
+
+
+def tokens_of(n_docs, n_pos, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 90, (n_docs, n_pos), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return architectures.rotary_model("Llama")
+
+
+TEXTS = tokens_of(9, 40)
+
+
+@pytest.mark.parametrize(
+    ("values", "octave"),
+    [
+        ([0, 0, 0, 1, 1, 1, 1], 2.5),
+        ([5, 5, 1, 1, 1, 1, 1], 1.5),
+        ([0, 1, 0, 0, 0, 1, 1], 4.5),  # it must stay beyond half
+        ([0, 0.25, 0.75, 1, 1, 1, 1], 1.5),
+        ([0, 0, 0, 0, 0, 0, 1], 5.5),
+        ([1, 1, 1, 1, 1, 1, 1], np.nan),
+        ([0, np.nan, 1, 1, 1, 1, 1], np.nan),
+    ],
+)
+def test_crossing_by_hand(values, octave):
+    found = emergence.crossing(STEPS, np.array(values, dtype=float))
+    np.testing.assert_allclose(np.log2(found + 1), octave)
+
+
+@given(at=st.lists(st.floats(1, 5), min_size=2, max_size=2), scale=st.floats(-9, 9))
+def test_lags_of_logistic_curves(at, scale):
+    octaves = np.linspace(0, 6, 200)
+    both = [1 / (1 + np.exp(-40 * (octaves - place))) for place in at]
+    steps = 2**octaves - 1
+    rising = both[0] * (1 + abs(scale)) + scale
+    lag = float(emergence.lead_lag.lag_of(steps, rising, -3 * both[1]))
+    assert lag == pytest.approx(at[0] - at[1], abs=0.01)
+
+
+def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
+    moment, facts = look(llama, texts_of(llama, TEXTS), seed=3)
+    scores = ph.score_heads(llama, TEXTS, exact=False, seed=3, progress=False)
+    for name in ("rho", "ci_low", "ci_high", "rho_geometry", "p_null"):
+        assert torch.equal(getattr(moment, name), getattr(scores, name))
+    assert facts["tokens_sha256"] == scores.provenance["tokens_sha256"]
+    heads = [(layer, head) for layer in range(2) for head in range(4)]
+    curve = ph.dominant_dimension_curve(llama, TEXTS, heads=heads, progress=False)
+    for i, place in enumerate(heads):
+        for o, (low, high) in enumerate([(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 40)]):
+            at = slice(low - 1, high - 1)
+            n = curve.n_pairs[i, at].double()
+            mean = (curve.mean[i, at] * n).sum() / n.sum()
+            assert float(moment.curve[place][o]) == pytest.approx(float(mean), abs=1e-6)
+    with torch.no_grad():
+        logprob = llama(TEXTS).log_softmax(-1)[:, :-1].gather(-1, TEXTS[:, 1:, None])[..., 0]
+    order = [next(i for i, row in enumerate(TEXTS) if torch.equal(row, text))
+             for _, text in texts_of(llama, TEXTS)]  # fmt: skip
+    for o, (low, high) in enumerate([(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 40)]):
+        true = -logprob[order, low - 1 : high - 1].double().mean(1)
+        torch.testing.assert_close(moment.loss[:, o], true, atol=1e-4, rtol=0)
+    # A text's own rho, from coarse cells, beside the exact one.
+    alone = ph.score_heads(llama, TEXTS[order[2]][None], progress=False).rho
+    torch.testing.assert_close(moment.doc_rho[2], alone, atol=0.03, rtol=0)
+
+
+class Repeats(Dataset):
+    """Texts whose second half is their first one again."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        text = tokens_of(1, 16, i)[0]
+        return {"tokens": torch.cat([text, text])}
+
+
+def test_the_lens_own_training_is_watched_and_not_disturbed():
+    from importlib import import_module
+
+    try:
+        training = import_module("transformer_lens.tools.training")
+    except ImportError:  # before 4.0
+        training = import_module("transformer_lens.train")
+    config = training.TrainConfig(
+        num_epochs=1, batch_size=4, lr=1e-3, print_every=None, device="cpu"
+    )
+
+    def trained(watch):
+        model = architectures.bridge(architectures.build("Llama", architectures.BASE, boost=1.0))
+        for weight in model.parameters():
+            weight.requires_grad_(True)
+        if not watch:
+            training.train(model, config, Repeats())
+            return model, None
+        tracker = emergence.EmergenceTracker(model, TEXTS[:2], every=[0, 2, 4], progress=False)
+        with tracker.watching():
+            training.train(model, config, Repeats())
+        return model, tracker.result()
+
+    bare, _ = trained(False)
+    model, found = trained(True)
+    assert found.steps.tolist() == [0, 2, 4, 6]
+    for a, b in zip(bare.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(found.rho[0], found.rho[-1])
+    first, last = found.losses()["loss"].iloc[0], found.losses().iloc[-6]["loss"]
+    assert first != last
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert not model._forward_pre_hooks
+
+
+def test_modes_and_random_state_are_left_alone(llama):
+    llama.train()
+    llama.blocks[0].eval()
+    before = {name: module.training for name, module in llama.named_modules()}
+    original = {name: module.training for name, module in llama.original_model.named_modules()}
+    state = torch.get_rng_state()
+    tracker = emergence.EmergenceTracker(llama, TEXTS[:1], progress=False)
+    tracker.look(0)
+    assert {name: module.training for name, module in llama.named_modules()} == before
+    assert {n: m.training for n, m in llama.original_model.named_modules()} == original
+    assert torch.equal(torch.get_rng_state(), state)
+    llama.eval()
+
+
+def models(n=3):
+    return {
+        step: architectures.bridge(architectures.build("Llama", architectures.BASE, seed=step))
+        for step in range(n)
+    }
+
+
+def test_checkpoints_training_and_folders_give_the_same(tmp_path):
+    by_step = models()
+    saved = {}
+    for step in by_step:
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        hf_model = architectures.build("Llama", architectures.BASE, seed=step)
+        hf_model.save_pretrained(folder)
+        architectures.tiny_tokenizer().save_pretrained(folder)
+        saved[step] = folder
+    (tmp_path / "run" / "logs").mkdir()
+    texts = TEXTS[:2]
+    found = emergence.track_emergence(by_step, texts, progress=False)
+    again = emergence.track_emergence(iter(by_step.items()), texts, progress=False)
+    folders = emergence.folder_checkpoints(tmp_path / "run")
+    assert folders == saved
+    third = emergence.track_emergence(folders, texts, every=2, progress=False)
+    assert found.steps.tolist() == [0, 1, 2]
+    assert third.steps.tolist() == [0, 2]
+    assert torch.equal(found.rho, again.rho)
+    torch.testing.assert_close(found.rho[[0, 2]], third.rho, atol=1e-6, rtol=0)
+    assert found.top(3, step=0) == ph.score_heads(
+        by_step[0], texts, exact=False, progress=False
+    ).top(3)
+    with pytest.raises(ph.PosheadsError, match="none of the steps"):
+        emergence.track_emergence(by_step, texts, every=[7], progress=False)
+    with pytest.raises(ph.PosheadsError, match="looked at were"):
+        found.top(1, step=9)
+
+
+def test_a_stopped_run_goes_on_without_loading_what_it_has(tmp_path):
+    by_step = models()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    texts, folder = TEXTS[:2], tmp_path / "kept"
+    options = dict(folder=folder, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        emergence.track_emergence({**by_step, 2: stop}, texts, **options)
+    again = emergence.track_emergence({**by_step, 1: stop}, texts, **options)
+    whole = emergence.track_emergence(by_step, texts, progress=False)
+    for f in fields(Moment):
+        torch.testing.assert_close(
+            getattr(again, f.name), getattr(whole, f.name), rtol=0, atol=0, equal_nan=True
+        )
+    with pytest.raises(ph.PosheadsError, match="another run"):
+        emergence.track_emergence(by_step, TEXTS[:3], **options)
+
+
+class Writer:
+    def __init__(self):
+        self.seen = []
+
+    def add_scalar(self, name, number, step):
+        self.seen.append((step, name, number))
+
+
+class Run:
+    def __init__(self):
+        self.seen = []
+
+    def log(self, numbers, step):
+        self.seen += [(step, name, number) for name, number in numbers.items()]
+
+
+def test_numbers_go_where_the_user_keeps_them(llama):
+    writer, run, heard = Writer(), Run(), []
+
+    def hear(step, numbers):
+        heard.extend((step, name, number) for name, number in numbers.items())
+
+    for log in (writer, run, hear):
+        tracker = emergence.EmergenceTracker(llama, TEXTS[:1], log=log, progress=False)
+        moment = tracker.look(5)
+    assert writer.seen == run.seen == heard
+    assert (5, "rho/L1H2", float(moment.rho[1, 2])) in heard
+    assert (5, "loss/from_4", float(moment.loss[:, 2].mean())) in heard
+    with pytest.raises(ph.PosheadsError, match="SummaryWriter"):
+        emergence.EmergenceTracker(llama, TEXTS[:1], log=3, progress=False)
+
+
+def planted(score_octave, loss_octave, *, noise=0.02, n_texts=12, seed=0):
+    """A head whose score rises at one octave of training; the far loss falls at another."""
+    random = np.random.default_rng(seed)
+    at = np.log2(STEPS + 1.0)
+    rise = 1 / (1 + np.exp(-12 * (at - score_octave)))
+    fall = 1 / (1 + np.exp(-12 * (at - loss_octave)))
+    moments = {}
+    for i, step in enumerate(STEPS.tolist()):
+        rho = torch.zeros(1, 2, dtype=torch.float64)
+        rho[0, 0] = 0.6 * rise[i]
+        own = rho + noise * torch.as_tensor(random.standard_normal((n_texts, 1, 2)))
+        loss = torch.full((n_texts, 6), 5.0, dtype=torch.float64)
+        loss[:, 3] -= 0.5 * fall[i]
+        loss[:, 5] -= 2 * fall[i]
+        loss += noise * torch.as_tensor(random.standard_normal((n_texts, 6)))
+        moments[step] = Moment(
+            rho=rho, ci_low=rho - 0.1, ci_high=rho + 0.1, rho_geometry=rho / 2, p_null=rho + 0.01,
+            doc_rho=own, curve=torch.rand(1, 2, 6).double(), loss=loss,
+        )  # fmt: skip
+    return emergence.Emergence.of(moments, {"model": "planted"})
+
+
+@pytest.mark.parametrize(("score", "loss"), [(1.5, 3.5), (4.2, 2.2), (3.0, 3.0)])
+def test_planted_lags_are_found_with_an_interval_around_them(score, loss):
+    table = planted(score, loss).lead_lag(n_draws=200)
+    head = table.iloc[0]
+    assert (head["layer"], head["head"]) == (0, 0)
+    for name in ("loss", "gain"):
+        assert head[f"lag_{name}"] == pytest.approx(score - loss, abs=0.25)
+        assert head[f"lag_{name}_low"] <= head[f"lag_{name}"] <= head[f"lag_{name}_high"]
+        assert head[f"lag_{name}_high"] - head[f"lag_{name}_low"] < 0.5
+    # The head that didn't rise has no time.
+    assert np.isnan(table.iloc[1]["lag_loss"])
+    assert np.isnan(table.iloc[1]["step_score"])
+
+
+def test_pooled_lags_draw_runs_and_heads():
+    runs = [planted(2.0, 4.0, seed=seed).lead_lag(n_draws=50) for seed in range(3)]
+    pooled = emergence.pooled_lag(runs)
+    assert pooled["lag"] == pytest.approx(-2, abs=0.2)
+    assert pooled["ci_low"] <= pooled["lag"] <= pooled["ci_high"] < 0
+    assert (pooled["n_heads"], pooled["n_runs"]) == (3, 3)
+    assert np.isnan(emergence.pooled_lag([pd.DataFrame({"lag_loss": [np.nan]})])["lag"])
+    with pytest.raises(ph.PosheadsError, match="column='nothing'"):
+        emergence.pooled_lag(runs, "nothing")
+
+
+def test_drift_is_the_overlap_with_where_training_began():
+    found = planted(2.0, 4.0)
+    rho = torch.zeros(7, 5, 4, dtype=torch.float64)
+    rho[0] = torch.arange(20.0).view(5, 4)
+    rho[1] = rho[0] * 2 + 1
+    rho[2] = -rho[0]
+    for step in range(3, 7):
+        rho[step] = rho[0]
+    curve = torch.zeros(7, 5, 4, 6, dtype=torch.float64)
+    curve[2] = 0.5
+    table = replace(found, rho=rho, curve=curve).drift(k=0.1)
+    assert table["k"].tolist() == [2] * 7
+    assert table["overlap"].tolist() == [2, 2, 0, 2, 2, 2, 2]
+    assert table["chance"].iloc[0] == pytest.approx(0.2)
+    assert table["rank_correlation"].tolist()[:3] == pytest.approx([1, 1, -1])
+    assert table["curve_change"].tolist()[:3] == [0, 0, 0.5]
+    other = replace(found, rho=rho).drift(-rho[0], k=2)
+    assert other["overlap"].tolist()[:3] == [0, 0, 2]
+    with pytest.raises(ph.PosheadsError, match=r"shape \(3, 3\)"):
+        found.drift(torch.zeros(3, 3))
+
+
+def test_saved_and_drawn(tmp_path):
+    found = planted(2.0, 4.0)
+    again = emergence.Emergence.load(found.save(tmp_path / "e"))
+    for f in fields(emergence.Emergence)[:-1]:
+        assert torch.equal(getattr(found, f.name), getattr(again, f.name))
+    assert again.provenance == found.provenance
+    assert len(pd.read_parquet(tmp_path / "e" / "emergence.parquet")) == 14
+    scores, losses, curve = found.plot().axes[:3]
+    line = next(line for line in scores.lines if line.get_label() == "layer 0, head 0")
+    np.testing.assert_allclose(line.get_ydata(), found.rho[:, 0, 0])
+    assert "nats" in losses.get_ylabel()
+    assert "step" in curve.get_xlabel()
+    (tmp_path / "e" / "emergence.safetensors").write_bytes(b"half")
+    with pytest.raises(ph.PosheadsError, match="damaged"):
+        emergence.Emergence.load(tmp_path / "e")
+
+
+def test_refusals(llama, tmp_path):
+    with pytest.raises(ph.PosheadsError, match="every=0"):
+        emergence.EmergenceTracker(llama, TEXTS, every=0, progress=False)
+    with pytest.raises(ph.PosheadsError, match="65 texts"):
+        emergence.EmergenceTracker(llama, tokens_of(65, 8), progress=False)
+    with pytest.raises(ph.PosheadsError, match="GPT2"):
+        emergence.EmergenceTracker(architectures.other_model("GPT-2"), TEXTS, progress=False)
+    with pytest.raises(ph.PosheadsError, match="no step of training"):
+        emergence.EmergenceTracker(llama, TEXTS, progress=False).result()
+    with pytest.raises(ph.PosheadsError, match="at least 3"):
+        emergence.Emergence.of({0: _moment()}, {}).lead_lag()
+    with pytest.raises(ph.PosheadsError, match="holds no checkpoint"):
+        emergence.folder_checkpoints(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ph.PosheadsError, match="only a hub"):
+        ph.load_model(str(tmp_path), revision="step10")
+
+
+def _moment():
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
+    return Moment(nothing, nothing, nothing, nothing, nothing, nothing[None], nothing[None],
+                  torch.zeros(1, 6, dtype=torch.float64))  # fmt: skip
+
+
+def test_hub_checkpoints_load_the_step_they_name(monkeypatch):
+    from tl_posheads import models as loading
+
+    asked = []
+    monkeypatch.setattr(loading, "load_model", lambda name, **o: asked.append((name, o)))
+    found = emergence.hub_checkpoints("some/model", [0, 8], cls="bridge")
+    found[8]()
+    assert asked == [("some/model", {"revision": "step8", "cls": "bridge"})]
+    assert emergence.log_steps(100, 1) == [0, 1, 2, 4, 8, 16, 32, 64, 100]

@@ -1,0 +1,259 @@
+"""Scores, curves and loss over the steps of training: tables, lags, a picture, files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from scipy import stats
+from torch import Tensor
+
+from tl_posheads.emergence.lead_lag import crossing, lag_of
+from tl_posheads.emergence.measuring import Moment
+from tl_posheads.errors import PosheadsError
+from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
+from tl_posheads.statistics import chance_overlap
+
+_LABEL, _FILE, _TABLE = "emergence.json", "emergence.safetensors", "emergence.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class Emergence:
+    """A training run as seen at some of its steps.
+
+    Attributes:
+        steps: of training, ascending.
+        rho, ci_low, ci_high, rho_geometry, p_null: of every head, as
+            :class:`tl_posheads.HeadScores` has them.
+        doc_rho: rho of every text by itself, coarser; what the lags' intervals are drawn from.
+        curve: mean dominant dimension by octave of distance: 1, 2 to 3, 4 to 7 and so on.
+        loss: mean negative log-probability by text and octave of position, nats a token.
+        provenance: how it came about.
+    """
+
+    steps: Int[Tensor, "step"]
+    rho: Float[Tensor, "step layer head"]
+    ci_low: Float[Tensor, "step layer head"]
+    ci_high: Float[Tensor, "step layer head"]
+    rho_geometry: Float[Tensor, "step layer head"]
+    p_null: Float[Tensor, "step layer head"]
+    doc_rho: Float[Tensor, "step doc layer head"]
+    curve: Float[Tensor, "step layer head octave"]
+    loss: Float[Tensor, "step doc octave"]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, moments: dict[int, Moment], provenance: dict[str, Any]) -> Emergence:
+        """Steps put together.
+
+        Raises:
+            PosheadsError: there are none.
+        """
+        if not moments:
+            raise PosheadsError("no step of training was looked at; measure at least one")
+        steps = sorted(moments)
+        parts = {
+            f.name: torch.stack([getattr(moments[step], f.name) for step in steps])
+            for f in fields(Moment)
+        }
+        return cls(steps=torch.tensor(steps), **parts, provenance=provenance)
+
+    def __repr__(self) -> str:
+        return (
+            f"Emergence({self.provenance.get('model')}: {len(self.steps)} steps up to "
+            f"{int(self.steps[-1])})"
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per step and head."""
+        rows = []
+        for i, step in enumerate(self.steps.tolist()):
+            for layer in range(self.rho.shape[1]):
+                for head in range(self.rho.shape[2]):
+                    at = (i, layer, head)
+                    names = ("rho", "ci_low", "ci_high", "rho_geometry", "p_null")
+                    numbers = {name: float(getattr(self, name)[at]) for name in names}
+                    rows.append({"step": step, "layer": layer, "head": head, **numbers})
+        return pd.DataFrame(rows)
+
+    def losses(self) -> pd.DataFrame:
+        """Loss by step and octave of position (``start`` to ``end - 1``), mean over texts."""
+        mean = torch.nanmean(self.loss, dim=1)
+        rows = [
+            {"step": step, "start": 2**o, "end": 2 ** (o + 1), "loss": float(mean[i, o])}
+            for i, step in enumerate(self.steps.tolist())
+            for o in range(mean.shape[1])
+        ]
+        return pd.DataFrame(rows)
+
+    def top(self, k: int, step: int | None = None) -> list[tuple[int, int]]:
+        """The ``k`` heads of highest score at a step, the last one by default.
+
+        Raises:
+            PosheadsError: a step that wasn't looked at.
+        """
+        known = self.steps.tolist()
+        if step is not None and step not in known:
+            raise PosheadsError(f"step={step} was given; looked at were {known}")
+        rho = self.rho[-1 if step is None else known.index(step)]
+        places = [(float(rho[p]), p) for p in np.ndindex(*rho.shape) if bool(rho[p].isfinite())]
+        return [place for _, place in sorted(places, key=lambda x: (-x[0], x[1]))[:k]]
+
+    def drift(
+        self, reference: Float[Tensor, "layer head"] | None = None, *, k: int | float = 0.05
+    ) -> pd.DataFrame:
+        """Are the same heads positional at every step? A row per step.
+
+        Args:
+            reference: scores to compare with, like ``rho`` of another :class:`HeadScores`; those
+                of the first step by default.
+            k: how many heads, or which share of them, are the best.
+
+        Returns:
+            ``rank_correlation`` of the scores with the reference's; ``overlap`` of the best ``k``,
+            with the overlap that ``chance`` gives and the probability ``p_chance`` of so much of
+            it; ``curve_change``, by how many rotary pairs the heads' curves lie from those of the
+            first step (mean over heads and octaves of distance).
+
+        Raises:
+            PosheadsError: a reference of other layers and heads.
+        """
+        first = self.rho[0] if reference is None else reference.double()
+        if first.shape != self.rho.shape[1:]:
+            raise PosheadsError(
+                f"a reference of shape {tuple(first.shape)} was given; the model's heads are of "
+                f"shape {tuple(self.rho.shape[1:])}"
+            )
+        rows = []
+        for i, step in enumerate(self.steps.tolist()):
+            both = torch.isfinite(first) & torch.isfinite(self.rho[i])
+            mine, theirs = self.rho[i][both], first[both]
+            n = len(mine)
+            count = min(n, k if isinstance(k, int) else max(1, round(k * n)))
+            best = (set(x.argsort(descending=True)[:count].tolist()) for x in (mine, theirs))
+            overlap = len(set.intersection(*best))
+            chance, p = chance_overlap(n, count, count, overlap)
+            change = (self.curve[i] - self.curve[0]).abs().nanmean()
+            rows.append(
+                {
+                    "step": step, "k": count, "overlap": overlap, "chance": chance, "p_chance": p,
+                    "rank_correlation": float(stats.spearmanr(mine, theirs).statistic),
+                    "curve_change": float(change),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def lead_lag(
+        self, *, min_rise: float = 0.1, n_draws: int = 1000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Which comes first: the rise of a head's score, or the fall of the loss on far tokens?
+
+        A time is the step from which a quantity stays beyond half of the way from its first to
+        its last value (:func:`tl_posheads.emergence.crossing`). A lag is the score's time against
+        the loss's, in octaves of steps; negative: the score rises first.
+
+        Args:
+            min_rise: heads whose rho rises by less from the first to the last step have no time.
+            n_draws, seed: texts are drawn again for the intervals, the same for scores and loss.
+
+        Returns:
+            A row per head, most risen first: ``rise``, ``step_score``; ``step_loss``, of the loss
+            in the last octave of positions, and ``lag_loss`` with its interval; ``step_gain``, of
+            the far context's gain (loss in the octave of position 8 less loss in the last one,
+            after Olsson et al. 2022), and ``lag_gain`` with its interval. NaN without a rise, and
+            with fewer than three texts for the intervals.
+
+        Raises:
+            PosheadsError: fewer than three steps.
+        """
+        steps = self.steps.double().numpy()
+        if len(steps) < 3:
+            raise PosheadsError(
+                f"{len(steps)} steps were looked at; expected at least 3 to tell when"
+            )
+        n_texts = self.loss.shape[1]
+        random = np.random.default_rng(seed)
+        draws = random.multinomial(n_texts, np.full(n_texts, 1 / n_texts), size=n_draws) / n_texts
+        weights = np.concatenate([np.full((1, n_texts), 1 / n_texts), draws])
+        loss = self.loss.numpy()
+        # Texts too short for the last octave say nothing of it.
+        whole = np.isfinite(loss[:, :, -1]).all(0)
+        weights = weights * whole
+        with np.errstate(invalid="ignore"):
+            weights = weights / weights.sum(1, keepdims=True)
+        early = min(3, loss.shape[2] - 2)
+        last = np.nan_to_num(loss[:, :, -1])
+        far = np.einsum("bd,sd->bs", weights, last)
+        gain = np.einsum("bd,sd->bs", weights, np.nan_to_num(loss[:, :, early]) - last)
+        doc_rho = np.nan_to_num(self.doc_rho.numpy())
+        rows = []
+        for layer, head in np.ndindex(*self.rho.shape[1:]):
+            own = self.rho[:, layer, head].numpy()
+            rise = float(own[-1] - own[0])
+            row = {"layer": layer, "head": head, "rho": float(own[-1]), "rise": rise}
+            score = np.einsum("bd,sd->bs", weights, doc_rho[:, :, layer, head])
+            # The drawn scores' spread around the score that was counted exactly.
+            score = own + score - score[0]
+            rises = rise >= min_rise
+            row["step_score"] = float(crossing(steps, own)) if rises else np.nan
+            for name, reference in (("loss", far), ("gain", gain)):
+                lags = lag_of(steps, score, reference) if rises else np.full(len(weights), np.nan)
+                row[f"step_{name}"] = float(crossing(steps, reference[0]))
+                row[f"lag_{name}"] = float(lags[0])
+                known = lags[1:][np.isfinite(lags[1:])]
+                ends = (np.nan, np.nan)
+                if n_texts >= 3 and len(known) > n_draws // 2:
+                    ends = tuple(np.quantile(known, [0.025, 0.975]))
+                row[f"lag_{name}_low"], row[f"lag_{name}_high"] = float(ends[0]), float(ends[1])
+            rows.append(row)
+        return pd.DataFrame(rows).sort_values("rise", ascending=False, ignore_index=True)
+
+    def plot(self, heads: Sequence[tuple[int, int]] | None = None) -> Any:
+        """Scores of some heads, loss by octave and the best head's curve over training.
+
+        Args:
+            heads: those whose scores are told apart; the four of highest last score by default.
+        """
+        from tl_posheads.emergence.figure import figure
+
+        return figure(self, self.top(4) if heads is None else list(heads))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``emergence.safetensors``, ``.parquet`` and ``.json``, each whole or not at all.
+
+        Raises:
+            PosheadsError: ``folder`` is a file.
+        """
+        tensors = {name: getattr(self, name).contiguous() for name in _names()}
+        parts = {_FILE: save_tensors(tensors), _TABLE: table_bytes(self.to_pandas())}
+        facts = {
+            "format": "tl_posheads.Emergence", "version": 1, "provenance": self.provenance,
+        }  # fmt: skip
+        return write_labelled(folder, _LABEL, parts, facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Emergence:
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Raises:
+            PosheadsError: no such folder, another program's files, or damaged ones.
+        """
+        label, parts = read_labelled(
+            folder, _LABEL, made_by="Emergence", what="an emergence study", again="track it again"
+        )
+        with damage_named(f"the study in {folder} is", "track it again"):
+            tensors = load_tensors(parts[_FILE])
+            return cls(**{name: tensors[name] for name in _names()}, provenance=label["provenance"])
+
+
+def _names() -> list[str]:
+    return [f.name for f in fields(Emergence)[:-1]]

@@ -1,0 +1,186 @@
+"""What a profile of a model's heads holds: a table, its correlations, its overlaps, its files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.files import damage_named, read_labelled, table_bytes, table_of, write_labelled
+from tl_posheads.profile.settings import POSITIONAL
+from tl_posheads.statistics import benjamini_hochberg, chance_overlap
+
+LABEL, TABLE = "profile.json", "profile.parquet"
+_PLACE = ("layer", "head")
+_FEWEST = 3  # heads of a correlation
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """Measures of every head of a model, the positional score first.
+
+    Attributes:
+        table: one row per head: ``layer``, ``head``, ``positional`` and the measures' columns as
+            :func:`~tl_posheads.profile.profile_heads` lists them; NaN where there is no value.
+        provenance: how it came about; ``missing`` says of every column with NaN why,
+            ``needles`` how many the model answered.
+    """
+
+    table: pd.DataFrame
+    provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return (
+            f"HeadProfile({self.provenance.get('model')}: {len(self.table)} heads, "
+            f"{', '.join(self.columns)})"
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the measures, the positional score first."""
+        return [str(name) for name in self.table.columns if name not in _PLACE]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per head, in order of layer and head; a copy."""
+        return self.table.copy()
+
+    def correlation(self, *, within_layers: bool = False) -> pd.DataFrame:
+        """Spearman's rho between every two measures, over the heads that have both.
+
+        NaN where fewer than three heads have both, or one of the two is the same for all.
+
+        Args:
+            within_layers: compare heads with those of their own layer only: of each measure's
+                rank its layer's mean rank is taken away, and what is left is correlated. What
+                depth alone explains, two measures that both grow with the layer, is then gone.
+
+        Example:
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"layer": 0, "head": range(4),
+            ...                       "positional": [0.1, 0.2, 0.3, 0.4], "sink": [4, 2, 3, 1.0]})
+            >>> float(HeadProfile(table, {}).correlation().loc["positional", "sink"])
+            -0.8
+        """
+        values = self.table[self.columns].astype(float)
+        return _pairwise(values, self.table["layer"], within=within_layers)
+
+    def overlap(self, k: int | float = 0.05) -> pd.DataFrame:
+        """How many of each measure's ``k`` highest heads are among the ``k`` most positional ones.
+
+        Args:
+            k: a count, or a share of the heads that have both values (rounded, at least one).
+
+        Returns:
+            A row per measure: ``n_heads`` that have both values; ``n_positional`` and ``n_top``,
+            how many heads of each list were compared; ``overlap``; ``chance``, what two random
+            lists would have on average; ``p``, the probability that they have at least so many
+            (hypergeometric); ``p_adjusted`` for the number of measures (Benjamini-Hochberg).
+            Heads that share the value at the cut with one below it are left out of a list, so
+            that it may be shorter than ``k``; NaN where none is left.
+
+        Raises:
+            PosheadsError: a ``k`` that is no count and no share.
+        """
+        if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
+            raise PosheadsError(f"overlap({k!r}) was asked; expected a count or a share of heads")
+        is_count = isinstance(k, int | np.integer)
+        if (is_count and k < 1) or (not is_count and not 0 < k <= 1):
+            raise PosheadsError(
+                f"overlap({k!r}) was asked; expected a count of at least 1 or a share above 0 and "
+                "at most 1"
+            )
+        rows = []
+        for name in self.columns:
+            if name == POSITIONAL:
+                continue
+            both = self.table[[POSITIONAL, name]].astype(float).dropna().to_numpy()
+            n = len(both)
+            count = min(n, int(k) if is_count else max(1, round(float(k) * n)))
+            best, kin = (_highest(column, count) for column in both.T)
+            row = {"measure": name, "n_heads": n, "n_positional": len(best), "n_top": len(kin)}
+            shared, chance, p = float("nan"), float("nan"), float("nan")
+            if best and kin:
+                shared = len(best & kin)
+                chance, p = chance_overlap(n, len(best), len(kin), int(shared))
+            rows.append({**row, "overlap": shared, "chance": chance, "p": p})
+        columns = ["measure", "n_heads", "n_positional", "n_top", "overlap", "chance", "p"]
+        out = pd.DataFrame(rows, columns=columns)
+        out["p_adjusted"] = benjamini_hochberg(out["p"].to_numpy(dtype=float))
+        return out
+
+    def plot(self, *, within_layers: bool = False) -> Any:
+        """The correlations as a map, alike measures side by side, as a matplotlib figure.
+
+        Args:
+            within_layers: as in :meth:`correlation`.
+
+        Raises:
+            PosheadsError: fewer than two measures can be correlated.
+        """
+        from tl_posheads.profile.figure import correlation_figure
+
+        return correlation_figure(self, within_layers)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``profile.json`` and ``profile.parquet`` into a folder, each whole or not at all.
+
+        Raises:
+            PosheadsError: ``folder`` is a file.
+        """
+        facts = {
+            "format": "tl_posheads.HeadProfile", "version": 1, "provenance": self.provenance,
+        }  # fmt: skip
+        return write_labelled(folder, LABEL, {TABLE: table_bytes(self.table)}, facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> HeadProfile:
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Raises:
+            PosheadsError: no such folder, another program's files, or damaged ones.
+        """
+        label, parts = read_labelled(
+            folder, LABEL, made_by="HeadProfile", what="a profile", again="make it again"
+        )
+        with damage_named(f"the profile in {folder} is", "make it again"):
+            return cls(table_of(parts[TABLE]), label["provenance"])
+
+
+def _pairwise(values: pd.DataFrame, layer: pd.Series[Any], within: bool) -> pd.DataFrame:
+    names = list(values.columns)
+    out = pd.DataFrame(np.nan, index=names, columns=names)
+    for i, a in enumerate(names):
+        for b in names[i:]:
+            both = (values[a].notna() & values[b].notna()).to_numpy()
+            if both.sum() < _FEWEST:
+                continue
+            x, y = (stats.rankdata(values[name].to_numpy()[both]) for name in (a, b))
+            if within:
+                x, y = (_centred(ranks, layer.to_numpy()[both]) for ranks in (x, y))
+            x, y = x - x.mean(), y - y.mean()
+            norm = float(np.sqrt((x @ x) * (y @ y)))
+            # Ranks are multiples of 1/2: less than this is what rounding left of a constant.
+            if min(x @ x, y @ y) > 1e-9:
+                out.loc[a, b] = out.loc[b, a] = np.clip(float(x @ y) / norm, -1.0, 1.0)
+    return out
+
+
+def _centred(ranks: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    means = pd.Series(ranks).groupby(groups).transform("mean")
+    return np.asarray(ranks - means.to_numpy())
+
+
+def _highest(values: np.ndarray, count: int) -> set[int]:
+    """Places of the ``count`` highest values, those that tie across the cut left out."""
+    if count >= len(values):
+        return set(range(len(values)))
+    cut = np.sort(values)[::-1]
+    clear = cut[count - 1] > cut[count]
+    chosen = values >= cut[count - 1] if clear else values > cut[count]
+    return set(np.flatnonzero(chosen).tolist())
