@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tl_posheads.ablation import ablate, ablation_hooks
     from tl_posheads.accumulator import ScoreAccumulator
     from tl_posheads.capture import capture_rotary, hook_names, rotary_hook_points
+    from tl_posheads.codes.results import CodeScores
+    from tl_posheads.codes.scoring import score_any_code
     from tl_posheads.contributions import (
         dimension_contributions,
         dominant_dimension,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from tl_posheads.study.results import AblationStudy
     from tl_posheads.study.run import ablation_study
     from tl_posheads.study.screen import head_effects
+    from tl_posheads.unseen.measure import unseen_angles
+    from tl_posheads.unseen.results import UnseenAngles
 
 # Loaded when first asked for: `tl-posheads --help` need not wait for torch and the lens.
 _HOME = {
@@ -95,6 +99,10 @@ _HOME = {
     "dose_response": "study.dose",
     "DoseResponse": "study.dose_results",
     "head_effects": "study.screen",
+    "CodeScores": "codes.results",
+    "score_any_code": "codes.scoring",
+    "UnseenAngles": "unseen.results",
+    "unseen_angles": "unseen.measure",
 }
 
 _PACKAGES = ("codes", "emergence", "extrapolation", "profile", "tasks", "unseen", "views")

@@ -33,8 +33,24 @@ EMERGENCE = (
     "emergence.json", "emergence.safetensors", "emergence.parquet", LAGS, TRAINING,
 )  # fmt: skip
 PROFILE = ("profile.json", "profile.parquet", "profile.png")
+UNSEEN = (
+    "unseen.json", "unseen.safetensors", "loss.parquet", "unseen.png", "summary.csv",
+    "by_pair.csv", "losses.csv", "pairs.csv", "change.csv",
+)  # fmt: skip
 # Everything that a run writes. --overwrite touches these names and no others.
-MADE_BY_US = (*SCORES, *STUDY, *EMERGENCE, *PROFILE, CURVE, MAPS, TABLE, PAGE, CHECKPOINT, RUN_FILE)
+MADE_BY_US = (
+    *SCORES,
+    *STUDY,
+    *EMERGENCE,
+    *PROFILE,
+    *UNSEEN,
+    CURVE,
+    MAPS,
+    TABLE,
+    PAGE,
+    CHECKPOINT,
+    RUN_FILE,
+)
 _SET_ASIDE = ".replaced"
 _PROGRAM = "tl-posheads"
 
