@@ -17,7 +17,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "notebooks/smollm2-ablation"]
+exclude_patterns = ["_build", "notebooks/smollm2-ablation", "notebooks/studies"]
 html_theme = "furo"
 html_title = "tl_posheads"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
