@@ -105,9 +105,8 @@ def test_the_lens_own_training_is_watched_and_not_disturbed():
         training = import_module("transformer_lens.tools.training")
     except ImportError:  # before 4.0
         training = import_module("transformer_lens.train")
-    config = training.TrainConfig(
-        num_epochs=1, batch_size=4, lr=1e-3, print_every=None, device="cpu"
-    )
+    config_class = getattr(training, "TrainConfig", None) or training.HookedTransformerTrainConfig
+    config = config_class(num_epochs=1, batch_size=4, lr=1e-3, print_every=None, device="cpu")
 
     def trained(watch):
         model = architectures.bridge(architectures.build("Llama", architectures.BASE, boost=1.0))
@@ -173,7 +172,7 @@ def test_checkpoints_training_and_folders_give_the_same(tmp_path):
     assert found.steps.tolist() == [0, 1, 2]
     assert third.steps.tolist() == [0, 2]
     assert torch.equal(found.rho, again.rho)
-    torch.testing.assert_close(found.rho[[0, 2]], third.rho, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.rho[[0, 2]], third.rho, atol=1e-4, rtol=0)
     assert found.top(3, step=0) == ph.score_heads(
         by_step[0], texts, exact=False, progress=False
     ).top(3)
