@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import cli_ablate, cli_profile, cli_track, cli_unseen, rundir
+from . import cli_ablate, cli_codes, cli_profile, cli_track, cli_unseen, rundir
 from .cli_options import add_model_options, layers, local_files, pairs, resumable, whole
 from .errors import PosheadsError
 
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     score.set_defaults(action=_score)
 
-    for module in (cli_ablate, cli_profile, cli_track, cli_unseen):
+    for module in (cli_ablate, cli_codes, cli_profile, cli_track, cli_unseen):
         module.add_command(commands)
     show = commands.add_parser(
         "show", help="print the table of a finished run", description="Print the best heads in DIR."

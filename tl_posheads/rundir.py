@@ -32,6 +32,7 @@ LAGS, TRAINING = "lags.csv", "training.png"
 EMERGENCE = (
     "emergence.json", "emergence.safetensors", "emergence.parquet", LAGS, TRAINING,
 )  # fmt: skip
+CODES = ("codes.json", "codes.safetensors")
 PROFILE = ("profile.json", "profile.parquet", "profile.png")
 UNSEEN = (
     "unseen.json", "unseen.safetensors", "loss.parquet", "unseen.png", "summary.csv",
