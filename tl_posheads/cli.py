@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from .errors import PosheadsError
 if TYPE_CHECKING:
     from .results import HeadScores
 
+_STUDIES = ("codes", "profile", "track", "unseen")  # they say how long they took
 _SHOWN, _CELLS = 256, 64  # tokens whose attention the page shows, and cells a side
 
 _ABOUT = """\
@@ -367,9 +369,11 @@ def table_lines(scores: HeadScores, top: int) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the return value is its exit status (0, 2 for bad input, 130 for Ctrl-C)."""
     try:
-        args = build_parser().parse_args(argv)
+        args, begun = build_parser().parse_args(argv), time.perf_counter()
         args.action(args)
         sys.stdout.flush()
+        if args.command in _STUDIES:
+            print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
     except SystemExit as stop:
         return int(stop.code or 0)
     except (PosheadsError, OSError) as problem:
