@@ -149,14 +149,12 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _write(study: AblationStudy, out: Path) -> None:
-    import io
+    from .pictures import png
 
     study.save(out)
     rundir.write_whole(out / rundir.EFFECTS, study.to_pandas().to_csv(index=False))
     rundir.write_whole(out / rundir.VERDICT, "\n".join(study.verdict().values()) + "\n")
-    picture = io.BytesIO()
-    study.plot().savefig(picture, format="png", dpi=120)
-    rundir.write_bytes(out / rundir.PICTURE, picture.getvalue())
+    rundir.write_bytes(out / rundir.PICTURE, png(study.plot()))
 
 
 def _print(study: AblationStudy, out: Path) -> None:

@@ -133,7 +133,7 @@ def _scores(args: argparse.Namespace, model: Any, tokens: Any, checkpoint: Path)
 
 
 def _write(profile: HeadProfile, out: Path) -> None:
-    import io
+    from .pictures import png
 
     profile.save(out)
     rundir.write_whole(out / rundir.TABLE, profile.to_pandas().to_csv(index=False))
@@ -142,9 +142,7 @@ def _write(profile: HeadProfile, out: Path) -> None:
     except PosheadsError as problem:  # nothing to draw; the table is there all the same
         print(f"no picture: {problem}", file=sys.stderr)
         return
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    rundir.write_bytes(out / PICTURE, picture.getvalue())
+    rundir.write_bytes(out / PICTURE, png(figure))
 
 
 def _print(profile: HeadProfile, out: Path, top: int) -> None:

@@ -124,23 +124,20 @@ def _track(args: argparse.Namespace) -> None:
 
 
 def _write(found: Emergence, out: Path) -> None:
-    import io
+    from .pictures import png
 
     found.save(out)
     if len(found.steps) >= 3:
         rundir.write_whole(out / rundir.LAGS, found.lead_lag().to_csv(index=False))
-    picture = io.BytesIO()
-    found.plot().savefig(picture, format="png", dpi=120)
-    rundir.write_bytes(out / rundir.TRAINING, picture.getvalue())
+    rundir.write_bytes(out / rundir.TRAINING, png(found.plot()))
 
 
 def _print(found: Emergence, out: Path) -> None:
-    table = found.to_pandas()
-    for step, rows in table.groupby("step"):
+    far = found.losses().groupby("step")["loss"].last()
+    for step, rows in found.to_pandas().groupby("step"):
         best = rows.nlargest(3, "rho")
         heads = ", ".join(f"L{r.layer}H{r.head} {r.rho:+.3f}" for r in best.itertuples())
-        loss = found.losses().query("step == @step")["loss"]
-        print(f"step {step:>8,}  loss on far tokens {loss.iloc[-1]:6.3f}  best {heads}")
+        print(f"step {step:>8,}  loss on far tokens {far[step]:6.3f}  best {heads}")
     if len(found.steps) >= 3:
         columns = ["layer", "head", "rho", "rise", "step_score", "step_loss", "lag_loss",
                    "lag_loss_low", "lag_loss_high"]  # fmt: skip

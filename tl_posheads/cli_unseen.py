@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,13 +140,14 @@ def _unseen(args: argparse.Namespace) -> None:
 
 
 def _write(found: UnseenAngles, out: Path) -> None:
-    picture = io.BytesIO()
-    found.plot().savefig(picture, format="png", dpi=120)
+    from .pictures import png
+
+    picture = png(found.plot())
     tables = {name: getattr(found, name)().to_csv(index=False) for name in TABLES}
     found.save(out)
     for name, text in tables.items():
         rundir.write_whole(out / f"{name}.csv", text)
-    rundir.write_bytes(out / PICTURE, picture.getvalue())
+    rundir.write_bytes(out / PICTURE, picture)
 
 
 def _print(found: UnseenAngles, out: Path) -> None:

@@ -43,11 +43,16 @@ def picture(**options: Any) -> Any:
 
     class Shown(Figure):
         def _repr_png_(self) -> bytes:
-            out = io.BytesIO()
-            self.savefig(out, format="png", dpi=80)
-            return out.getvalue()
+            return png(self, dpi=80)
 
     return Shown(layout="constrained", **options)
+
+
+def png(figure: Any, dpi: int = 120) -> bytes:
+    """A matplotlib figure as the content of a PNG file."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    return out.getvalue()
 
 
 def styled(draw: Draws) -> Draws:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+from .pictures import png
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,9 +92,7 @@ def _section(name: str, title: str, body: str) -> str:
 
 
 def _image(figure: Any, said: str) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    data = base64.b64encode(out.getvalue()).decode()
+    data = base64.b64encode(png(figure, dpi=110)).decode()
     # Figures are drawn on white, also where the page is dark.
     return f'<p><img class="figure" alt="{escape(said)}" src="data:image/png;base64,{data}"></p>'
 

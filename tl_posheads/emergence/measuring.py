@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,13 +166,3 @@ def _losses(model: Any, by_key: Sequence[tuple[str, Tensor]]) -> Float[Tensor, "
                 if bool(inside.any()):
                     out[i, o] = loss[inside].mean()
     return out
-
-
-def to_tensors(moment: Moment) -> dict[str, Tensor]:
-    """Under their names, for one file."""
-    return dict(vars(moment))
-
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> Moment:
-    """The inverse of :func:`to_tensors`."""
-    return Moment(**tensors)

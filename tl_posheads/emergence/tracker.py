@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_posheads.checkpoint import Checkpoint
-from tl_posheads.emergence.measuring import Moment, from_tensors, look, texts_of, to_tensors
+from tl_posheads.emergence.measuring import Moment, look, texts_of
 from tl_posheads.emergence.results import Emergence
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import digest_of
@@ -97,7 +97,7 @@ class EmergenceTracker:
         unit = f"step-{step:09d}"
         found = self._kept.read(unit)
         if found is not None:
-            moment = from_tensors(found)
+            moment = Moment(**found)
         else:
             self._looking = True
             try:
@@ -106,7 +106,7 @@ class EmergenceTracker:
             finally:
                 self._looking = False
             self._provenance |= facts
-            self._kept.write(unit, to_tensors(moment))
+            self._kept.write(unit, vars(moment))
         self._moments[step] = moment
         self._tell(step, moment)
         return moment
