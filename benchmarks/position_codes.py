@@ -198,7 +198,7 @@ def data_bases(model: CodedTransformer, texts: Tensor) -> list[list[codes.QKBasi
 def scored(
     model: CodedTransformer, texts: Tensor, bases: list[list[codes.QKBasis]], shuffles: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rho ``[layer, head]``, that of each text, and of random orders of the dimensions."""
+    """rho ``[layer, head]``, mean over texts; each text's; and of random orders of dimensions."""
     bias = model.bias(texts.shape[1])
     # Contributions are of q . k, to which the scores' scale has yet to come.
     bias = None if bias is None else bias.detach() * model.shape.d_head**0.5
@@ -206,22 +206,21 @@ def scored(
     rho, alone, shuffled = [], [], []
     for layer, (q, k) in enumerate(queries_and_keys(model, texts)):
         vectors = [codes.PlaneVectors(a, b, bases[layer], bias) for a, b in zip(q, k)]
-        rho.append(_rho(found := [codes.dominant_by_distance(v) for v in vectors]))
-        alone.append([_rho([one]) for one in found])
+        alone.append([_rho(v) for v in vectors])
+        rho.append(np.mean(alone[-1], axis=0))
         few, orders = vectors[:4], []
         true = few[0].index
         for _ in range(shuffles):
             order = rng.permutation(len(true.unique()))
             for v in few:
                 v.index = torch.as_tensor(order, dtype=torch.float64)[true.long()]
-            orders.append(_rho([codes.dominant_by_distance(v) for v in few]))
+            orders.append(np.mean([_rho(v) for v in few], axis=0))
         shuffled.append(orders)
     return np.array(rho), np.array(alone), np.array(shuffled)
 
 
-def _rho(found: list[tuple[Tensor, Tensor]]) -> np.ndarray:
-    distance, dominant = torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], dim=1)
-    return ph.spearman_by_distance(distance, dominant).numpy()
+def _rho(vectors: codes.PlaneVectors) -> np.ndarray:
+    return ph.spearman_by_distance(*codes.dominant_by_distance(vectors)).numpy()
 
 
 def ablations(model: CodedTransformer, held: HeldOut, rho: np.ndarray) -> list[dict[str, Any]]:

@@ -1,89 +1,77 @@
-"""How time and memory of one layer grow with the length of the text.
+"""How time and memory of one layer's measures grow with the length of the text.
 
     .venv/bin/python benchmarks/scaling.py
+    .venv/bin/python benchmarks/scaling.py --lengths 256 512 --rounds 1       # to try it
 
-Exponents are ``p`` of ``a + b * length**p``, least squares of relative errors, with their standard
-errors: 2 is quadratic. What doesn't grow (``a``) is the start of threads, tables and draws.
-Times are medians of rounds, lengths in turn. Memory is what a fresh process, which has counted a
-short text before, grows by at its highest, beyond q and k.
+*5,000 pairs drawn* is what ``score_heads`` does to each of 16 documents by default, *all pairs* is
+``pairs="all"``. Times are medians of rounds, the two ways in turn at every length. Memory is what a
+fresh process, which has measured a short text before, grows by at its highest, beyond q and k.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from scipy.optimize import curve_fit
 from side_by_side import machine, peak_growth, seconds_of
 
-from tl_posheads import LayerGeometry, kernel
-from tl_posheads.counter import Counter
-from tl_posheads.counting import Settings, count_document, count_rows
-from tl_posheads.remapping import pair_vectors
+from tl_posheads import LayerGeometry
+from tl_posheads.draws import DocumentDraws, Settings, measure
 
-LENGTHS = [512, 1024, 2048, 4096, 8192]
 HEADS, PAIRS = 9, 32
-INV_FREQ = 10000.0 ** (-torch.arange(PAIRS) / PAIRS)
-GEOMETRY = LayerGeometry.from_inv_freq(INV_FREQ, n_heads=HEADS, n_kv_heads=HEADS)
-NAME = "a" * 16
+DRAWN, ALL = "5,000 pairs drawn", "all pairs"
+SETTINGS = {DRAWN: Settings(5000), ALL: Settings(5000, exact=True)}
 
 
 def main() -> None:
-    if len(sys.argv) == 3:  # a process of its own, for memory
-        short, call = ways(256)[sys.argv[1]], ways(int(sys.argv[2]))[sys.argv[1]]
-        short()
-        print(peak_growth(call))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    lengths = [512, 1024, 2048, 4096, 8192, 16384]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
+    parser.add_argument("--all-up-to", type=int, default=4096, help="longest for all pairs")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--way", choices=list(SETTINGS), help="print its memory, nothing else")
+    args = parser.parse_args()
+    if args.way:
+        way(args.way, 256)()
+        print(peak_growth(way(args.way, args.lengths[0])))
         return
-    calls = {n: ways(n) for n in LENGTHS}
-    print(f"### Scaling: one layer of {HEADS} heads, {PAIRS} pairs\n\n{machine()}\n")
-    print("| |" + "".join(f" {n:,} |" for n in LENGTHS) + " exponent |")
-    print("|---|" + "---:|" * (len(LENGTHS) + 1))
-    for way in calls[LENGTHS[0]]:
-        seconds = seconds_of({str(n): calls[n][way] for n in LENGTHS}, 5)
-        times = [statistics.median(seconds[str(n)]) for n in LENGTHS]
-        memory = [in_own_process(way, n) for n in LENGTHS]
-        print(f"| {way}, seconds |" + "".join(f" {t:.3g} |" for t in times) + f" {_slope(times)} |")
-        print(f"| {way}, MB |" + "".join(f" {m:.0f} |" for m in memory) + f" {_slope(memory)} |")
+    print(f"### Scaling: one layer of {HEADS} heads, {PAIRS} rotary pairs\n\n{machine()}\n")
+    rows: dict[str, list[str]] = {f"{x}, {y}": [] for x in SETTINGS for y in ("seconds", "MB")}
+    for n in args.lengths:
+        names = [DRAWN, ALL] if n <= args.all_up_to else [DRAWN]
+        seconds = seconds_of({name: way(name, n) for name in names}, args.rounds)
+        for name in SETTINGS:
+            known = name in names
+            time = f"{statistics.median(seconds[name]):.3g}" if known else ""
+            rows[f"{name}, seconds"].append(time)
+            rows[f"{name}, MB"].append(f"{in_own_process(name, n):.0f}" if known else "")
+    print("| |" + "".join(f" {n:,} |" for n in args.lengths))
+    print("|---|" + "---:|" * len(args.lengths))
+    for name, cells in rows.items():
+        print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
 
 
-def ways(n: int) -> dict[str, partial]:
-    """What is measured, on a text of ``n`` tokens."""
-    kernel.WORTH_COMPILING = 1
+def way(name: str, n: int) -> Callable[[], object]:
+    """The layer's measures of a text of ``n`` tokens, laid out beforehand."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(n, HEADS, 2 * PAIRS, generator=generator) for _ in "qk")
-    _, grids = count_document(q[:256], k[:256], GEOMETRY, NAME, Settings(pairs=3), None)
-    vectors = pair_vectors(q, k, GEOMETRY)
+    inv_freq = 10000.0 ** (-torch.arange(PAIRS) / PAIRS)
+    geometry = LayerGeometry.from_inv_freq(inv_freq, n_heads=HEADS)
 
-    def all_pairs() -> None:
-        counter = Counter(grids.dominant, n - 1, [0, n], q.device)
-        count_rows(vectors, counter, torch.arange(1, n), None)
+    def measured() -> object:
+        return measure(q, k, geometry, DocumentDraws("a" * 16, n, SETTINGS[name]))
 
-    document = partial(count_document, q, k, GEOMETRY, NAME)
-    return {
-        "kernel, all pairs": partial(all_pairs),
-        "all pairs, with nulls": partial(document, Settings(), grids),
-        "20,000 pairs, with nulls": partial(document, Settings(pairs=20_000), grids),
-    }
+    return measured
 
 
-def in_own_process(way: str, n: int) -> float:
-    run = subprocess.run(
-        [sys.executable, __file__, way, str(n)], capture_output=True, text=True, check=True
-    )
+def in_own_process(name: str, n: int) -> float:
+    command = [sys.executable, __file__, "--way", name, "--lengths", str(n)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(run.stdout)
-
-
-def _slope(values: list[float]) -> str:
-    length, measured = np.array(LENGTHS) / LENGTHS[-1], np.array(values) / values[-1]
-    (_, _, power), covariance = curve_fit(
-        lambda x, a, b, p: a + b * x**p, length, measured, p0=[0.01, 1, 1.5], sigma=measured,
-        bounds=(0, [1, 2, 4]),
-    )  # fmt: skip
-    return f"{power:.2f} ± {covariance[2, 2] ** 0.5:.2f}"
 
 
 if __name__ == "__main__":

@@ -12,21 +12,29 @@ from pathlib import Path
 import torch
 
 
-def seconds_of(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def seconds_of(
+    ways: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each way, round by round: a slow minute of the machine slows all of them.
 
-    Each way runs once before the clock does.
+    With ``warm_up`` each way runs once before the clock does.
     """
-    for call in ways.values():
+    for call in ways.values() if warm_up else ():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, call in ways.items():
-            start = time.perf_counter()
-            call()
-            _wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time_of(call))
     return seconds
+
+
+def time_of(call: Callable[[], object]) -> float:
+    """Seconds of one call, until the GPU is done, too."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def table_of(seconds: Mapping[str, list[float]], base: str) -> str:
@@ -69,11 +77,6 @@ def machine() -> str:
         f"{torch.get_num_threads()} threads, {platform.machine()} {isa}, {card}; "
         f"Python {platform.python_version()}, {packages}"
     )
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _status(field: str) -> float:

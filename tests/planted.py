@@ -15,6 +15,7 @@ import architectures
 import numpy as np
 import torch
 import transformers
+from scores_by_hand import head_scores
 
 from tl_posheads import HeadScores
 from tl_posheads.tasks.base import Prompt
@@ -163,9 +164,4 @@ def scores_with_top(model: Any, heads: Sequence[tuple[int, int]], seed: int = 0)
     rho = 0.8 * torch.rand(shape, generator=generator, dtype=torch.float64) - 0.3
     for i, head in enumerate(heads):
         rho[head] = 0.9 - 0.3 * i / len(heads)
-    return HeadScores(
-        rho=rho, ci_low=rho - 0.05, ci_high=rho + 0.05, rho_geometry=torch.zeros_like(rho),
-        p_null=torch.full_like(rho, 0.5), se=torch.full_like(rho, float("nan")),
-        n_pairs=torch.full(shape, 1000), windows=(None,) * shape[0],
-        provenance={"model": model.cfg.model_name},
-    )  # fmt: skip
+    return head_scores(rho, provenance={"model": model.cfg.model_name})

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import architectures
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
+from scores_by_hand import head_scores
 
-from tl_posheads import HeadScores, scoring
-from tl_posheads.cli import main
-from tl_posheads.cli_options import layers
+from tl_posheads import HeadScores, load_corpus, load_model, score_heads, scoring
+from tl_posheads.cli import _COLUMNS, main, table_lines
+from tl_posheads.cli_options import add_pairs, layers
+from tl_posheads.contributions import Scale
 from tl_posheads.curves import DominantDimensionCurve
+from tl_posheads.draws import Weighting
 from tl_posheads.maps import HeadMaps
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
@@ -55,13 +61,15 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == "The 3 highest positional scores of 8 heads:"
-    assert lines[1].split() == ["layer", "head", "rho", "ci", "rho_geometry", "p_null", "n_pairs",
-                                "window"]  # fmt: skip
+    assert lines[1].split() == ["layer", "head", "rho", "ci", "p_adj", "rotation", "content", "D",
+                                "near->far", "window"]  # fmt: skip
     names = sorted(p.name for p in (tmp_path / "s").iterdir())
     assert names == ["curve", "index.html", "maps", "run.json", "scores.json", "scores.safetensors", "table.csv",
                      "table.parquet"]  # fmt: skip
     scores = HeadScores.load(tmp_path / "s")
     assert scores.top(1) == [tuple(int(x) for x in lines[2].split()[:2])]
+    assert "\n".join(lines[5:]).startswith(scores.summary() + "\n\nfiles: ")
+    assert "over 3 documents" in lines[5]
     assert len(pd.read_csv(tmp_path / "s" / "table.csv")) == 8
     for key in ("corpus_sha256", "tokens_sha256", "versions", "seed", "pairs", "layers", "model"):
         assert key in scores.provenance
@@ -79,19 +87,85 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert "already holds this run" in again[1]
 
 
-@pytest.mark.parametrize("pairs", ["all", "per_distance", "300"])
-def test_options_reach_the_scores(run, tmp_path, pairs):
-    code, _, err = run(*SCORE, "--out", "s", "--pairs", pairs, "--layers", "1", "--skip-first", 2,
+@pytest.mark.parametrize(("pairs", "weighting", "scale"), [
+    ("auto", "pair", "none"), ("all", "distance", "attention"), ("300", "distance", "none"),
+])  # fmt: skip
+def test_options_reach_the_scores(run, place, tmp_path, pairs, weighting, scale):
+    code, _, err = run(*SCORE, "--out", "s", "--pairs", pairs, "--weighting", weighting, "--scale", scale, "--layers", "1", "--skip-first", 2,
                        "--seed", 5, "--dtype", "float32", "--device", "cpu", "--cls", "bridge")  # fmt: skip
     assert code == 0, err
     scores = HeadScores.load(tmp_path / "s")
     facts = scores.provenance
     expected = int(pairs) if pairs.isdigit() else pairs
-    assert (facts["pairs"], facts["layers"], facts["skip_first"], facts["seed"]) == (
-        expected, [1], 2, 5
-    )  # fmt: skip
+    found = [
+        facts[name] for name in ("pairs", "weighting", "scale", "layers", "skip_first", "seed")
+    ]
+    assert found == [expected, weighting, scale, [1], 2, 5]
     assert facts["model_class"] == "TransformerBridge"
     assert bool(torch.isnan(scores.rho[0]).all())
+    request = json.loads((tmp_path / "s" / "run.json").read_text())["request"]
+    assert (request["weighting"], request["scale"]) == (weighting, scale)
+    model = load_model(str(place / "llama"), cls="bridge", device="cpu", dtype="float32")
+    tokens = load_corpus(str(place / "text.txt"), model, n_docs=3, length=60, seed=5)
+    direct = score_heads(
+        model, tokens, layers=[1], pairs=expected, weighting=weighting, scale=scale, skip_first=2,
+        seed=5, progress=False,
+    )  # fmt: skip
+    assert torch.equal(direct.values.nan_to_num(9), scores.values.nan_to_num(9))
+    assert HeadMaps.load(tmp_path / "s" / "maps").scale == scale
+    assert DominantDimensionCurve.load(tmp_path / "s" / "curve").scale == scale
+
+
+def test_one_document_is_told_to_be_few(run):
+    code, out, err = run(*SCORE[:4], "--docs", 1, "--length", 60, "--best", 0, "--out", "s")
+    assert code == 0, err
+    assert "give 8 or more shorter ones" in out
+    assert out.splitlines()[2].split()[3:5] == ["-", "-"]  # neither interval nor p
+
+
+def test_results_of_an_earlier_version_are_refused_in_one_line(run, tmp_path):
+    assert run(*SCORE, "--best", 0, "--out", "s")[0] == 0
+    label = json.loads((tmp_path / "s" / "scores.json").read_text())
+    (tmp_path / "s" / "scores.json").write_text(json.dumps({**label, "version": 1}))
+    for words in (("show", "s"), ("report", "s"), (*SCORE, "--best", 0, "--out", "s")):
+        code, out, err = run(*words)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert "score again" in err
+    # What an earlier version asked for is another run.
+    run_json = json.loads((tmp_path / "s" / "run.json").read_text())
+    del run_json["request"]["weighting"]
+    (tmp_path / "s" / "run.json").write_text(json.dumps(run_json))
+    code, _, err = run(*SCORE, "--best", 0, "--out", "s")
+    assert code == 2
+    assert "differs in: weighting" in err
+    assert "--overwrite" in err
+
+
+def test_the_table_shows_the_measures_of_the_best_heads_and_a_dash_for_what_is_not_known():
+    scores = head_scores([[0.5, -0.2], [0.9, float("nan")]], windows=(None, 64))
+    lines = table_lines(scores, 2)
+    assert lines[0] == "The 2 highest positional scores of 3 heads:"
+    first, second = lines[2].split(), lines[3].split()
+    rows = scores.by_document("rho")[:, 1, 0].numpy()
+    low, high = stats.t.interval(0.95, 7, rows.mean(), stats.sem(rows))
+    assert first[:6] == ["1", "0", "+0.900", f"{low:+.3f}", "..", f"{high:+.3f}"]
+    assert first[7:] == ["+0.540", "+0.270", "2.1", "->", "3.9", "64"]
+    assert second[7:] == ["+0.300", "+0.150", "2.5", "->", "3.5", "-"]
+    p = stats.ttest_1samp(scores.by_document("rho").flatten(1)[:, :3].numpy(), 0.0).pvalue
+    adjusted = stats.false_discovery_control(p)
+    assert [float(first[6]), float(second[6])] == pytest.approx(
+        [adjusted[2], adjusted[0]], rel=0.05
+    )
+    assert table_lines(head_scores([[float("nan")]]), 2) == []
+
+
+def test_choices_are_those_of_the_library():
+    parser = argparse.ArgumentParser()
+    add_pairs(parser.add_argument)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert choices["weighting"] == get_args(Weighting)
+    assert choices["scale"] == get_args(Scale)
 
 
 def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
@@ -142,7 +216,11 @@ BAD = [
     (("score", "PLACE/gpt2", "--corpus", "PLACE/text.txt", "--length", 50), "not RoPE"),
     ((*SCORE, "--layers", "5-99"), "has 2 layers; choose from 0-1"),
     ((*SCORE, "--layers", "9-5"), "names no layers"),
-    ((*SCORE, "--pairs", "most"), "none of: all, per_distance"),
+    ((*SCORE, "--pairs", "per_distance"), "none of: auto, all, a number of at least 3"),
+    ((*SCORE, "--pairs", "2"), "none of: auto, all, a number of at least 3"),
+    ((*SCORE, "--weighting", "token"), "invalid choice"),
+    ((*SCORE, "--scale", "softmax"), "invalid choice"),
+    ((*SCORE, "--exact"), "unrecognized arguments"),
     ((*SCORE[:4], "--length", 1), "at least 2"),
     ((*SCORE[:4], "--length", 250, "--docs", 9), "has 900 tokens, but 9 documents of 250"),
     ((*SCORE, "--skip-first", 59), "leaves no pair"),
@@ -184,5 +262,6 @@ def test_help_teaches_without_waiting_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("--corpus", "--pairs", "--layers", "--overwrite", "rho_geometry", "examples:"):
+    for word in ("--corpus", "--pairs", "--weighting", "--scale", "--layers", "--overwrite",
+                 "examples:", *_COLUMNS[2:]):  # fmt: skip
         assert word in done.stdout

@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
 def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    numbers = torch.randint(3, 90, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    numbers = torch.randint(3, 90, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "text.txt").write_text(" ".join(f"w{n}" for n in numbers))
     for family, config in (("Llama", architectures.BASE), ("GPT2", architectures.GPT)):
         architectures.build(family, config).save_pretrained(tmp_path / family)
         architectures.tiny_tokenizer().save_pretrained(tmp_path / family)
         words = ["codes", family, "--corpus", "text.txt", "--length", "40", "--out", f"{family}-out",
-                 "--cls", "bridge"]  # fmt: skip
+                 "--cls", "bridge", "--scale", "attention"]  # fmt: skip
         assert main(words) == 0, capsys.readouterr().err
         first = capsys.readouterr().out
         assert "The highest of 8 scores" in first
@@ -29,7 +29,9 @@ def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monk
         assert main(words) == 0
         assert first in capsys.readouterr().out
     model = load_model("Llama", cls="bridge")
-    tokens = load_corpus("text.txt", model, n_docs=2, length=40)
-    true = score_heads(model, tokens, exact=True, progress=False).rho
-    torch.testing.assert_close(CodeScores.load("Llama-out").rho, true, atol=1e-6, rtol=0)
+    tokens = load_corpus("text.txt", model, n_docs=8, length=40)
+    true = score_heads(model, tokens, pairs="all", scale="attention", progress=False)
+    found = CodeScores.load("Llama-out")
+    for name in ("rho", "ci_low", "ci_high"):
+        torch.testing.assert_close(getattr(found, name), getattr(true, name), atol=1e-6, rtol=0)
     assert CodeScores.load("GPT2-out").provenance["code"] == "learned"

@@ -29,7 +29,7 @@ def place(tmp_path_factory):
 def test_track_writes_everything_and_shows_a_finished_run(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["track", f"{place}/run", "--corpus", f"{place}/text.txt", "--docs", "3",
-             "--length", "40", "--out", "out"]  # fmt: skip
+             "--length", "40", "--scale", "attention", "--out", "out"]  # fmt: skip
     assert main([*words, "--steps", "0,7"]) == 2
     assert "--steps asks for 7, but" in capsys.readouterr().err
     assert main(words) == 0
@@ -38,6 +38,7 @@ def test_track_writes_everything_and_shows_a_finished_run(place, tmp_path, capsy
     found = Emergence.load("out")
     assert found.steps.tolist() == [0, 50, 100]
     assert found.provenance["request"]["steps"] == [0, 50, 100]
+    assert found.provenance["scale"] == found.provenance["request"]["scale"] == "attention"
     assert len(pd.read_csv("out/lags.csv")) == 8
     assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
     assert main(words) == 0

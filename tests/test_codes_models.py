@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 
 import architectures
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES
@@ -21,7 +22,7 @@ from tl_posheads.codes import (
     score_any_code,
     transport_operator,
 )
-from tl_posheads.codes.positions import capture_moved, position_table
+from tl_posheads.codes.positions import attention_scales, capture_moved, position_table
 from tl_posheads.extrapolation import SelfExtend
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
@@ -35,7 +36,7 @@ def test_under_rope_it_is_the_positional_score(name):
         pytest.skip("transformer-lens 3.9 turns Cohere's coordinates unlike transformers")
     model = architectures.rotary_model(name)
     found = score_any_code(model, TOKENS, progress=False)
-    truth = ph.score_heads(model, TOKENS, exact=True, progress=False)
+    truth = ph.score_heads(model, TOKENS, pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
     assert torch.equal(found.n_pairs, truth.n_pairs)
     assert found.windows == truth.windows
@@ -47,7 +48,7 @@ def test_under_rope_it_is_the_positional_score(name):
 def test_skipped_positions_and_one_layer():
     model = architectures.rotary_model("Llama")
     found = score_any_code(model, TOKENS, layers=[1], skip_first=4, progress=False)
-    truth = ph.score_heads(model, TOKENS, layers=[1], skip_first=4, exact=True, progress=False)
+    truth = ph.score_heads(model, TOKENS, layers=[1], skip_first=4, pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
     with pytest.raises(PosheadsError, match="none of the heads scored"):
         found.basis(0, 0)
@@ -149,14 +150,15 @@ def test_positions_are_moved_as_transformers_moves_them():
     assert torch.allclose(basis.speeds, truth.speeds, rtol=1e-3)
     assert basis.explained_change == pytest.approx(truth.explained_change, abs=1e-4)
     assert basis.explained_change > 0.3
-    distances, dominants = [], []
+    expected = []
     for text in TOKENS:
         d = ph.dominant_dimension(plane_contributions(*vectors(text, 0), truth))
         i, j = torch.tril_indices(len(text), len(text), -1)
-        distances.append(i - j)
-        dominants.append(d[i, j])
-    expected = stats.spearmanr(torch.cat(distances), torch.cat(dominants)).statistic
-    assert float(found.rho[layer, head]) == pytest.approx(expected, abs=1e-3)
+        expected.append(stats.spearmanr(i - j, d[i, j]).statistic)
+    assert float(found.rho[layer, head]) == pytest.approx(np.mean(expected), abs=1e-3)
+    # Documents come in the order of their hashes.
+    alone = found.by_document("rho")[:, layer, head].tolist()
+    assert sorted(alone) == pytest.approx(sorted(expected), abs=1e-3)
 
 
 def test_the_table_is_what_the_model_adds():
@@ -240,10 +242,9 @@ def test_scores_are_saved_bit_for_bit(tmp_path):
         make = architectures.rotary_model if name == "Llama" else architectures.other_model
         scores = score_any_code(make(name), TOKENS, layers=[1], progress=False)
         again = CodeScores.load(scores.save(tmp_path / name))
-        for field in ("rho", "by_document", "n_pairs", "which"):
-            assert torch.equal(
-                torch.nan_to_num(getattr(scores, field)), torch.nan_to_num(getattr(again, field))
-            )
+        assert torch.equal(scores.values.nan_to_num(9), again.values.nan_to_num(9))
+        assert torch.equal(scores.which, again.which)
+        assert again.document_names == scores.document_names
         assert (again.windows, again.provenance) == (scores.windows, scores.provenance)
         for one, other in zip(scores.bases, again.bases, strict=True):
             assert torch.equal(one.vectors, other.vectors)
@@ -254,7 +255,7 @@ def test_scores_are_saved_bit_for_bit(tmp_path):
         assert table["layer"].tolist() == [1] * 4
         assert table["rho"].tolist() == scores.rho[1].tolist()
         assert again.top(1) == [(1, int(scores.rho[1].argmax()))]
-        assert again.head_scores().top(2) == scores.top(2)
+        assert again.top(2) == scores.top(2)
     with open(tmp_path / "Llama" / "codes.safetensors", "ab") as file:
         file.write(b"x")
     with pytest.raises(PosheadsError, match="damaged"):
@@ -264,5 +265,58 @@ def test_scores_are_saved_bit_for_bit(tmp_path):
 def test_one_text_by_itself_is_its_row():
     model = architectures.other_model("GPT-2")
     scores = score_any_code(model, TOKENS[:1], progress=False)
-    assert torch.allclose(scores.by_document[0], scores.rho)
-    assert scores.to_pandas()["sd_documents"].isna().all()
+    assert torch.allclose(scores.by_document("rho")[0], scores.rho)
+    table = scores.to_pandas()
+    assert table[["sd_documents", "ci_low", "ci_high", "p", "p_adjusted"]].isna().all(axis=None)
+
+
+def test_documents_are_the_replicates_of_intervals_and_tests():
+    scores = score_any_code(architectures.rotary_model("Llama"), TOKENS, progress=False)
+    as_heads, table = scores, scores.to_pandas()
+    for row in table.itertuples():
+        alone = scores.by_document("rho")[:, row.layer, row.head].numpy()
+        assert row.rho == pytest.approx(alone.mean())
+        assert row.sd_documents == pytest.approx(alone.std(ddof=1))
+        assert row.p == pytest.approx(stats.ttest_1samp(alone, 0).pvalue)
+        assert row.ci_low == pytest.approx(
+            stats.t.interval(0.95, 2, alone.mean(), stats.sem(alone))[0]
+        )
+    assert as_heads.n_documents == 3
+    for name in ("rotation", "content", "d_near", "d_far"):
+        assert getattr(as_heads, name).isnan().all()
+    assert as_heads.compare(as_heads).by_head["difference"].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "Phi-3, longrope", "Mistral, sliding window"])
+def test_the_attention_scale_is_that_of_score_heads(name):
+    model = architectures.rotary_model(name)
+    options = dict(scale="attention", progress=False)
+    found = score_any_code(model, TOKENS, **options)
+    truth = ph.score_heads(model, TOKENS, pairs="all", **options)
+    assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
+    plain = score_any_code(model, TOKENS, progress=False)
+    assert (found.rho - plain.rho).abs().max() > 1e-3
+    assert (found.provenance["scale"], plain.provenance["scale"]) == ("attention", "none")
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_attention_scale_of_learned_positions_is_the_models(name):
+    model = LEARNED[name]()
+    found = attention_scales(model, TOKENS[0], [0, 1])
+    assert found == pytest.approx({0: 8**-0.5, 1: 8**-0.5}, rel=1e-4)
+    scores = score_any_code(model, TOKENS, scale="attention", progress=False)
+    plain = score_any_code(model, TOKENS, progress=False)
+    assert (scores.rho - plain.rho).abs().max() > 1e-3
+
+
+def test_a_scale_by_layer_is_seen():
+    """GPT-2 may divide a layer's scores by its number."""
+    family, config = architectures.OTHER["GPT-2"][:2]
+    hf_model = architectures.build(family, {**config, "scale_attn_by_inverse_layer_idx": True})
+    found = attention_scales(architectures.bridge(hf_model, "tiny-gpt2"), TOKENS[0], [0, 1])
+    assert found == pytest.approx({0: 8**-0.5, 1: 8**-0.5 / 2}, rel=1e-4)
+
+
+def test_another_scale_is_refused():
+    with pytest.raises(PosheadsError, match="scale='logits' was given"):
+        score_any_code(architectures.rotary_model("Llama"), TOKENS, scale="logits")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import ttest_rel
 from test_capture import state, warm
 
 from tl_posheads import (
@@ -80,17 +81,45 @@ def test_curves_are_those_of_the_method(llama, found):
     torch.testing.assert_close(pooled, cut.mean, atol=1e-5, rtol=1e-5)
 
 
-def test_scores_are_those_of_score_heads(llama):
-    """Pairs are drawn distance first, so that every distance weighs alike."""
-    many = {**OPTIONS, "pairs": 20_000}
-    found = compare_extrapolations(llama, METHODS, TOKENS, **many)
+@pytest.mark.parametrize("options", [
+    dict(pairs="all"),
+    dict(pairs=20_000, weighting="distance", scale="attention"),
+    dict(pairs=500, skip_first=3, seed=7),
+])  # fmt: skip
+def test_scores_are_those_of_score_heads(llama, options):
+    found = compare_extrapolations(llama, METHODS, TOKENS, **{**OPTIONS, **options})
+    scored = dict(seed=OPTIONS["seed"], progress=False) | options
     for m, (_, method) in enumerate(by_method(found)):
         with method(llama, trained=TRAINED):
-            whole = score_heads(llama, TOKENS, pairs="per_distance", progress=False)
-        torch.testing.assert_close(found.scores_whole[m].rho, whole.rho, atol=0.02, rtol=0)
-        assert found.scores_whole[m].se.max() < 0.01
-    bare = score_heads(llama, TOKENS[:, :TRAINED], pairs="per_distance", progress=False)
-    torch.testing.assert_close(found.scores_within[0].rho, bare.rho, atol=0.02, rtol=0)
+            whole = score_heads(llama, TOKENS, **scored)
+        mine = found.scores_whole[m]
+        assert mine.document_names == found.scores_within[m].document_names == whole.document_names
+        torch.testing.assert_close(mine.values, whole.values, atol=1e-4, rtol=0)
+        for name in ("weighting", "scale", "skip_first", "seed"):
+            assert mine.provenance[name] == whole.provenance[name]
+    # Texts of 32 tokens have no more than 496 query-key pairs: all are taken, none is drawn.
+    bare = score_heads(llama, TOKENS[:, :TRAINED], **scored)
+    torch.testing.assert_close(found.scores_within[0].rho, bare.rho, atol=1e-4, rtol=0)
+
+
+def test_heads_are_tested_in_pairs_of_the_same_texts(found):
+    within, whole = found.scores_within[0], found.scores_whole[2]
+    table = found.overlap(2).by_head.set_index(["layer", "head"])
+    assert len(table) == 8
+    for (layer, head), row in table.iterrows():
+        mine, theirs = (s.by_document("rho")[:, layer, head].numpy() for s in (within, whole))
+        assert row["difference"] == pytest.approx((theirs - mine).mean())
+        assert row["p"] == pytest.approx(ttest_rel(theirs, mine).pvalue)
+
+
+def test_the_scale_is_that_of_curves_too(llama, found):
+    scaled = compare_extrapolations(llama, METHODS, TOKENS, **OPTIONS, scale="attention")
+    assert (scaled.provenance["scale"], found.provenance["scale"]) == ("attention", "none")
+    options = dict(heads=HEADS, scale="attention", progress=False)
+    whole = dominant_dimension_curve(llama, TOKENS, **options)
+    pooled = (scaled.whole[0] * scaled.n_whole[:, None]).sum(0) / scaled.n_whole.sum(0)
+    torch.testing.assert_close(pooled, whole.mean, atol=1e-5, rtol=1e-5)
+    assert (scaled.whole - found.whole).abs().max() > 0.05
 
 
 def test_losses_are_the_models(llama, found):
@@ -150,13 +179,24 @@ def test_round_trip(found, tmp_path):
     assert again.settings == found.settings
     assert again.provenance == found.provenance
     assert torch.equal(again.whole.nan_to_num(-1), found.whole.nan_to_num(-1))
-    assert torch.equal(again.scores_whole[1].rho, found.scores_whole[1].rho)
+    for kind in ("scores_within", "scores_whole"):
+        for mine, theirs in zip(getattr(again, kind), getattr(found, kind), strict=True):
+            assert torch.equal(mine.values, theirs.values)
+            assert mine.document_names == theirs.document_names
+            assert (mine.windows, mine.provenance) == (theirs.windows, theirs.provenance)
     pd.testing.assert_frame_equal(again.loss, found.loss)
     pd.testing.assert_frame_equal(again.tasks, found.tasks)
     pd.testing.assert_frame_equal(again.to_pandas(), found.to_pandas())
     (tmp_path / "here" / "tasks.parquet").write_bytes(b"")
     with pytest.raises(PosheadsError, match="damaged"):
         ExtrapolationComparison.load(tmp_path / "here")
+
+
+def test_comparisons_of_an_earlier_version_are_refused(found, tmp_path):
+    label = found.save(tmp_path) / "comparison.json"
+    label.write_text(label.read_text().replace('"version": 2', '"version": 1', 1))
+    with pytest.raises(PosheadsError, match="measured otherwise: compare again"):
+        ExtrapolationComparison.load(tmp_path)
 
 
 def test_goes_on_where_it_stopped(llama, found, tmp_path, monkeypatch):
@@ -180,7 +220,7 @@ def test_goes_on_where_it_stopped(llama, found, tmp_path, monkeypatch):
     again = compare_extrapolations(llama, METHODS, TOKENS, checkpoint=tmp_path / "kept", **OPTIONS)
     assert len(rest) == 3 * 4 - 5
     assert torch.equal(again.whole.nan_to_num(-1), found.whole.nan_to_num(-1))
-    assert torch.equal(again.scores_whole[2].rho, found.scores_whole[2].rho)
+    assert torch.equal(again.scores_whole[2].values, found.scores_whole[2].values)
 
 
 def test_texts_of_unequal_length(llama):
@@ -189,6 +229,17 @@ def test_texts_of_unequal_length(llama):
     assert found.whole.shape == (2, 2, 2, 93)
     assert sorted(found.n_whole.gt(0).sum(1).tolist()) == [67, 93]
     assert torch.isfinite(found.whole).sum(-1).unique().tolist() == [67, 93]
+
+
+def test_frequencies_are_those_of_each_texts_length(llama):
+    """Under dynamic NTK: contents are moved by what rotated them, whatever texts stand beside."""
+    methods = [ex.DynamicNTK(4)]
+    both = compare_extrapolations(llama, methods, [TOKENS[0], TOKENS[1, :70]], **OPTIONS)
+    alone = compare_extrapolations(llama, methods, TOKENS[1:2, :70], **OPTIONS)
+    at = both.scores_whole[1].document_names.index(*alone.scores_whole[1].document_names)
+    for kind in ("scores_within", "scores_whole"):
+        beside, by_itself = (getattr(x, kind)[1].values for x in (both, alone))
+        torch.testing.assert_close(beside[:, at], by_itself[:, 0])
 
 
 def test_picture_shows_every_method(found):
@@ -219,6 +270,10 @@ def test_refusals(llama):
         (dict(methods=[ex.Linear(2), ex.Linear(2)]), "given twice"),
         (dict(tokens=TOKENS[:, :20]), "trained on 32"),
         (dict(trained=1), "2 or more"),
+        (dict(skip_first=31), "skip_first=31 was given for a model trained on 32"),
+        (dict(pairs="per_distance"), "expected 'auto', 'all'"),
+        (dict(scale="logits"), "scale='logits'"),
+        (dict(tokens=TOKENS[[0, 0]]), "the same text"),
         (dict(heads=[(9, 9)]), "layer 9 head 9"),
     ]
     for change, message in cases:

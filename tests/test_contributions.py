@@ -117,9 +117,6 @@ def test_blockwise_dominant_dimension_equals_the_plain_one(seed, loud):
     rows = torch.tensor([2, 5, 8])
     block = vectors.dominant_rows(rows, slice(1, 7))
     torch.testing.assert_close(block, plain[:, rows, 1:7])
-    q_pos, k_pos = torch.tensor([[3, 8]] * 4), torch.tensor([[0, 7]] * 4)
-    picked = vectors.dominant_pairs(q_pos, k_pos)
-    torch.testing.assert_close(picked, plain[:, [3, 8], [0, 7]])
     weights = torch.stack(list(vectors.weight_rows(rows, slice(0, 9))), -1)
     torch.testing.assert_close(
         weights, dimension_contributions(q, k, g).softmax(-1)[0][:, rows], atol=1e-6, rtol=1e-5

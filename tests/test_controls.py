@@ -9,28 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores_by_hand import head_scores
 
-from tl_posheads import HeadScores, PosheadsError
+from tl_posheads import PosheadsError
 from tl_posheads.study.controls import CONTROLS, control_sets, top_sets
 
 DRAWN = ("random", "layer_matched", "norm_matched")
 
 
-def scores_of(rho):
-    rho = torch.as_tensor(rho, dtype=torch.float64)
-    none = torch.full_like(rho, float("nan"))
-    return HeadScores(
-        rho=rho, ci_low=none, ci_high=none, rho_geometry=none, p_null=none, se=none,
-        n_pairs=torch.ones(rho.shape, dtype=torch.long), windows=(None,) * len(rho),
-        provenance={"model": "made"},
-    )  # fmt: skip
-
-
 def made(layers, heads, seed=0, missing=0.0):
     generator = np.random.default_rng(seed)
-    rho = generator.normal(size=(layers, heads))
+    rho = np.tanh(generator.normal(size=(layers, heads)))
     rho[generator.random((layers, heads)) < missing] = np.nan
-    return scores_of(rho), torch.as_tensor(generator.lognormal(size=(layers, heads)))
+    return head_scores(rho), torch.as_tensor(generator.lognormal(size=(layers, heads)))
 
 
 def norm_bin(heads, norms):
@@ -128,7 +119,7 @@ def test_every_scored_head_of_a_stratum_is_drawn_equally_often(kind):
 
 
 def test_every_random_set_is_as_likely_as_the_top_one():
-    scores = scores_of([[0.1, 0.2, 0.3, 0.4, 0.5]])
+    scores = head_scores([[0.1, 0.2, 0.3, 0.4, 0.5]])
     draws = control_sets(scores, [0.4], "random", n=4000, seed=0)
     counts = Counter(tuple(draw[0]) for draw in draws)
     assert len(counts) == 10
@@ -139,7 +130,7 @@ def test_every_random_set_is_as_likely_as_the_top_one():
 def test_norm_matched_sets_have_norms_like_the_top_set():
     scores, norms = made(10, 20, seed=2)
     # The best heads write most: a random set of heads would write far less.
-    scores = scores_of(norms.log() + 0.3 * scores.rho)
+    scores = head_scores(torch.tanh(norms.log() + 0.3 * scores.rho))
     (top,) = top_sets(scores, [0.1])
 
     def mean(heads):
@@ -170,7 +161,7 @@ def test_norm_matched_sets_have_norms_like_the_top_set():
         ({"kind": "norm_matched", "norms": torch.ones(4, 3)}, r"expected \(3, 4\)"),
         ({"kind": "norm_matched", "norms": torch.full((3, 4), torch.nan)}, "L0H0 is nan"),
         ({"kind": "lowest", "fractions": [0.6]}, "lowest 7 of 12"),
-        ({"scores": scores_of(torch.full((2, 2), torch.nan))}, "no scored head"),
+        ({"scores": head_scores(torch.full((2, 2), torch.nan))}, "no scored head"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(change, message):

@@ -40,6 +40,7 @@ def test_shape_bos_and_determinism(model):
     assert torch.equal(tokens, load_corpus("python-docs", model, n_docs=3, length=128))
     other = load_corpus("python-docs", model, n_docs=3, length=128, seed=1)
     assert not torch.equal(tokens, other)
+    assert load_corpus("python-docs", model, length=128).shape == (16, 128)
     bare = load_corpus("python-docs", model, n_docs=3, length=128, prepend_bos=False)
     assert not (bare == model.tokenizer.bos_token_id).any()
 
@@ -201,7 +202,7 @@ def test_longer_than_the_model_reads(model):
     with pytest.raises(PosheadsError, match="reads at most 8192 tokens"):
         load_corpus("python-docs", HookedTransformer(), length=9000)
     with pytest.warns(UserWarning, match="beyond the 8192 tokens"):
-        load_corpus("python-docs", model, length=9000)
+        load_corpus("python-docs", model, n_docs=2, length=9000)
 
 
 class TestHub:

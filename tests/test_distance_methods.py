@@ -292,18 +292,19 @@ def test_scores_and_curves_are_those_of_the_changed_distances(which, name, skip)
     options = dict(skip_first=skip, progress=False)
     heads = [(layer, head) for layer in (0, 1) for head in (3, 0, 1)]
     with make(4)(model, trained=TRAINED):
-        exact = score_heads(model, TOKENS, exact=True, **options)
-        binned = score_heads(model, TOKENS, exact=False, **options)
+        exact = score_heads(model, TOKENS, pairs="all", **options)
         curve = dominant_dimension_curve(model, TOKENS, heads=heads, **options)
         found = [[dominant(model, d, distance, layer, skip) for d in TOKENS] for layer in (0, 1)]
-    bare = score_heads(model, TOKENS, exact=True, **options)
+    bare = score_heads(model, TOKENS, pairs="all", **options)
     assert (exact.rho - bare.rho).abs().max() > 0.01
     for layer in (0, 1):
+        rho = [
+            [spearmanr(apart, row).statistic for row in values] for apart, values in found[layer]
+        ]
+        # Neighbouring ranks that rounding swaps are worth 1e-5 in a text so short.
+        np.testing.assert_allclose(exact.rho[layer], np.mean(rho, 0), atol=1e-4)
         apart = np.concatenate([d for d, _ in found[layer]])
         values = np.concatenate([v for _, v in found[layer]], 1)
-        rho = [spearmanr(apart, row).statistic for row in values]
-        np.testing.assert_allclose(exact.rho[layer], rho, atol=1e-5)
-        np.testing.assert_allclose(binned.rho[layer], rho, atol=2e-3)
         for place, (at, head) in enumerate(heads):
             if at == layer:
                 # Nothing is that far apart in Mistral: no mean.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 
 import architectures
@@ -19,6 +20,7 @@ from tl_posheads.emergence.measuring import Moment, look, texts_of
 
 pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 STEPS = np.array([0, 1, 3, 7, 15, 31, 63])
+SCORES = ("rho", "ci_low", "ci_high", "rotation", "content", "p_adjusted")
 
 
 def tokens_of(n_docs, n_pos, seed=0):
@@ -63,10 +65,11 @@ def test_lags_of_logistic_curves(at, scale):
 
 def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
     moment, facts = look(llama, texts_of(llama, TEXTS), seed=3)
-    scores = ph.score_heads(llama, TEXTS, exact=False, seed=3, progress=False)
-    for name in ("rho", "ci_low", "ci_high", "rho_geometry", "p_null"):
+    scores = ph.score_heads(llama, TEXTS, seed=3, progress=False)
+    for name in SCORES:
         assert torch.equal(getattr(moment, name), getattr(scores, name))
-    assert facts["tokens_sha256"] == scores.provenance["tokens_sha256"]
+    assert torch.equal(moment.doc_rho, scores.by_document("rho"))
+    assert facts == scores.provenance
     heads = [(layer, head) for layer in range(2) for head in range(4)]
     curve = ph.dominant_dimension_curve(llama, TEXTS, heads=heads, progress=False)
     for i, place in enumerate(heads):
@@ -82,9 +85,47 @@ def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
     for o, (low, high) in enumerate([(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 40)]):
         true = -logprob[order, low - 1 : high - 1].double().mean(1)
         torch.testing.assert_close(moment.loss[:, o], true, atol=1e-4, rtol=0)
-    # A text's own rho, from coarse cells, beside the exact one.
-    alone = ph.score_heads(llama, TEXTS[order[2]][None], progress=False).rho
-    torch.testing.assert_close(moment.doc_rho[2], alone, atol=0.03, rtol=0)
+    # A text's own rho: so short a text is ranked whole, whatever the number of draws.
+    alone = ph.score_heads(llama, TEXTS[order[2]][None], pairs="all", progress=False).rho
+    torch.testing.assert_close(moment.doc_rho[2], alone, atol=1e-9, rtol=0)
+
+
+def test_scale_reaches_scores_and_curves(llama):
+    plain, _ = look(llama, texts_of(llama, TEXTS))
+    found = emergence.track_emergence({5: llama}, TEXTS, scale="attention", progress=False)
+    scores = ph.score_heads(llama, TEXTS, scale="attention", progress=False)
+    assert torch.equal(found.rho[0], scores.rho)
+    assert not torch.equal(found.rho[0], plain.rho)
+    assert found.provenance["scale"] == "attention"
+    options = dict(heads=[(1, 2)], scale="attention", progress=False)
+    near = float(ph.dominant_dimension_curve(llama, TEXTS, **options).mean[0, 0])
+    assert float(found.curve[0, 1, 2, 0]) == pytest.approx(near, abs=1e-6)
+    assert float(plain.curve[1, 2, 0]) != pytest.approx(near, abs=1e-3)
+    assert torch.equal(found.loss[0], plain.loss)
+
+
+def test_texts_of_unequal_length(llama):
+    texts = [TEXTS[0], TEXTS[1, :20]]
+    moment, _ = look(llama, texts_of(llama, texts))
+    short = next(i for i, (_, text) in enumerate(texts_of(llama, texts)) if len(text) == 20)
+    alone = look(llama, texts_of(llama, texts[1:]))[0].loss[0]
+    torch.testing.assert_close(moment.loss[short, :5], alone, atol=1e-9, rtol=0)
+    assert moment.loss.isnan().nonzero().tolist() == [[short, 5]]
+    curve = ph.dominant_dimension_curve(llama, texts, heads=[(0, 1)], progress=False)
+    mean = np.average(curve.mean[0, 15:31], weights=curve.n_pairs[0, 15:31])
+    assert float(moment.curve[0, 1, 4]) == pytest.approx(mean, abs=1e-6)
+
+
+def test_one_pass_a_text(llama, monkeypatch):
+    read, forward = [], type(llama).forward
+
+    def counted(model, tokens, **options):
+        read.append(tokens.shape[1])
+        return forward(model, tokens, **options)
+
+    monkeypatch.setattr(type(llama), "forward", counted)
+    look(llama, texts_of(llama, TEXTS[:3]))
+    assert read.count(40) == 3
 
 
 class Repeats(Dataset):
@@ -173,9 +214,7 @@ def test_checkpoints_training_and_folders_give_the_same(tmp_path):
     assert third.steps.tolist() == [0, 2]
     assert torch.equal(found.rho, again.rho)
     torch.testing.assert_close(found.rho[[0, 2]], third.rho, atol=1e-4, rtol=0)
-    assert found.top(3, step=0) == ph.score_heads(
-        by_step[0], texts, exact=False, progress=False
-    ).top(3)
+    assert found.top(3, step=0) == ph.score_heads(by_step[0], texts, progress=False).top(3)
     with pytest.raises(ph.PosheadsError, match="none of the steps"):
         emergence.track_emergence(by_step, texts, every=[7], progress=False)
     with pytest.raises(ph.PosheadsError, match="looked at were"):
@@ -200,6 +239,8 @@ def test_a_stopped_run_goes_on_without_loading_what_it_has(tmp_path):
         )
     with pytest.raises(ph.PosheadsError, match="another run"):
         emergence.track_emergence(by_step, TEXTS[:3], **options)
+    with pytest.raises(ph.PosheadsError, match="another run"):
+        emergence.track_emergence(by_step, texts, scale="attention", **options)
 
 
 class Writer:
@@ -250,8 +291,8 @@ def planted(score_octave, loss_octave, *, noise=0.02, n_texts=12, seed=0):
         loss[:, 5] -= 2 * fall[i]
         loss += noise * torch.as_tensor(random.standard_normal((n_texts, 6)))
         moments[step] = Moment(
-            rho=rho, ci_low=rho - 0.1, ci_high=rho + 0.1, rho_geometry=rho / 2, p_null=rho + 0.01,
-            doc_rho=own, curve=torch.rand(1, 2, 6).double(), loss=loss,
+            rho=rho, ci_low=rho - 0.1, ci_high=rho + 0.1, rotation=rho / 2, content=rho / 4,
+            p_adjusted=rho + 0.01, doc_rho=own, curve=torch.rand(1, 2, 6).double(), loss=loss,
         )  # fmt: skip
     return emergence.Emergence.of(moments, {"model": "planted"})
 
@@ -309,7 +350,11 @@ def test_saved_and_drawn(tmp_path):
     for f in fields(emergence.Emergence)[:-1]:
         assert torch.equal(getattr(found, f.name), getattr(again, f.name))
     assert again.provenance == found.provenance
-    assert len(pd.read_parquet(tmp_path / "e" / "emergence.parquet")) == 14
+    table = pd.read_parquet(tmp_path / "e" / "emergence.parquet")
+    last = table[(table["step"] == 63) & (table["head"] == 0)].iloc[0]
+    for name in SCORES:
+        assert last[name] == getattr(found, name)[-1, 0, 0]
+    assert len(table) == 14
     scores, losses, curve = found.plot().axes[:3]
     line = next(line for line in scores.lines if line.get_label() == "layer 0, head 0")
     np.testing.assert_allclose(line.get_ydata(), found.rho[:, 0, 0])
@@ -318,30 +363,30 @@ def test_saved_and_drawn(tmp_path):
     (tmp_path / "e" / "emergence.safetensors").write_bytes(b"half")
     with pytest.raises(ph.PosheadsError, match="damaged"):
         emergence.Emergence.load(tmp_path / "e")
+    label = tmp_path / "e" / "emergence.json"
+    label.write_text(json.dumps(json.loads(label.read_text()) | {"version": 1}))
+    with pytest.raises(ph.PosheadsError, match="measured otherwise: track it again"):
+        emergence.Emergence.load(tmp_path / "e")
 
 
 def test_refusals(llama, tmp_path):
     with pytest.raises(ph.PosheadsError, match="every=0"):
         emergence.EmergenceTracker(llama, TEXTS, every=0, progress=False)
-    with pytest.raises(ph.PosheadsError, match="65 texts"):
-        emergence.EmergenceTracker(llama, tokens_of(65, 8), progress=False)
+    with pytest.raises(ph.PosheadsError, match="scale='both'"):
+        emergence.EmergenceTracker(llama, TEXTS, scale="both", progress=False)
+    with pytest.raises(ph.PosheadsError, match="scale='both'"):
+        emergence.track_emergence({0: llama}, TEXTS, scale="both", progress=False)
     with pytest.raises(ph.PosheadsError, match="GPT2"):
         emergence.EmergenceTracker(architectures.other_model("GPT-2"), TEXTS, progress=False)
     with pytest.raises(ph.PosheadsError, match="no step of training"):
         emergence.EmergenceTracker(llama, TEXTS, progress=False).result()
     with pytest.raises(ph.PosheadsError, match="at least 3"):
-        emergence.Emergence.of({0: _moment()}, {}).lead_lag()
+        replace(planted(2.0, 4.0), steps=torch.tensor([0, 1])).lead_lag()
     with pytest.raises(ph.PosheadsError, match="holds no checkpoint"):
         emergence.folder_checkpoints(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ph.PosheadsError, match="only a hub"):
         ph.load_model(str(tmp_path), revision="step10")
-
-
-def _moment():
-    nothing = torch.zeros(1, 1, dtype=torch.float64)
-    return Moment(nothing, nothing, nothing, nothing, nothing, nothing[None], nothing[None],
-                  torch.zeros(1, 6, dtype=torch.float64))  # fmt: skip
 
 
 def test_hub_checkpoints_load_the_step_they_name(monkeypatch):

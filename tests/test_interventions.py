@@ -283,8 +283,9 @@ def rho_by_hand(cache, g, head, edit):
     w = g.inv_freq.numpy()
     source = {x: y for pair in edit.get("swap", ()) for x, y in (pair, pair[::-1])}
     freeze = spread(edit, "freeze", g.n_pairs)
-    apart, dominant = [], []
+    found = []
     for row in range(len(a)):
+        apart, dominant = [], []
         for i in range(a.shape[1]):
             for j in range(i):
                 c = a[row, i] * b[row, j].conj()
@@ -296,7 +297,8 @@ def rho_by_hand(cache, g, head, edit):
                 weight = np.exp(c - c.max())
                 apart.append(i - j)
                 dominant.append(float(weight @ np.arange(len(w)) / weight.sum()))
-    return stats.spearmanr(apart, dominant).statistic
+        found.append(stats.spearmanr(apart, dominant).statistic)
+    return np.mean(found)
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from scores_by_hand import head_scores
 from test_capture import assert_same, state, warm
 from transformer_lens import patching as lens_patching
 
-from tl_posheads import HeadScores, PosheadsError, ablation
+from tl_posheads import PosheadsError, ablation
 from tl_posheads.patching import HeadPatching, patch_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,9 +58,8 @@ def by_hand(model, clean, corrupted, metric):
 
 def scores_of(model, seed=0):
     shape = (model.cfg.n_layers, model.cfg.n_heads)
-    rho = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    n_pairs = torch.full(shape, 10)
-    return HeadScores(rho, rho, rho, rho, rho, rho, n_pairs, (None,) * shape[0], {})
+    rho = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return head_scores(2 * rho - 1, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -348,8 +348,7 @@ def test_rank_correlation_refuses_what_has_no_order(llama):
     with pytest.raises(PosheadsError, match="2 of the patched heads.*at least 3"):
         result.rank_correlation(scores)
     with pytest.raises(PosheadsError, match="2 layers and 4 heads"):
-        result.rank_correlation(scores_of(architectures.other_model("BLOOM")).__class__(
-            *[torch.zeros(3, 4)] * 6, torch.ones(3, 4), (None,) * 3, {}))  # fmt: skip
+        result.rank_correlation(head_scores(torch.zeros(3, 4)))
     three = patch_heads(llama, CLEAN, CORRUPTED, log_prob, [(0, 0), (0, 1), (1, 1)], progress=False)
     assert three.rank_correlation(scores).n_heads == 3
     scores.rho[:] = 0.5

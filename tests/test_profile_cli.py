@@ -64,8 +64,11 @@ def test_writes_everything_and_shows_it_again(call, tmp_path):
     assert all(line in again for line in lines)
     with pytest.raises(PosheadsError, match="differs in: measures"):
         call(*PROFILE, "--measures", "sink", "--out", "p")
-    call(*PROFILE, "--measures", "sink", "--out", "p", "--overwrite")
-    assert HeadProfile.load(folder).columns == ["positional", "sink"]
+    call(*PROFILE, "--measures", "sink", "--scale", "attention", "--out", "p", "--overwrite")
+    again = HeadProfile.load(folder)
+    assert again.columns == ["positional", "sink"]
+    assert again.provenance["scores"]["scale"] == "attention"
+    assert (again.table["positional"] != profile.table["positional"]).any()
 
 
 def test_takes_the_scores_of_a_finished_run(run, call, tmp_path):  # noqa: F811
@@ -91,12 +94,9 @@ def test_a_stopped_run_keeps_its_scores(call, tmp_path, monkeypatch):
         patch.setattr(driver, "measure_text", stop)
         with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
             call(*words)
-    counted = []
-    count = scoring._one_document
-    monkeypatch.setattr(scoring, "_one_document", lambda *a: counted.append(a) or count(*a))
+    monkeypatch.setattr(scoring, "capture_rotary", stop)
     _, err = call(*words)
     assert "Going on with the run" in err
-    assert counted == []
 
 
 def test_nothing_to_draw_is_told_and_the_table_is_there(call, tmp_path):

@@ -210,6 +210,19 @@ def test_given_scores_are_used_and_other_texts_are_told(llama):
     assert found.columns == ["positional", "sink"]
 
 
+def test_scale_is_that_of_the_scores(llama):
+    scores = score_heads(llama, tokens_for(), scale="attention", progress=False)
+    options = dict(measures=["sink"], **NO_NEEDLES)
+    found = profile_heads(llama, tokens_for(), scale="attention", **options)
+    assert found.to_pandas()["positional"].tolist() == scores.rho.flatten().tolist()
+    plain = profile_heads(llama, tokens_for(), **options)
+    assert (found.to_pandas()["positional"] != plain.to_pandas()["positional"]).any()
+    assert found.provenance["scores"]["scale"] == "attention"
+    given = profile_heads(llama, tokens_for(), scores=scores, **options)
+    pd.testing.assert_frame_equal(given.to_pandas(), found.to_pandas())
+    assert given.provenance["scores"]["scale"] == "attention"
+
+
 def _state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -279,6 +292,7 @@ def test_short_texts_and_missing_tokenizers_are_told(llama, monkeypatch):
     [
         (dict(measures=["sinks"]), "expected a list of some of"),
         (dict(needles=-1), "needles=-1 was given"),
+        (dict(scale="both"), "scale='both' was given"),
         (dict(scores=planted.scores_with_top(planted.planted_retriever(3, 4, (1, 1)), [(1, 1)])),
          "give this model's scores"),
     ],

@@ -8,12 +8,15 @@ from html import escape
 from pathlib import Path
 
 import architectures
+import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM
 from browser import opened as watched
+from scipy import stats
+from scores_by_hand import head_scores
 
-from tl_posheads import AblationStudy, HeadScores, dominant_dimension_curve, head_maps
+from tl_posheads import AblationStudy, dominant_dimension_curve, head_maps
 from tl_posheads.report import render, write_report
 
 HOSTILE = (
@@ -21,18 +24,16 @@ HOSTILE = (
 )
 
 
-def scores(name="toy", layers=6, heads=4, scored=True):
+def scores(name="toy", layers=6, heads=4, scored=True, **more):
     generator = torch.Generator().manual_seed(0)
     rho = torch.randn(layers, heads, generator=generator).double() / 4
     rho[1] = float("nan")
     if not scored:
         rho[:] = float("nan")
-    n_pairs = torch.where(torch.isnan(rho), 0, 12345)
-    return HeadScores(
-        rho=rho, ci_low=rho - 0.05, ci_high=rho + 0.05, rho_geometry=rho / 2,
-        p_null=rho.abs(), se=rho * float("nan"), n_pairs=n_pairs, windows=(None, 64) * (layers // 2),
-        provenance={"model": name, "corpus": name, "versions": {"torch": "2"}, "layers": [0, 2]},
-    )  # fmt: skip
+    facts = {"model": name, "corpus": name, "versions": {"torch": "2"}, "layers": [0, 2]}
+    return head_scores(
+        rho, spread=0.2, windows=(None, 64) * (layers // 2), provenance=facts, **more
+    )
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(tmp_path):
@@ -50,6 +51,63 @@ def test_the_page_is_one_file_that_asks_for_nothing(tmp_path):
 
 def test_a_page_without_scores_says_so():
     assert "No head has a score." in render(scores(scored=False))
+
+
+def cells_of(page):
+    """The first row of the table of the best heads, by column."""
+    table = page.split('aria-label="table: best heads"')[1]
+    names = re.findall(r'<th scope="col">(.*?)</th>', table)
+    row = table.split("<tbody>")[1].split("</tr>")[0]
+    return dict(zip(names[1:], re.findall(r"<td>(.*?)</td>", row))), row
+
+
+def test_the_table_shows_the_measures_of_the_best_head():
+    found = scores()
+    layer, head = found.top(1)[0]
+    cells, row = cells_of(render(found))
+    # An independent computation: the head's documents, scipy's interval and test.
+    rows = found.by_document("rho")[:, layer, head].numpy()
+    low, high = stats.t.interval(0.95, 7, rows.mean(), stats.sem(rows))
+    every = found.by_document("rho").flatten(1).numpy()
+    every = every[:, ~np.isnan(every[0])]
+    p = stats.ttest_1samp(every, 0.0).pvalue
+    adjusted = dict(zip(every.mean(0), stats.false_discovery_control(p)))
+    best = max(adjusted)
+    p_shown = "&lt;0.001" if adjusted[best] < 0.001 else f"{adjusted[best]:.3f}"
+    assert cells["rho"] == f"<b>{best:+.3f}</b>"
+    assert cells["95% interval"] == f"{low:+.3f} to {high:+.3f}".replace("-", "\N{MINUS SIGN}")
+    assert cells["p (adjusted)"] == p_shown
+    assert cells["rotation"] == f"{0.6 * best:+.3f}"
+    assert cells["content"] == f"{0.3 * best:+.3f}"
+    assert cells["D near → far"] == f"{3 - best:.1f} → {3 + best:.1f}"
+    assert cells["window"] == ("64" if layer % 2 else "–")
+    # In the picture the ring and the square lie where these numbers lie on the axis of the dot.
+    zero = float(re.search(r'class="zero" x1="(.*?)"', row)[1])
+    dot = float(re.search(r'<circle cx="(.*?)"', row)[1])
+    ring = float(re.search(r'<circle class="rotation" cx="(.*?)"', row)[1])
+    square = float(re.search(r'<rect class="content" x="(.*?)"', row)[1]) + 3.5
+    assert ring - zero == pytest.approx(0.6 * (dot - zero), abs=0.2)
+    assert square - zero == pytest.approx(0.3 * (dot - zero), abs=0.2)
+
+
+def test_the_first_line_counts_the_heads_above_zero_after_correction():
+    found = scores()
+    every = found.by_document("rho").flatten(1).numpy()
+    every = every[:, ~np.isnan(every[0])]
+    adjusted = stats.false_discovery_control(stats.ttest_1samp(every, 0.0).pvalue)
+    n = int(((adjusted < 0.05) & (every.mean(0) > 0)).sum())
+    assert 0 < n < (every.mean(0) > 0).sum()
+    lead = re.search(r'<p class="lead">(.*?)</p>', render(found))[1]
+    assert f"{n} of 20 heads have a mean rho above zero" in lead
+    assert "over 8 documents" in lead
+
+
+def test_one_document_has_no_interval_and_the_page_says_what_to_give():
+    page = render(scores(n_documents=1))
+    cells, row = cells_of(page)
+    assert cells["95% interval"] == cells["p (adjusted)"] == "–"
+    assert row.count("<line") == 1  # that of zero
+    assert "give 8 or more shorter ones" in page
 
 
 def opened(path, *options):
@@ -131,6 +189,12 @@ def test_the_map_by_keyboard_alone(full_page):
         assert first.startswith("layer 0 head 0")
         assert second.startswith("layer 0 head 1")
         found.page.keyboard.press("Enter")
-        assert "Layer 0, head 1" in found.page.inner_text("#detail")
+        told = found.page.inner_text("#detail")
+        assert "Layer 0, head 1" in told
+        for name in ("rho", "95% interval", "p (adjusted)", "rotation", "content", "D near → far"):
+            assert name in told
+        assert "documents 8" in told
+        rho = float(scores().rho[0, 1])
+        assert f"rotation {0.6 * rho:+.3f}".replace("-", "\N{MINUS SIGN}") in told
         assert found.said == []
         assert found.asked == []

@@ -113,6 +113,27 @@ def test_sums_by_bin_are_the_loop(window):
         np.testing.assert_allclose(getattr(found, name), values, atol=1e-8, err_msg=name)
 
 
+def test_the_attention_scale_is_a_factor_on_queries():
+    q, k = vectors(50)
+    scaled = q * GEOMETRY.attention_scale
+    i, j = causal(50)
+    found, want, plain = (
+        clamped_dominant(x, k, GEOMETRY, [1, 2], trained=TRAINED, q_pos=i, k_pos=j, scale=scale)
+        for x, scale in ((q, "attention"), (scaled, "none"), (q, "none"))
+    )
+    torch.testing.assert_close(found, want)
+    assert (found - plain).abs().max() > 0.1
+    given = ([3, 0], DistanceBins.up_to(49, TRAINED, 2), torch.tensor([4, 16, 49]))
+    sums, want_sums = (
+        clamp_by_bin(x, k, GEOMETRY, *given, scale)
+        for x, scale in ((q, "attention"), (scaled, "none"))
+    )
+    for name in ("bare", "paired", "joint", "single"):
+        torch.testing.assert_close(getattr(sums, name), getattr(want_sums, name))
+    with pytest.raises(PosheadsError, match="expected 'none' or 'attention'"):
+        clamped_dominant(q, k, GEOMETRY, [], trained=TRAINED, q_pos=i, k_pos=j, scale="logits")
+
+
 def test_clamping_beyond_the_text_changes_nothing_bit_for_bit():
     q, k = vectors(40, dtype=torch.float32)
     i, j = causal(40)

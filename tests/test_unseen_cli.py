@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
 
 UNSEEN = (
     "unseen", "PLACE/llama", "--trained", 24, "--corpus", "PLACE/text.txt", "--docs", 4,
-    "--factor", 3, "--live", "joint",
+    "--factor", 3, "--live", "joint", "--scale", "attention",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def test_writes_everything_and_shows_it_again(run, tmp_path):
     request = json.loads((tmp_path / "u" / "run.json").read_text())["request"]
     assert request["trained"] == 24
     assert found.provenance["request"] == request
+    assert found.provenance["scale"] == request["scale"] == "attention"
     again = run(*UNSEEN, "--out", "u")
     assert "already holds this run" in again
     with pytest.raises(PosheadsError, match="differs in: seed"):

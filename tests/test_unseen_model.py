@@ -206,6 +206,32 @@ def test_direct_only_and_order_of_texts(llama, found):
     assert "change_live" not in set(direct.summary(n_boot=5)["quantity"])
 
 
+def test_the_attention_scale_is_that_of_every_d(llama, found):
+    scaled = unseen_angles(llama, TOKENS, heads=HEADS, live="joint", scale="attention", **OPTIONS)
+    assert (scaled.provenance["scale"], found.provenance["scale"]) == ("attention", "none")
+    layer = RotaryGeometry.from_model(llama)[1]
+    i, j = np.tril_indices(72, -1)
+    at = dict(trained=TRAINED, q_pos=torch.as_tensor(i), k_pos=torch.as_tensor(j))
+    total = torch.zeros(2, dtype=torch.float64)
+    for text in TOKENS:
+        vectors = rotated(llama, text[:72])[1]
+        bare, held = (
+            clamped_dominant(*vectors, layer, pairs, scale="attention", **at)[3]
+            for pairs in ([], range(4))
+        )
+        total += torch.stack([bare.sum(), held[i - j >= TRAINED].sum()])
+    torch.testing.assert_close(scaled.bare[:, 2].sum(), total[0])
+    torch.testing.assert_close(scaled.joint[:, 2, 2].sum(), total[1])
+    # Later layers differ under the clamp, the first one's queries and keys don't.
+    torch.testing.assert_close(
+        scaled.live[:, 0],
+        scaled.bare[:, 0] + (scaled.joint[:, 0, 0] - scaled.bare[:, 0]) * (scaled.bin_octave >= 0),
+        atol=1e-3,
+        rtol=1e-5,
+    )
+    assert (scaled.bare - found.bare).abs().max() > 1
+
+
 def test_saves_and_loads_bit_for_bit(found, tmp_path):
     found.save(tmp_path / "u")
     again = UnseenAngles.load(tmp_path / "u")

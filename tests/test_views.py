@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import fields, replace
 from importlib.resources import files
 
 import architectures
+import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, HOSTILE, opened
+from scipy import stats
+from scores_by_hand import head_scores
 from test_report import scores as toy_scores
 
 import tl_posheads as ph
@@ -156,6 +160,7 @@ def test_hostile_text_stays_text(tmp_path, name):
         if name == "score_map":
             found.page.click('button[aria-label^="layer 0 head 1"]')
             assert "Score" in found.page.inner_text("#head")
+            assert "rotation alone" in found.page.inner_text("#head")
         found.page.wait_for_selector("#drawing0 > *")
         found.page.wait_for_timeout(300)
         assert found.page.evaluate("window.hacked") is None
@@ -292,12 +297,56 @@ def test_a_saved_curve_comes_back_bit_for_bit(curve, tmp_path):
         type(curve).load(tmp_path / "curve")
 
 
-def test_score_figure_counts_every_head():
+def facts_of(scores):
+    data = views.score_map(scores).html.split('id="data">')[1].split("</script>")[0]
+    return json.loads(data)["facts"]
+
+
+def test_a_heads_facts_in_the_map():
+    scores = head_scores([[0.5, float("nan")]], n_documents=4)
+    rows = scores.by_document("rho")[:, 0, 0].numpy()
+    low, high = stats.t.interval(0.95, 3, rows.mean(), stats.sem(rows))
+    ((said, blank),) = facts_of(scores)
+    assert blank is None
+    assert said == (
+        f"Score 0.500, the mean over 4 documents, 95 % interval {low:.3f} to {high:.3f}, p "
+        f"{stats.ttest_1samp(rows, 0.0).pvalue:.3g} corrected for the number of heads; rotation "
+        "alone 0.300, content alone 0.150. Mean dominant dimension: 2.5 near, 3.5 far."
+    )
+    ((said, _),) = facts_of(head_scores([[0.5, float("nan")]], n_documents=1))
+    assert said.startswith("Score 0.500; rotation alone 0.300")
+    # FoPE that adds waves has no rotation to turn on.
+    values = scores.values.clone()
+    values[1:3] = float("nan")
+    ((said, _),) = facts_of(replace(scores, values=values))
+    assert "alone" not in said
+
+
+def test_score_figure_counts_every_head_and_those_above_zero():
     scores = toy_scores()
-    (ax,) = scores.plot().axes
-    everything = ax.patches[:40]
+    fig = scores.plot()
+    (ax,) = fig.axes
+    everything, above = ax.patches[:40], ax.patches[40:80]
     assert sum(patch.get_height() for patch in everything) == 20
+    assert sum(patch.get_height() for patch in above) == len(scores.positional()) > 0
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == [
+        "all 20 heads", f"{len(scores.positional())} above zero (p < 0.05, corrected)",
+        "rotation alone",
+    ]  # fmt: skip
+    edges = [patch.get_x() for patch in everything] + [everything[-1].get_x() + 1]
+    counts = np.histogram(0.6 * scores.rho[scores.rho.isfinite()].numpy(), edges)[0]
+    outline = ax.patches[80].get_xy()
+    assert outline[:, 1].max() == counts.max()
+    assert outline[outline[:, 1] > 0, 0].min() == pytest.approx(edges[int(counts.nonzero()[0][0])])
     assert ax.get_ylabel() == "heads"
+    (ax,) = toy_scores(n_documents=1).plot().axes  # no test
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "all 20 heads", "rotation alone",
+    ]  # fmt: skip
+    scores.values[1:3] = float("nan")
+    (ax,) = replace(scores).plot().axes
+    assert "rotation alone" not in [text.get_text() for text in ax.get_legend().get_texts()]
     with pytest.raises(ph.PosheadsError, match="no head has a score"):
         toy_scores(scored=False).plot()
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import write_bytes
-from tl_posheads.statistics import DominantGrid
-from tl_posheads.tables import Grids, LayerTable
 
 _PLAN = "plan.json"
 
@@ -69,36 +67,3 @@ class Checkpoint:
         if self.folder is not None:
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             write_bytes(self.folder / f"{unit}.safetensors", save_tensors(whole))
-
-
-class TableCheckpoint(Checkpoint):
-    """Units of a scoring run: one text in some layers, with the D bins it was counted in."""
-
-    def load(self, unit: str) -> tuple[dict[int, LayerTable], dict[int, Grids]] | None:
-        """A finished unit; None where it isn't, or its file can't be read."""
-        tensors = self.read(unit)
-        if tensors is None:
-            return None
-        by_layer: dict[int, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
-            layer, rest = name.split(".", 1)
-            by_layer.setdefault(int(layer), {})[rest] = tensor
-        grids = {
-            layer: Grids(*(
-                DominantGrid(parts.pop(f"{which}.edges"), parts.pop(f"{which}.level"))
-                for which in ("dominant", "geometry")
-            ))
-            for layer, parts in by_layer.items()
-        }  # fmt: skip
-        tables = {layer: LayerTable.from_tensors(parts) for layer, parts in by_layer.items()}
-        return tables, grids
-
-    def save(self, unit: str, tables: Mapping[int, LayerTable], grids: Mapping[int, Grids]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for layer, table in tables.items():
-            tensors |= {f"{layer}.{name}": t for name, t in table.to_tensors().items()}
-            for which in ("dominant", "geometry"):
-                grid: DominantGrid = getattr(grids[layer], which)
-                tensors[f"{layer}.{which}.edges"] = grid.edges
-                tensors[f"{layer}.{which}.level"] = grid.level
-        self.write(unit, tensors)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cli_ablate, cli_codes, cli_profile, cli_track, cli_unseen, rundir
-from .cli_options import add_model_options, layers, local_files, pairs, resumable, whole
+from .cli_options import add_model_options, add_pairs, layers, local_files, ranges, resumable, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
     from .results import HeadScores
 
 _STUDIES = ("codes", "profile", "track", "unseen")  # they say how long they took
+_COLUMNS = ("layer", "head", "rho", "ci", "p_adj", "rotation", "content", "D near->far", "window")
 _SHOWN, _CELLS = 256, 64  # tokens whose attention the page shows, and cells a side
 
 _ABOUT = """\
@@ -29,7 +30,8 @@ RoPE turns each pair of coordinates of a head's queries and keys by an angle tha
 position: the first pairs fast, the last ones slowly. In a Positional Head the pair that weighs most
 in query times key moves, with the distance between two tokens, from the fast pairs to the slow
 ones, so that the head can tell far from near. A head's positional score is Spearman's rho between
-that distance and the head's dominant dimension, over the pairs of tokens that attention sees.
+that distance and the head's dominant dimension, over the query-key pairs that attention sees:
+the mean over documents, whose spread gives its interval and p-value.
 Hong et al., Findings of EMNLP 2024, https://arxiv.org/abs/2410.08703
 """
 
@@ -37,8 +39,8 @@ _EXAMPLES = """\
 examples:
   tl-posheads score smollm2-135m --out scores
       every head of SmolLM2-135M on the documentation of Python
-  tl-posheads score ./my-model --corpus essays/ --docs 8 --length 2048 --layers 0-9 --out scores
-      ten layers of a model of your own, on eight stretches of your own texts
+  tl-posheads score ./my-model --corpus essays/ --docs 32 --length 2048 --layers 0-9 --out scores
+      ten layers of a model of your own, on 32 stretches of your own texts
   tl-posheads show scores --top 50
       the table again, longer
   tl-posheads ablate smollm2-135m scores --tasks passkey,copying --budget 20min --out ablation
@@ -64,17 +66,21 @@ The same command on the same folder goes on with a stopped run, and shows a fini
 _SCORE_EXAMPLES = """\
 examples:
   tl-posheads score smollm2-135m --out scores
-  tl-posheads score EleutherAI/pythia-160m --corpus book.txt --pairs per_distance --out pythia
-  tl-posheads score model.gguf --layers 0,3,5-7 --pairs 20000 --out quick
+  tl-posheads score EleutherAI/pythia-160m --corpus book.txt --weighting distance --out pythia
+  tl-posheads score model.gguf --layers 0,3,5-7 --pairs 1000 --out quick
 
 columns of the table:
-  rho            the positional score, -1 to 1
-  ci             95 % confidence interval of rho
-  rho_geometry   rho after the head's content is permuted over the positions: what the rotation
-                 and the head's mean query and key give alone; the rest of rho is content's
-  p_null         p-value against rows shifted circularly, corrected for the number of heads
-  n_pairs        query-key pairs that rho was counted on
-  window         the layer's sliding window, - where it sees everything before it
+  rho          the positional score, -1 to 1: in each document Spearman's rho between distance and
+               dominant dimension D, over queries and the keys before them; the mean over documents
+  ci           95 % interval of that mean (Student's t over the n documents; give 8 or more)
+  p_adj        p-value of a mean of zero (t test over documents), corrected for the number of heads
+  rotation     what the rotation alone does: rho of the same contents put at other positions, with
+               the distance that they are put at
+  content      what contents alone do: rho of the same D with the distance that they came from
+  D near->far  mean D of tokens 1 or 2 apart, and in the farthest octave of distances: rho says in
+               which order D goes, not how far
+  window       the layer's sliding window, - where it sees everything before it
+Below zero, faster pairs take over as distance grows. With one document there is no ci and no p.
 """
 
 
@@ -138,16 +144,6 @@ def _one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tl-posheads", description=_ABOUT, epilog=_EXAMPLES)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -162,14 +158,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--corpus", metavar="NAME-OR-PATH", default="python-docs",
         help="a name, a text file, a folder of them, or a hub data set's id (default: python-docs)")  # fmt: skip
     add("--length", metavar="N", type=whole(2), default=1024, help="tokens a document (1024)")
-    add("--docs", metavar="N", type=whole(1), default=4, help="number of documents (4)")
-    add("--pairs", metavar="all|per_distance|N|auto", type=pairs, default="all",
-        help="weigh every pair of tokens alike, every distance alike, or draw N pairs, or so many that rho's standard error stays under 0.01 (all)")  # fmt: skip
+    add("--docs", metavar="N", type=whole(1), default=16,
+        help="number of documents, over which intervals and p-values are (16)")  # fmt: skip
+    add_pairs(add)
     add("--layers", metavar="LIST", type=layers, help="like 0-9 or 0,3,5-7 (every layer)")
     add("--skip-first", metavar="N", type=whole(0), default=0,
         help="leave out the first N positions, the attention sink for one (0)")  # fmt: skip
-    add("--exact", action="store_true", default=None,
-        help="exact ranks at any length; slower (short texts are exact anyway)")  # fmt: skip
     add_model_options(add)
     add("--best", metavar="N", type=whole(0), default=3,
         help="best heads whose curves and attention the page shows; two more passes (3)")  # fmt: skip
@@ -211,9 +205,10 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
         "length": args.length,
         "docs": args.docs,
         "pairs": args.pairs,
+        "weighting": args.weighting,
+        "scale": args.scale,
         "layers": args.layers,
         "skip_first": args.skip_first,
-        "exact": args.exact,
         "seed": args.seed,
     }
 
@@ -223,8 +218,8 @@ def _check_layers(layers: Sequence[int] | None, model: Any) -> None:
     missing = [layer for layer in layers or () if layer >= n_layers]
     if missing:
         raise PosheadsError(
-            f"--layers asks for {_ranges(missing)}, but the model has {n_layers} layers;"
-            f" choose from {_ranges(range(n_layers))}"
+            f"--layers asks for {ranges(missing)}, but the model has {n_layers} layers;"
+            f" choose from {ranges(range(n_layers))}"
         )
 
 
@@ -252,8 +247,9 @@ def _score(args: argparse.Namespace) -> None:
             tokens,
             layers=args.layers,
             pairs=args.pairs,
+            weighting=args.weighting,
+            scale=args.scale,
             skip_first=args.skip_first,
-            exact=args.exact,
             seed=args.seed,
             checkpoint=checkpoint,
             progress=True,
@@ -274,13 +270,13 @@ def _save_best(
     from .curves import dominant_dimension_curve
     from .maps import head_maps
 
-    maps = head_maps(model, tokens[0][:_SHOWN], heads, max_cells=_CELLS)
+    maps = head_maps(model, tokens[0][:_SHOWN], heads, max_cells=_CELLS, scale=args.scale)
     maps.save(args.out / rundir.MAPS)
     # Heads of different geometry have no curve in common; the best one has.
     for some in (heads, heads[:1]):
         with suppress(PosheadsError):
             curve = dominant_dimension_curve(
-                model, tokens, heads=some, skip_first=args.skip_first, progress=True
+                model, tokens, heads=some, scale=args.scale, skip_first=args.skip_first
             )
             curve.save(args.out / rundir.CURVE)
             return
@@ -332,32 +328,32 @@ def _write_page(folder: Path, scores: HeadScores, **more: Any) -> None:
 
 
 def _print_table(scores: HeadScores, out: Path, top: int) -> None:
-    print("\n".join(table_lines(scores, top)))
+    print("\n".join([*table_lines(scores, top), *scores.summary().splitlines()]))
     names = (rundir.TABLE, rundir.PAGE, rundir.RUN_FILE)
     written = [str(out / name) for name in names if (out / name).exists()]
     print(f"\nfiles: {', '.join(written) or out}")
 
 
 def table_lines(scores: HeadScores, top: int) -> list[str]:
-    """The ``top`` best heads as lines of text with fixed columns, NaN as ``-``."""
+    """The ``top`` best heads as lines of text with fixed columns, NaN as ``-``; none without."""
     from .report import scored_rows
 
     rows = scored_rows(scores)
     if not rows:
-        return ["No head has a score."]
+        return []
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None or not math.isfinite(value) else format(value, form)
 
-    cells = [["layer", "head", "rho", "ci", "rho_geometry", "p_null", "n_pairs", "window"]]
+    cells: list[tuple[str, ...]] = [_COLUMNS]
     for row in rows[:top]:
         low, high = number(row["ci_low"], "+.3f"), number(row["ci_high"], "+.3f")
-        cells.append([
-            str(row["layer"]), str(row["head"]), number(row["rho"], "+.4f"),
-            "-" if low == high == "-" else f"{low} .. {high}",
-            number(row["rho_geometry"], "+.4f"), number(row["p_null"], ".3g"),
-            number(row["n_pairs"], ",.0f"), number(row["window"], ".0f"),
-        ])  # fmt: skip
+        near, far = number(row["d_near"], ".1f"), number(row["d_far"], ".1f")
+        interval = "-" if low == high == "-" else f"{low} .. {high}"
+        measured = (number(row[name], "+.3f") for name in ("rotation", "content"))
+        rho, p = number(row["rho"], "+.3f"), number(row["p_adjusted"], ".2g")
+        place, window = (str(row["layer"]), str(row["head"])), number(row["window"], ".0f")
+        cells.append((*place, rho, interval, p, *measured, f"{near} -> {far}", window))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

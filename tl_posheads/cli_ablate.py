@@ -135,7 +135,9 @@ def _ablate(args: argparse.Namespace) -> None:
     model = load_model(args.model, cls=args.cls, device=args.device, dtype=args.dtype)
     reference = None
     if args.mode != "zero":
-        reference = load_corpus(args.corpus, model, length=args.length, seed=args.seed + 1)
+        reference = load_corpus(
+            args.corpus, model, n_docs=4, length=args.length, seed=args.seed + 1
+        )
     if state == "resume":
         print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
     with resumable(out, args.overwrite), rundir.running(out, request, state) as checkpoint:

@@ -60,13 +60,12 @@ def shares(text: str) -> list[float]:
 
 
 def pairs(text: str) -> str | int:
-    if text in ("all", "per_distance", "auto"):
+    """``"auto"``, ``"all"`` or a number of query-key pairs, of which a rank needs three."""
+    if text in ("auto", "all"):
         return text
-    if re.fullmatch(r"[0-9]{1,18}", text) and int(text) > 0:
+    if re.fullmatch(r"[0-9]{1,18}", text) and int(text) >= 3:
         return int(text)
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is none of: all, per_distance, auto, a number above 0"
-    )
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: auto, all, a number of at least 3")
 
 
 def layers(text: str) -> list[int]:
@@ -90,6 +89,21 @@ def layers(text: str) -> list[int]:
     return sorted(found_layers)
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Turn ascending numbers into text that :func:`layers` reads.
+
+    >>> ranges([0, 5, 6, 7])
+    '0,5-7'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
 def add_model_options(add: Callable[..., object]) -> None:
     """Seed, and how the model is loaded."""
     add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
@@ -97,6 +111,21 @@ def add_model_options(add: Callable[..., object]) -> None:
     add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
     add("--cls", choices=("hooked", "bridge"),
         help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
+
+
+def add_scale(add: Callable[..., object]) -> None:
+    """``--scale``, as the library's ``scale=``."""
+    add("--scale", choices=("none", "attention"), default="none",
+        help="contributions as they are, or times the factor on the model's scores (none)")  # fmt: skip
+
+
+def add_pairs(add: Callable[..., object]) -> None:
+    """Which query-key pairs a score is taken over, and what they weigh."""
+    add("--pairs", metavar="auto|all|N", type=pairs, default="auto",
+        help="query-key pairs that rho is ranked over: in every document N drawn ones, all, or so many that drawing adds at most 0.005 to a mean rho's standard error (auto)")  # fmt: skip
+    add("--weighting", choices=("pair", "distance"), default="pair",
+        help="every pair weighs the same, or every distance (pair)")  # fmt: skip
+    add_scale(add)
 
 
 def local_files(name: str) -> str | None:

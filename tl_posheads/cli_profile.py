@@ -64,6 +64,8 @@ def add_command(commands: Any) -> None:
         help="questions whose answers the model has to find, for retrieval (6)")  # fmt: skip
     add("--scores", metavar="DIR", type=Path,
         help="a folder that score wrote, instead of scoring these texts")  # fmt: skip
+    add("--scale", choices=("none", "attention"), default="none",
+        help="contributions as they are, or times the factor on the model's scores; with --scores as these have it (none)")  # fmt: skip
     add_model_options(add)
     add("--top", metavar="K", type=whole(1), default=20,
         help="highest heads of each measure whose overlap is printed (20)")  # fmt: skip
@@ -83,7 +85,7 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
             )
         digest = hashlib.sha256(label.read_bytes()).hexdigest()
     corpus = corpus_provenance(args.corpus)
-    wanted = ("model", "cls", "dtype", "length", "docs", "measures", "needles", "seed")
+    wanted = ("model", "cls", "dtype", "length", "docs", "measures", "needles", "scale", "seed")
     return {
         "command": "profile",
         **{name: getattr(args, name) for name in wanted},
@@ -116,7 +118,7 @@ def _profile(args: argparse.Namespace) -> None:
     with resumable(out, args.overwrite), rundir.running(out, request, state) as checkpoint:
         profile = profile_heads(
             model, tokens, scores=_scores(args, model, tokens, checkpoint), needles=args.needles,
-            measures=args.measures, seed=args.seed,
+            measures=args.measures, scale=args.scale, seed=args.seed,
         )  # fmt: skip
         profile.provenance["request"] = request
         _write(profile, out)
@@ -129,7 +131,7 @@ def _scores(args: argparse.Namespace, model: Any, tokens: Any, checkpoint: Path)
 
     if args.scores is not None:
         return HeadScores.load(args.scores)
-    return score_heads(model, tokens, seed=args.seed, checkpoint=checkpoint)
+    return score_heads(model, tokens, scale=args.scale, seed=args.seed, checkpoint=checkpoint)
 
 
 def _write(profile: HeadProfile, out: Path) -> None:

@@ -64,7 +64,10 @@ def add_command(commands: Any) -> None:
     add("--revision", metavar="NAME", default="step{}", help="of a step on the hub (step{})")
     add("--corpus", metavar="NAME-OR-PATH", default="python-docs", help="as score takes it")
     add("--length", metavar="N", type=whole(8), default=512, help="tokens a document (512)")
-    add("--docs", metavar="N", type=whole(1), default=8, help="number of documents (8)")
+    add("--docs", metavar="N", type=whole(1), default=16,
+        help="number of documents, over which intervals and p-values are (16)")  # fmt: skip
+    add("--scale", choices=("none", "attention"), default="none",
+        help="contributions as they are, or times the factor on the model's scores (none)")  # fmt: skip
     add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
     add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
@@ -103,7 +106,7 @@ def _track(args: argparse.Namespace) -> None:
         "command": "track", "model": args.model, "model_files": local_files(args.model),
         "steps": sorted(checkpoints), "revision": args.revision, "dtype": args.dtype,
         "corpus": corpus["name"], "corpus_sha256": corpus["sha256"], "length": args.length,
-        "docs": args.docs, "seed": args.seed,
+        "docs": args.docs, "scale": args.scale, "seed": args.seed,
     }  # fmt: skip
     out: Path = args.out
     state = rundir.look(out, request, overwrite=args.overwrite)
@@ -117,7 +120,9 @@ def _track(args: argparse.Namespace) -> None:
     if state == "resume":
         print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
     with resumable(out, args.overwrite), rundir.running(out, request, state) as kept:
-        found = track_emergence({**checkpoints, first: model}, tokens, folder=kept, seed=args.seed)
+        found = track_emergence(
+            {**checkpoints, first: model}, tokens, folder=kept, scale=args.scale, seed=args.seed
+        )
         found.provenance["request"] = request
         _write(found, out)
     _print(found, out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import rundir
-from .cli_options import add_model_options, local_files, whole
+from .cli_options import add_model_options, add_scale, local_files, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def add_command(commands: Any) -> None:
     add("--queries", metavar="N", type=whole(1), default=256, help="queries of a text (256)")
     add("--live", choices=LIVE, default="pairs",
         help="clamp as the model reads: sets of pairs and each unseen pair, sets alone, or nothing (pairs)")  # fmt: skip
+    add_scale(add)
     add_model_options(add)
     add("--overwrite", action="store_true", help="replace another run's results in DIR")
     parser.set_defaults(action=_unseen)
@@ -93,10 +94,11 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     from .corpora import corpus_provenance
 
     corpus = corpus_provenance(args.corpus)
-    wanted = ("model", "cls", "dtype", "trained", "docs", "factor", "queries", "live", "seed")
+    wanted = ("model", "cls", "dtype", "trained", "docs", "factor", "queries", "live", "scale")
     return {
         "command": "unseen",
         **{name: getattr(args, name) for name in wanted},
+        "seed": args.seed,
         "heads": None if args.heads is None else [list(head) for head in args.heads],
         "model_files": local_files(args.model),
         "corpus": corpus["name"],
@@ -132,7 +134,7 @@ def _unseen(args: argparse.Namespace) -> None:
     with rundir.running(out, request, state):
         found = unseen_angles(
             model, tokens, trained=args.trained, heads=args.heads, factor=args.factor,
-            n_queries=args.queries, live=args.live, seed=args.seed,
+            n_queries=args.queries, scale=args.scale, live=args.live, seed=args.seed,
             provenance={"request": request},
         )  # fmt: skip
         _write(found, out)

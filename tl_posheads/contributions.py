@@ -16,6 +16,9 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 
+Scale = Literal["none", "attention"]
+"""Contributions as ``q . k`` has them, or times the factor on the model's scores."""
+
 
 class PairGeometry(Protocol):
     """The part of ``LayerGeometry`` that the mathematics needs."""
@@ -113,12 +116,28 @@ def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:
     return rot_k.index_select(-2, index)
 
 
+def check_scale(scale: object) -> None:
+    """Refuse another ``scale`` than the two that there are.
+
+    Raises:
+        PosheadsError: it is neither ``"none"`` nor ``"attention"``.
+    """
+    if scale not in ("none", "attention"):
+        raise PosheadsError(f"scale={scale!r} was given; expected 'none' or 'attention'")
+
+
+def scale_factor(scale: Scale, geometry: PairGeometry) -> float:
+    """What contributions are multiplied by: nothing, or the model's own factor on scores."""
+    check_scale(scale)
+    return geometry.attention_scale if scale == "attention" else 1.0
+
+
 def dimension_contributions(
     rot_q: Float[Tensor, "*batch q_pos head d_head"],
     rot_k: Float[Tensor, "*batch k_pos kv_head d_head"],
     geometry: PairGeometry,
     *,
-    scale: Literal["none", "attention"] = "none",
+    scale: Scale = "none",
 ) -> Float[Tensor, "*batch head q_pos k_pos pair"]:
     """What every rotary pair adds to every query-key product: ``c_m(i, j)``.
 
@@ -143,14 +162,13 @@ def dimension_contributions(
         >>> torch.allclose(c.sum(-1)[0, 0], q[0, :, 0] @ k[0, :, 0].T, atol=1e-5)
         True
     """
-    if scale not in ("none", "attention"):
-        raise PosheadsError(f"scale={scale!r} was given; expected 'none' or 'attention'")
+    factor = scale_factor(scale, geometry)
     keys = expand_keys(rot_k, rot_q, geometry)
     axes = "... q_pos head pair, ... k_pos head pair -> ... head q_pos k_pos pair"
     q1, q2 = split_pairs(rot_q, geometry)
     k1, k2 = split_pairs(keys, geometry)
     contributions = einsum(q1, k1, axes) + einsum(q2, k2, axes)
-    return contributions * geometry.attention_scale if scale == "attention" else contributions
+    return contributions * factor
 
 
 def unrotated_contribution(
@@ -182,7 +200,7 @@ def dominant_dimension(
     return weights @ torch.arange(contributions.shape[-1], device=weights.device).double()
 
 
-_DRAWN = 1 << 21  # contributions of single query-key pairs at a time
+_CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
 
 
 class PairVectors:
@@ -205,11 +223,11 @@ class PairVectors:
         rot_k: Float[Tensor, "k_pos kv_head d_head"],
         geometry: PairGeometry,
         *,
-        scale: Literal["none", "attention"] = "none",
+        scale: Scale = "none",
         precision: torch.dtype = torch.float32,
     ) -> None:
         keys = expand_keys(rot_k, rot_q, geometry)
-        factor = geometry.attention_scale if scale == "attention" else 1.0
+        factor = scale_factor(scale, geometry)
         layout = "two pos head pair -> two pair head pos"
         precision = torch.promote_types(rot_q.dtype, precision)
         self.q, self.k = (
@@ -248,20 +266,6 @@ class PairVectors:
             torch.maximum(peak, contribution(m), out=peak)
         return contribution, peak
 
-    def dominant_pairs(
-        self, q_pos: Int[Tensor, "head n"], k_pos: Int[Tensor, "head n"]
-    ) -> Float[Tensor, "head n"]:
-        """D of single query-key pairs, each head with its own; float64."""
-        step = max(1, _DRAWN // (self.n_heads * self.n_pairs))
-        found = []
-        for rows, keys in zip(q_pos.split(step, dim=1), k_pos.split(step, dim=1)):
-            shape = (*self.q.shape[:3], rows.shape[1])
-            q = self.q.gather(3, rows.expand(shape))
-            k = self.k.gather(3, keys.expand(shape))
-            product = q.mul_(k).sum(0)
-            found.append(self._weigh(product.__getitem__, product.amax(0)))
-        return torch.cat(found, dim=1)
-
     def _weigh(self, contribution: Callable[[int], Tensor], peak: Tensor) -> Tensor:
         # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
         # of a whole number, and the order of those last digits is part of its score.
@@ -272,3 +276,39 @@ class PairVectors:
             total += weight
             moment.add_(weight, alpha=m)
         return moment.div_(total)
+
+
+def rows_of(
+    vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """D of the queries at ``rows``, ascending, and all keys before them, half a million at a time.
+
+    Yields ``(dominant [head, row, key], distance [row, key], valid [row, key], query [row, key])``,
+    where valid are the keys before the query and inside the window. The last key is the one
+    before the last row.
+    """
+    start = 0
+    while start < len(rows):
+        step = max(1, _CHUNK // max(1, vectors.n_heads * int(rows[-1])))
+        some = rows[start : start + step]
+        start += step
+        keys = slice(0 if window is None else max(0, int(some[0]) - window + 1), int(some[-1]))
+        if keys.stop <= keys.start:
+            continue
+        distance = some[:, None] - torch.arange(keys.start, keys.stop, device=rows.device)
+        valid = distance >= 1
+        if window is not None:
+            valid &= distance < window
+        yield vectors.dominant_rows(some, keys), distance, valid, some[:, None].expand(valid.shape)
+
+
+def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
+    """Up to ``n`` query positions with at least one key before them, the last one included."""
+    if n_pos - 1 <= n:
+        return torch.arange(1, n_pos, device=device)
+    return torch.linspace(1, n_pos - 1, n, dtype=torch.float64, device=device).round().long()
+
+
+def farthest(n_pos: int, window: int | None) -> int:
+    """The largest distance between a query and a key that it sees."""
+    return n_pos - 1 if window is None else min(n_pos, window) - 1

@@ -50,7 +50,7 @@ def load_corpus(
     name_or_path: str | os.PathLike[str],
     model: Any,
     *,
-    n_docs: int = 4,
+    n_docs: int = 16,
     length: int = 1024,
     prepend_bos: bool = True,
     seed: int = 0,

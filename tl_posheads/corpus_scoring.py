@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from tl_posheads.contributions import Scale
+from tl_posheads.draws import Weighting
 from tl_posheads.engines.job import Job
 from tl_posheads.errors import PosheadsError
 from tl_posheads.results import HeadScores
-from tl_posheads.scoring import score_heads
-from tl_posheads.tables import Weighting
 
 Engine = Literal["local", "ray", "torchrun"]
 
@@ -22,11 +22,13 @@ def score_corpus(
     corpus: str | Sequence[Tensor] = "python-docs",
     *,
     engine: Engine = "local",
-    n_docs: int = 4,
+    n_docs: int = 16,
     length: int = 1024,
     layers: Sequence[int] | None = None,
-    pairs: Weighting | Literal["auto"] = "all",
-    error: float | None = None,
+    pairs: Literal["auto", "all"] | int = "auto",
+    weighting: Weighting = "pair",
+    scale: Scale = "none",
+    target_se: float = 0.005,
     skip_first: int = 0,
     seed: int = 0,
     workers: int = 2,
@@ -37,9 +39,8 @@ def score_corpus(
 ) -> HeadScores:
     """Load a model by name, score its heads on a corpus, on as many machines as there are.
 
-    Every engine counts the same: the first document, in the order of their hashes, sets the bins,
-    the others are counted in them wherever they come to lie, and counts are whole numbers that are
-    added up. The scores are those of :func:`~tl_posheads.score_heads` with ``exact=False``.
+    Every document is measured by itself, wherever that happens, and its rows are put together: the
+    scores are those of :func:`~tl_posheads.score_heads`, bit for bit on machines of one kind.
 
     Args:
         model: what :func:`~tl_posheads.load_model` takes.
@@ -48,7 +49,7 @@ def score_corpus(
             workers' documents are done again; ``"torchrun"``, in a script that torchrun or SLURM
             starts in several processes, in each of which it returns the same.
         n_docs, length: documents to take, and their tokens.
-        layers, pairs, error, skip_first, seed: as in ``score_heads``.
+        layers, pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
         workers: actors of Ray, each with a model of its own.
         ray_options: of each actor, like ``{"num_gpus": 1}``; one CPU each by default.
         checkpoint: folder that keeps every finished document, on a disk that all workers reach.
@@ -57,10 +58,9 @@ def score_corpus(
         progress: show a bar.
 
     Returns:
-        :class:`~tl_posheads.HeadScores`; ``provenance["engine"]`` says how they were counted.
+        :class:`~tl_posheads.HeadScores`; ``provenance["engine"]`` says how they were measured.
 
-    Memory: every worker holds the model and what ``score_heads`` needs; the merging side one
-    layer's tables of two documents at a time, the caller the sum.
+    Memory: every worker holds the model and what ``score_heads`` needs; the caller the scores.
 
     Raises:
         PosheadsError: an unknown engine, Ray not installed, no torchrun; what ``load_model``,
@@ -79,7 +79,7 @@ def score_corpus(
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise PosheadsError(f"workers={workers!r} was given; expected at least 1")
     job = Job(
-        model, corpus, n_docs, length, layers, pairs, error, skip_first, seed,
+        model, corpus, n_docs, length, layers, pairs, weighting, scale, target_se, skip_first, seed,
         None if checkpoint is None else os.path.abspath(checkpoint), dict(model_options or {}),
     )  # fmt: skip
     if engine == "ray":
@@ -92,9 +92,4 @@ def score_corpus(
 
         return score_with_torchrun(job, progress=progress)
     begun = job.begin()
-    return score_heads(
-        begun.model, [tokens for _, tokens in begun.units], layers=layers,
-        pairs=begun.accumulator.settings.pairs, skip_first=skip_first, exact=False, seed=seed,
-        checkpoint=checkpoint, progress=progress,
-        provenance={**begun.facts, "engine": "local"},
-    )  # fmt: skip
+    return begun.scores(begun.measured(begun.units, progress=progress), "local")

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from tl_posheads.capture import capture_rotary, rotary_hook_points
-from tl_posheads.counting import evenly, rows_of
+from tl_posheads.contributions import Scale, check_scale, evenly, rows_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import damage_named, read_labelled, write_labelled
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
@@ -45,6 +45,7 @@ class DominantDimensionCurve:
         levels: the quantiles' levels.
         allocation: mean softmax weight of every pair; over pairs it sums to 1.
         wavelengths: tokens per full turn of every pair.
+        scale: of the contributions, as in ``dimension_contributions``.
     """
 
     heads: list[tuple[int, int]]
@@ -55,6 +56,7 @@ class DominantDimensionCurve:
     levels: tuple[float, ...]
     allocation: Float[Tensor, "head pair distance"]
     wavelengths: Float[Tensor, "head pair"]
+    scale: Scale = "none"
 
     def plot(self, *, trained: int | None = None) -> Any:
         """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
@@ -93,8 +95,9 @@ class DominantDimensionCurve:
         """
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         facts = {
-            "format": "tl_posheads.DominantDimensionCurve", "version": 1,
+            "format": "tl_posheads.DominantDimensionCurve", "version": 2,
             "heads": [list(head) for head in self.heads], "levels": list(self.levels),
+            "scale": self.scale,
         }  # fmt: skip
         return write_labelled(folder, _LABEL, {_FILE: save_tensors(tensors)}, facts)
 
@@ -106,12 +109,18 @@ class DominantDimensionCurve:
             PosheadsError: no such folder, another program's files, or damaged ones.
         """
         label, parts = read_labelled(
-            folder, _LABEL, made_by="DominantDimensionCurve", what="a curve", again="make it again"
+            folder,
+            _LABEL,
+            made_by="DominantDimensionCurve",
+            what="a curve",
+            again="make it again",
+            version=2,
         )
         with damage_named(f"the curve in {folder} is", "make it again"):
             heads = [(int(layer), int(head)) for layer, head in label["heads"]]
             tensors = load_tensors(parts[_FILE])
-            return cls(heads=heads, levels=tuple(label["levels"]), **tensors)
+            levels, scale = tuple(label["levels"]), label["scale"]
+            return cls(heads=heads, levels=levels, scale=scale, **tensors)
 
     def to_pandas(self) -> pd.DataFrame:
         """Long form: layer, head, distance, n_pairs, mean and a column per quantile."""
@@ -149,6 +158,7 @@ def dominant_dimension_curve(
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     heads: Sequence[tuple[int, int]],
+    scale: Scale = "none",
     attention_mask: Int[Tensor, "doc pos"] | None = None,
     skip_first: int = 0,
     levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
@@ -157,7 +167,7 @@ def dominant_dimension_curve(
     """Mean, quantiles and allocation map of chosen heads by token distance.
 
     Args:
-        model, tokens, attention_mask, skip_first, progress: as in ``score_heads``.
+        model, tokens, scale, attention_mask, skip_first, progress: as in ``score_heads``.
         heads: ``(layer, head)`` pairs, ``scores.top(8)`` for one. They need equally many rotary
             pairs.
         levels: quantiles between 0 and 1.
@@ -172,6 +182,7 @@ def dominant_dimension_curve(
         >>> curve.to_pandas().plot(x="distance", y="mean")                    # doctest: +SKIP
     """
     require_rotary(model)
+    check_scale(scale)
     require_clean(model)
     wanted = [(int(layer), int(head)) for layer, head in heads]
     layers = layers_of(model, [layer for layer, _ in wanted]) if wanted else []
@@ -201,13 +212,13 @@ def dominant_dimension_curve(
             chosen = sorted({head for at, head in wanted if at == layer})
             q, k = rot_q[0, skip_first:], rot_k[0, skip_first:]
             here = geometry[layer].after(skip_first)
-            _add_document(q, k, here, chosen, [sums[layer, h] for h in chosen])
+            _add_document(q, k, here, chosen, scale, [sums[layer, h] for h in chosen])
             bar.update(1)
 
         with bar:
             for document in documents:
                 capture_rotary(model, document[None], consumer, layers=layers)
-    return _curve(wanted, [sums[place] for place in wanted], geometry, levels)
+    return _curve(wanted, [sums[place] for place in wanted], geometry, levels, scale)
 
 
 def mean_by_distance(
@@ -217,16 +228,22 @@ def mean_by_distance(
     heads: Sequence[int],
     *,
     n_queries: int | None = None,
+    scale: Scale = "none",
 ) -> tuple[Float[Tensor, "head distance"], Int[Tensor, "distance"]]:
-    """Mean dominant dimension of some heads of one text at distances from 1, and pairs at each.
+    """Mean dominant dimension of some heads of one text at distances from 1.
 
     Args:
         rot_q, rot_k, geometry: of one layer; :func:`tl_posheads.capture_rotary` gives them.
         heads: those wanted.
         n_queries: so many queries, evenly spread, stand for all; None takes all.
+        scale: as in ``dimension_contributions``.
 
     Returns:
-        The mean in float64, NaN where there is no pair, and the number of pairs of one head.
+        The mean in float64, NaN where there is no query-key pair, and how many of one head there
+        are at each distance.
+
+    Raises:
+        PosheadsError: another ``scale``.
 
     Example:
         >>> import torch
@@ -236,7 +253,7 @@ def mean_by_distance(
         ([[0.5, 0.5, 0.5]], [3, 2, 1])
     """
     alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone)
+    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone, scale=scale)
     n_pos = rot_q.shape[0]
     rows = evenly(n_pos, n_pos if n_queries is None else n_queries, rot_q.device)
     total = torch.zeros(len(heads), n_pos, dtype=torch.float64, device=rot_q.device)
@@ -262,10 +279,15 @@ class _HeadSums:
 
 
 def _add_document(
-    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: Sequence[int], sums: Sequence[Any]
+    rot_q: Tensor,
+    rot_k: Tensor,
+    geometry: LayerGeometry,
+    heads: Sequence[int],
+    scale: Scale,
+    sums: Sequence[_HeadSums],
 ) -> None:
     alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone)
+    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone, scale=scale)
     rows = torch.arange(1, rot_q.shape[0], device=rot_q.device)
     n_pos = rot_q.shape[0]
     for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):
@@ -302,6 +324,7 @@ def _curve(
     sums: Sequence[_HeadSums],
     geometry: RotaryGeometry,
     levels: Sequence[float],
+    scale: Scale,
 ) -> DominantDimensionCurve:
     n_pairs = torch.stack([one.n_pairs[1:] for one in sums])
     over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
@@ -314,6 +337,7 @@ def _curve(
         levels=tuple(float(level) for level in levels),
         allocation=torch.stack([one.weights[:, 1:] for one in sums]) / over[:, None],
         wavelengths=torch.stack([geometry[layer].wavelengths for layer, _ in heads]),
+        scale=scale,
     )
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from tl_posheads.errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def damage_named(found: str, again: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise PosheadsError(f"{found} damaged ({problem}); {again}") from problem
 
 
@@ -80,13 +82,20 @@ def write_labelled(
 
 
 def read_labelled(
-    folder: str | os.PathLike[str], label: str, *, made_by: str, what: str, again: str
+    folder: str | os.PathLike[str],
+    label: str,
+    *,
+    made_by: str,
+    what: str,
+    again: str,
+    version: int = 1,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What :func:`write_labelled` wrote: the label and the parts, bit for bit.
 
     Args:
         made_by: class whose ``save`` writes such folders; the label's format is its name.
         what: for messages, like "scores". again: what to do about damage, like "score again".
+        version: of the format; others are refused.
 
     Raises:
         PosheadsError: no such folder, another program's files, another version's or damaged ones.
@@ -98,10 +107,12 @@ def read_labelled(
             raise PosheadsError(
                 f"{folder / label} was not written by {made_by}.save; give a folder of {what}"
             )
-        if found.get("version") != 1:
+        if found.get("version") != version:
+            old = isinstance(found.get("version"), int) and found["version"] < version
             raise PosheadsError(
-                f"{folder} holds {what} of format version {found.get('version')}; this version of "
-                "tl_posheads reads 1; install a newer one"
+                f"{folder} holds {what} of format version {found.get('version')}, but this version "
+                f"of tl_posheads reads {version}; "
+                + (f"they were measured otherwise: {again}" if old else "install a newer one")
             )
         parts = {name: (folder / name).read_bytes() for name in found["sha256"]}
         for name, digest in found["sha256"].items():

@@ -35,6 +35,8 @@ class LayerGeometry:
         kv_head: the key head of each query head.
         remapping: other distances that the layer sees than the text has, as under SelfExtend;
             None for its own.
+        is_rotation: whether a further rotation moves vectors to other positions; not so under a
+            Fourier series (FoPE with ``sigma`` above 0).
 
     Example:
         >>> import torch
@@ -54,6 +56,7 @@ class LayerGeometry:
     window: int | None
     kv_head: tuple[int, ...]
     remapping: Remapping | None = None
+    is_rotation: bool = True
 
     @classmethod
     def from_inv_freq(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.lens import changes_of, model_name
-from tl_posheads.statistics import draws_for
-from tl_posheads.tables import Weighting
 
 
 def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
@@ -105,14 +102,21 @@ def layers_of(model: Any, layers: Sequence[int] | None) -> list[int]:
 
 
 def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    """Documents by the hash of their tokens: their order in the batch then decides nothing."""
-    seen: Counter[str] = Counter()
-    out = []
-    for document in documents:
-        digest = hashlib.sha256(document.numpy().tobytes()).hexdigest()
-        out.append((f"{digest[:24]}-{seen[digest]}", document))
-        seen[digest] += 1
-    return sorted(out, key=lambda pair: pair[0])
+    """Documents by the hash of their tokens: their order in the batch then decides nothing.
+
+    Raises:
+        PosheadsError: the same text twice; documents are replicates, and a copy is none.
+    """
+    found: dict[str, int] = {}
+    for number, document in enumerate(documents):
+        digest = hashlib.sha256(document.numpy().tobytes()).hexdigest()[:24]
+        if digest in found:
+            raise PosheadsError(
+                f"documents {found[digest]} and {number} are the same text; give every text once: "
+                "intervals and p-values take documents for independent"
+            )
+        found[digest] = number
+    return sorted(((digest, documents[i]) for digest, i in found.items()), key=lambda pair: pair[0])
 
 
 def digest_of(by_key: Sequence[tuple[str, Tensor]]) -> str:
@@ -147,38 +151,3 @@ def require_finite(layer: int, rot_q: Tensor, rot_k: Tensor, kv_head: Sequence[i
                 f"the {kind} of layer {layer} head {head} hold NaN or infinity; load the model "
                 "with dtype float32 or bfloat16, or leave the layer out"
             )
-
-
-def pairs_to_draw(
-    pairs: Weighting | Literal["auto"], error: float | None, n_documents: int
-) -> Weighting:
-    """The weighting asked for, checked; ``"auto"`` becomes the number that gives ``error``.
-
-    Raises:
-        PosheadsError: another weighting; an error that is no number between 0 and 1, or that
-            comes without ``"auto"``.
-    """
-    if pairs != "auto":
-        if error is not None:
-            raise PosheadsError(
-                f"error={error!r} was given beside pairs={pairs!r}; it chooses the number of "
-                "pairs for pairs='auto'"
-            )
-        check_pairs(pairs)
-        return pairs
-    error = 0.01 if error is None else error
-    if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1:
-        raise PosheadsError(
-            f"error={error!r} was given; expected a standard error of rho to stay under, like 0.01"
-        )
-    return max(3, -(-draws_for(error) // n_documents))
-
-
-def check_pairs(pairs: object) -> None:
-    if pairs in ("all", "per_distance"):
-        return
-    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 3:
-        raise PosheadsError(
-            f"pairs={pairs!r} was given; expected 'all', 'per_distance', a number of pairs "
-            "(at least 3) to draw per head and document, or in score_heads 'auto'"
-        )

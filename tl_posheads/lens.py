@@ -128,6 +128,17 @@ def require_clean(model: Any) -> None:
         )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch works in the calling thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class PassDone(Exception):
     """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
 

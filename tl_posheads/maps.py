@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_posheads.capture import rotary_consumer, rotary_hook_points
-from tl_posheads.counting import rows_of
+from tl_posheads.contributions import Scale, check_scale, rows_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import damage_named, read_labelled, write_labelled
-from tl_posheads.geometry import RotaryGeometry
+from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import (
     PassDone,
@@ -49,14 +49,15 @@ class HeadMaps:
         tokens: the text's tokens as strings.
         step: positions a side that are one cell of the maps.
         pattern: attention from a cell's queries to a cell's keys, mean over the queries.
-        dominant: mean dominant dimension of the cell's pairs; NaN where there is none.
+        dominant: mean dominant dimension of the cell's query-key pairs; NaN where there is none.
         distance: mean distance that each position looks back, weighted by attention; a look at
             itself is 0.
         dimension: mean dominant dimension of those looks, itself left out; NaN at position 0.
         q_pos: positions whose looks are kept token by token.
         row_pattern: their attention to every token.
-        row_dominant: dominant dimension of those pairs; NaN where there is none.
+        row_dominant: dominant dimension of those query-key pairs; NaN where there is none.
         n_pairs: rotary pairs of each head.
+        scale: of the contributions, as in ``dimension_contributions``.
     """
 
     model: str
@@ -71,6 +72,7 @@ class HeadMaps:
     row_pattern: Float[Tensor, "head row pos"]
     row_dominant: Float[Tensor, "head row pos"]
     n_pairs: list[int]
+    scale: Scale = "none"
 
     @property
     def names(self) -> list[str]:
@@ -92,9 +94,9 @@ class HeadMaps:
         """
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         facts = {
-            "format": "tl_posheads.HeadMaps", "version": 1, "model": self.model,
+            "format": "tl_posheads.HeadMaps", "version": 2, "model": self.model,
             "heads": [list(head) for head in self.heads], "tokens": self.tokens,
-            "step": self.step, "q_pos": self.q_pos, "n_pairs": self.n_pairs,
+            "step": self.step, "q_pos": self.q_pos, "n_pairs": self.n_pairs, "scale": self.scale,
         }  # fmt: skip
         return write_labelled(folder, _LABEL, {_FILE: save_tensors(tensors)}, facts)
 
@@ -106,10 +108,10 @@ class HeadMaps:
             PosheadsError: no such folder, another program's files, or damaged ones.
         """
         label, parts = read_labelled(
-            folder, _LABEL, made_by="HeadMaps", what="maps", again="make them again"
+            folder, _LABEL, made_by="HeadMaps", what="maps", again="make them again", version=2
         )
         with damage_named(f"the maps in {folder} are", "make them again"):
-            names = ("model", "tokens", "step", "q_pos", "n_pairs")
+            names = ("model", "tokens", "step", "q_pos", "n_pairs", "scale")
             facts: dict[str, Any] = {name: label[name] for name in names}
             heads = [(int(layer), int(head)) for layer, head in label["heads"]]
             facts.update(load_tensors(parts[_FILE]))
@@ -123,6 +125,7 @@ def head_maps(
     *,
     q_pos: Sequence[int] = (-1,),
     max_cells: int = 80,
+    scale: Scale = "none",
 ) -> HeadMaps:
     """Attention pattern and dominant-dimension map of chosen heads on one text.
 
@@ -132,11 +135,13 @@ def head_maps(
         heads: ``(layer, head)``, like ``scores.top(4)``.
         q_pos: positions whose looks are kept token by token; negative ones from the end.
         max_cells: cells a side of the maps at most; longer texts are put together.
+        scale: of the contributions that the dominant dimension is taken of, as in ``score_heads``.
 
     Returns:
         :class:`HeadMaps`, which ``tl_posheads.views`` draws. The pattern is the lens's own.
 
-    Memory: the lens's eager attention, and 8 bytes for every pair and chosen head of one layer.
+    Memory: the lens's eager attention, and 8 bytes for every query-key pair and chosen head of one
+    layer.
 
     Raises:
         PosheadsError: no heads, heads that the model hasn't, more than one text, positions
@@ -147,6 +152,7 @@ def head_maps(
         >>> views.attention(maps).save("heads.html")                    # doctest: +SKIP
     """
     require_rotary(model)
+    check_scale(scale)
     require_clean(model)
     text = tokens if tokens.ndim == 2 else tokens[None]
     if len(text) != 1 or max_cells < 2 or not heads:
@@ -179,7 +185,7 @@ def head_maps(
             return sorted({head for at, head in wanted if at == layer})
 
         def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
-            dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], chosen(layer))
+            dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], chosen(layer), scale)
 
         def reader(layer: int) -> Any:
             def read(pattern: Tensor, hook: Any) -> None:
@@ -207,16 +213,16 @@ def head_maps(
         model=model_name(model), heads=wanted, tokens=words, step=step,
         pattern=pattern, dominant=cells, distance=distance, dimension=dimension,
         q_pos=at, row_pattern=row_pattern, row_dominant=row_dominant,
-        n_pairs=[geometry[layer].n_pairs for layer, _ in wanted],
+        n_pairs=[geometry[layer].n_pairs for layer, _ in wanted], scale=scale,
     )  # fmt: skip
 
 
 def _dominant(
-    rot_q: Tensor, rot_k: Tensor, geometry: Any, heads: list[int]
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: list[int], scale: Scale
 ) -> Float[Tensor, "head q_pos k_pos"]:
-    """D of every pair, NaN where there is none."""
+    """D of every query-key pair, NaN where there is none."""
     alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, heads], keys, alone)
+    vectors = pair_vectors(rot_q[:, heads], keys, alone, scale=scale)
     n_pos = rot_q.shape[0]
     out = torch.full((len(heads), n_pos, n_pos), float("nan"), dtype=torch.float64)
     out = out.to(rot_q.device)

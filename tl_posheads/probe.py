@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_posheads.capture import rotary_hook_points
 from tl_posheads.contributions import rotate_by
@@ -17,8 +17,10 @@ from tl_posheads.geometry import LayerGeometry, share_keys
 from tl_posheads.inputs import require_finite
 from tl_posheads.lens import (
     MASKED,
+    PassDone,
     attention,
     model_name,
+    one_thread,
     others_hooks_suspended,
     own_hooks,
     run_forward,
@@ -34,7 +36,9 @@ def measure(
     model: Any, *, length: int, layers: Sequence[int] | None
 ) -> tuple[str, tuple[LayerGeometry, ...]]:
     """Name and layers for ``RotaryGeometry.from_model``."""
-    with rotary_hook_points(model):
+    # Thousands of small operations: beside another busy process, handing each to several threads
+    # takes a hundred times as long as doing it.
+    with one_thread(), rotary_hook_points(model):
         n_layers, name = int(model.cfg.n_layers), model_name(model)
         windows = [_declared_window(model, layer) for layer in range(n_layers)]
         short = [w for w in windows if w is not None and w <= _LONGEST_SEEN_WINDOW]
@@ -114,6 +118,22 @@ def _rotations_passed_by(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _ended_before(module: Any) -> Iterator[None]:
+    """Inside, a pass ends where ``module`` would begin: nobody reads the logits."""
+
+    def end(*_: Any) -> None:
+        raise PassDone
+
+    handle = module.register_forward_pre_hook(end) if isinstance(module, nn.Module) else None
+    try:
+        with suppress(PassDone):
+            yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _Layer]:
     seen = {layer: _Layer() for layer in layers}
 
@@ -130,7 +150,8 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
         if hasattr(attention(model, layer), name)
     ]
     # Others' hooks edit what the model does; the probe asks what its own rotation is.
-    with others_hooks_suspended(model), own_hooks(hooks), _rotations_passed_by(model, seen):
+    quiet = (others_hooks_suspended(model), _ended_before(getattr(model, "unembed", None)))
+    with quiet[0], own_hooks(hooks), _rotations_passed_by(model, seen), quiet[1]:
         run_forward(model, tokens)
     n = tokens.shape[1]
     for layer in layers:
@@ -158,9 +179,9 @@ def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) 
     require_finite(layer, rot_q, rot_k, kv_head)
     layout, inv_freq, scale = _rotation(rot_q, seen, where)
     scores = seen.get("hook_attn_scores")
-    declared_scale, softcap = _declared_scale(model, layer, rot_q.shape[-1])
+    own_scale, softcap = declared_scale(model, layer, rot_q.shape[-1])
     q, k = _whole_vectors(seen, rot_q, rot_k)
-    attention_scale = _attention_scale(q, k, scores, softcap, declared_scale, where)
+    attention_scale = measured_scale(q, k, scores, softcap, own_scale, where)
     return LayerGeometry(
         layer=layer,
         layout=layout,
@@ -231,6 +252,8 @@ def _rotation(
             misfit = _misfit(rot_q, predicted)
             if misfit < 0.5 * best[0]:  # of equals, the first: Llama's, which most models have
                 best = (misfit, (layout, inv_freq))
+        if best[0] < 0.1 * _tolerance(rot_q):
+            break
     if still < _tolerance(rot_q) and still <= best[0]:
         return "half", nothing, 1.0
     if best[0] > _tolerance(rot_q):
@@ -257,7 +280,7 @@ def _whole_vectors(seen: _Layer, rot_q: Tensor, rot_k: Tensor) -> tuple[Tensor, 
     return rot_q.transpose(0, 1), rot_k.index_select(1, share).transpose(0, 1)
 
 
-def _declared_scale(model: Any, layer: int, d_head: int) -> tuple[float, float | None]:
+def declared_scale(model: Any, layer: int, d_head: int) -> tuple[float, float | None]:
     attn: Any = attention(model, layer)
     if hasattr(attn, "attn_scale"):  # HookedTransformer divides
         cap = float(getattr(model.cfg, "attn_scores_soft_cap", -1) or -1)
@@ -270,7 +293,7 @@ def _declared_scale(model: Any, layer: int, d_head: int) -> tuple[float, float |
     return float(scale or d_head**-0.5), float(softcap) if softcap else None
 
 
-def _attention_scale(
+def measured_scale(
     q: Tensor, k: Tensor, scores: Tensor | None, softcap: float | None, declared: float, where: str
 ) -> float:
     """Scores against products, by least squares; the declared number where both agree."""

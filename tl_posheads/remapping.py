@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_posheads.contributions import PairVectors, expand_keys, turn
+from tl_posheads.contributions import PairVectors, Scale, expand_keys, turn
 
 if TYPE_CHECKING:
     from tl_posheads.geometry import LayerGeometry
@@ -64,6 +64,35 @@ class Remapping:
     def after(self, first: int) -> Remapping:
         """The same for a text whose first positions were cut off."""
         return replace(self, first=self.first + first)
+
+    def distances(
+        self, q_pos: Int[Tensor, "n"], k_pos: Int[Tensor, "n"], n_heads: int
+    ) -> tuple[Float[Tensor, "n head pair"], Float[Tensor, "n head pair"] | None]:
+        """How far apart, in tokens, queries and keys meet that stand at these positions.
+
+        Returns:
+            The distance, and the factor on the scores (None is 1); the axes of head and pair may
+            be 1.
+        """
+        q_at, k_at = ((at + self.first)[:, None, None].double() for at in (q_pos, k_pos))
+        number = self.region(q_pos + self.first, k_pos + self.first)[:, None, None]
+        distance, factor = q_at - k_at, None
+        mine = torch.ones(n_heads, 1, dtype=torch.bool, device=q_pos.device)
+        if self.heads is not None:
+            mine = torch.zeros_like(mine).index_fill_(
+                0, torch.tensor(self.heads, device=q_pos.device), True
+            )
+        for r, region in enumerate(self.regions):
+            if region.is_plain:
+                continue
+            here = mine & (number == r)
+            q = q_at if region.queries is None else region.queries(q_pos + self.first).double()
+            k = k_at if region.keys is None else region.keys(k_pos + self.first).double()
+            distance = torch.where(here, q - k, distance)
+            if region.scale is not None:
+                new = region.scale(q_pos + self.first).double()[:, None, None]
+                factor = torch.where(here, new, 1.0 if factor is None else factor)
+        return distance, factor
 
     def only(self, heads: Sequence[int]) -> Remapping:
         """The same for a layer of which some heads were taken out, in that order."""
@@ -218,12 +247,12 @@ def pair_vectors(
     rot_k: Float[Tensor, "k_pos kv_head d_head"],
     geometry: LayerGeometry,
     *,
+    scale: Scale = "none",
     precision: torch.dtype = torch.float32,
 ) -> PairVectors:
     """What D is computed from: the text's own vectors, or those of every region."""
-    if geometry.remapping is None:
-        return PairVectors(rot_q, rot_k, geometry, precision=precision)
-    return RemappedVectors(rot_q, rot_k, geometry, precision=precision)
+    kind = PairVectors if geometry.remapping is None else RemappedVectors
+    return kind(rot_q, rot_k, geometry, scale=scale, precision=precision)
 
 
 class RemappedVectors(PairVectors):
@@ -235,13 +264,14 @@ class RemappedVectors(PairVectors):
         rot_k: Float[Tensor, "k_pos kv_head d_head"],
         geometry: LayerGeometry,
         *,
+        scale: Scale = "none",
         precision: torch.dtype = torch.float32,
     ) -> None:
         remapping = geometry.remapping
         assert remapping is not None
         alone = replace(geometry, kv_head=tuple(range(geometry.n_heads)), remapping=None)
         keys = expand_keys(rot_k, rot_q, geometry)
-        super().__init__(rot_q, keys, alone, precision=precision)
+        super().__init__(rot_q, keys, alone, scale=scale, precision=precision)
         precision = torch.promote_types(rot_q.dtype, precision)
         at = torch.arange(rot_q.shape[0], device=rot_q.device) + remapping.first
         self.remapping = remapping
@@ -249,6 +279,7 @@ class RemappedVectors(PairVectors):
             PairVectors(
                 *_moved(rot_q.to(precision), keys.to(precision), at, at, alone, remapping, region),
                 alone,
+                scale=scale,
                 precision=precision,
             )
             for region in remapping.regions
@@ -276,12 +307,6 @@ class RemappedVectors(PairVectors):
                 out = value if out is None else torch.where(number == r, value, out)
             assert out is not None
             yield out
-
-    def dominant_pairs(
-        self, q_pos: Int[Tensor, "head n"], k_pos: Int[Tensor, "head n"]
-    ) -> Float[Tensor, "head n"]:
-        number = self._number(q_pos, k_pos)
-        return self._chosen(number, lambda vectors: vectors.dominant_pairs(q_pos, k_pos))
 
     def _positions(self, keys: slice) -> Tensor:
         return torch.arange(keys.start, keys.stop, keys.step or 1, device=self.q.device)

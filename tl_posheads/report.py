@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .report_page import SCRIPT, STYLE
+from .report_page import PROSE, SCRIPT, STYLE
 from .rundir import write_whole
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ _STEPS = 8
 _NEGATIVE, _POSITIVE = (179, 88, 6), (33, 92, 165)
 _MIDDLE = {"light": (246, 246, 244), "dark": (38, 40, 44)}
 _NEGATIVE_DARK, _POSITIVE_DARK = (253, 174, 97), (116, 173, 240)
+_DRAWN = ["rho", "ci_low", "ci_high", "rotation", "content"]
+_COUNTS = ["layer", "head", "n_documents", "window"]
+_COLUMNS = [*_DRAWN, *_COUNTS, "p_adjusted", "d_near", "d_far"]
+_ARROW = "\N{RIGHTWARDS ARROW}"
+_NAMES = ["layer", "head", "rho", "95% interval", "p (adjusted)", "rotation", "content"]
+_NAMES += [f"D near {_ARROW} far", "window"]
 _BEST = 20
 # Above this many heads a cell is too narrow for its number.
 _NUMBERS_UP_TO = 16
@@ -82,8 +88,8 @@ def write_report(
 
 
 def scored_rows(scores: HeadScores) -> list[Row]:
-    """The table's rows that have a rho, best first, with None for every NaN."""
-    rows = [_plain(row) for row in scores.to_pandas().to_dict("records")]
+    """What is shown of the heads that have a rho, best first, with None for every NaN."""
+    rows = [_plain(row) for row in scores.to_pandas()[_COLUMNS].to_dict("records")]
     scored = [row for row in rows if row["rho"] is not None]
     return sorted(scored, key=lambda row: (-row["rho"], row["layer"], row["head"]))
 
@@ -105,6 +111,7 @@ def render(scores: HeadScores, parts: Sequence[str] = (), scripts: Sequence[str]
     allowed = " ".join([_hash(SCRIPT), *scripts])
     policy = f"default-src 'none'; img-src data:; style-src {styles}; script-src {allowed}"
     best = f"{_label(rows[0])}, {_signed(rows[0]['rho'])}" if rows else "none"
+    found, *more = map(_text, scores.summary().splitlines())
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -120,13 +127,14 @@ def render(scores: HeadScores, parts: Sequence[str] = (), scripts: Sequence[str]
 <main>
 <header>
 <h1>Positional Heads of <bdi>{name}</bdi></h1>
-<p class="lead">{len(rows)} of {n_layers * n_heads} heads scored. Highest: {best}.</p>
+<p class="lead">{len(rows)} of {n_layers * n_heads} heads scored; highest: {best}. {found}</p>
+{"".join(f"<p>{line}</p>" for line in more)}
 </header>
 {_map(rows, n_layers, n_heads, limit)}
 {_best(rows)}
 {_histogram(rows)}
 {"".join(parts)}
-{_PROSE}
+{PROSE}
 {_provenance(scores.provenance)}
 </main>
 <script type="application/json" id="data">{data}</script>
@@ -144,8 +152,8 @@ def _plain(row: Mapping[Any, Any]) -> Row:
             number = float(value)
         except (TypeError, ValueError):  # None and pandas.NA
             number = math.nan
-        whole = key in ("layer", "head", "n_pairs", "window")
-        plain[str(key)] = None if not math.isfinite(number) else int(number) if whole else number
+        count = key in _COUNTS
+        plain[str(key)] = None if not math.isfinite(number) else int(number) if count else number
     return plain
 
 
@@ -179,6 +187,10 @@ def _p(value: float | None) -> str:
     if value is None:
         return "\N{EN DASH}"
     return "&lt;0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _tenths(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:.1f}"
 
 
 def _label(row: Row) -> str:
@@ -260,16 +272,15 @@ def _best(rows: Sequence[Row]) -> str:
     best = rows[:_BEST]
     if not best:
         return "<section><h2>Best heads</h2><p>No head has a score.</p></section>"
-    figures = [row[key] for row in best for key in ("rho", "ci_low", "ci_high", "rho_geometry")]
+    figures = [row[key] for row in best for key in _DRAWN]
     known = [0.0, *(value for value in figures if value is not None)]
     low, high = min(known), max(known)
     lines = "".join(_best_line(rank, row, low, high) for rank, row in enumerate(best, 1))
-    names = ("layer", "head", "rho", "95% interval", "rho_geometry", "p_null", "n_pairs", "window")
-    columns = "".join(f'<th scope="col">{name}</th>' for name in names)
+    columns = "".join(f'<th scope="col">{name}</th>' for name in _NAMES)
     return f"""<section aria-labelledby="best-title">
 <h2 id="best-title">The {len(best)} highest scores</h2>
-<p>In the small pictures: dot and line are rho and its interval, the ring is rho_geometry,
-the thin upright line is zero.</p>
+<p>In the small pictures: dot and line are rho and its interval, the ring is rotation, the square
+content, the thin upright line zero.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="table: best heads">
 <table class="rows"><thead><tr><th scope="col">rank</th>{columns}
 <th scope="col"><span class="vh">picture</span></th></tr></thead>
@@ -279,23 +290,27 @@ the thin upright line is zero.</p>
 
 def _best_line(rank: int, row: Row, low: float, high: float) -> str:
     def x(value: float) -> str:
-        return f"{8 + 144 * (value - low) / ((high - low) or 1.0):.1f}"
+        return f"{6 + 94 * (value - low) / ((high - low) or 1.0):.1f}"
 
     marks = f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="2" y2="18"/>'
     interval = "\N{EN DASH}"
     if row["ci_low"] is not None and row["ci_high"] is not None:
         interval = f"{_signed(row['ci_low'])} to {_signed(row['ci_high'])}"
         marks += f'<line x1="{x(row["ci_low"])}" x2="{x(row["ci_high"])}" y1="10" y2="10"/>'
-    if row["rho_geometry"] is not None:
-        marks += f'<circle class="ring" cx="{x(row["rho_geometry"])}" cy="10" r="4"/>'
+    if row["content"] is not None:
+        corner = float(x(row["content"])) - 3.5
+        marks += f'<rect class="content" x="{corner:.1f}" y="6.5" width="7" height="7"/>'
+    if row["rotation"] is not None:
+        marks += f'<circle class="rotation" cx="{x(row["rotation"])}" cy="10" r="4"/>'
     marks += f'<circle cx="{x(row["rho"])}" cy="10" r="4"/>'
     window = "\N{EN DASH}" if row["window"] is None else f"{row['window']:,}"
-    pairs = "\N{EN DASH}" if row["n_pairs"] is None else f"{row['n_pairs']:,}"
+    near, far = (_tenths(row[name]) for name in ("d_near", "d_far"))
     return (
         f'<tr><th scope="row">{rank}</th><td>{row["layer"]}</td><td>{row["head"]}</td>'
         f"<td><b>{_signed(row['rho'])}</b></td><td>{interval}</td>"
-        f"<td>{_signed(row['rho_geometry'])}</td><td>{_p(row['p_null'])}</td><td>{pairs}</td>"
-        f'<td>{window}</td><td><svg class="dot" viewBox="0 0 160 20" width="160" height="20" '
+        f"<td>{_p(row['p_adjusted'])}</td><td>{_signed(row['rotation'])}</td>"
+        f"<td>{_signed(row['content'])}</td><td>{near} {_ARROW} {far}</td>"
+        f'<td>{window}</td><td><svg class="dot" viewBox="0 0 106 20" width="106" height="20" '
         f'aria-hidden="true">{marks}</svg></td></tr>'
     )
 
@@ -327,7 +342,7 @@ def _histogram(rows: Sequence[Row]) -> str:
     middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
     said = (
         f"{len(rows)} heads; lowest {_signed(values[0])}, median {_signed(middle)}, "
-        f"highest {_signed(values[-1])}; {sum(value > 0 for value in values)} above zero."
+        f"highest {_signed(values[-1])}."
     )
     return f"""<section aria-labelledby="histogram-title">
 <h2 id="histogram-title">How the scores are spread</h2>
@@ -362,29 +377,3 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
         else:
             pairs.append((f"{above}{key}", "\N{EN DASH}" if value is None else str(value)))
     return pairs
-
-
-_PROSE = """<section aria-labelledby="read-title">
-<h2 id="read-title">How to read the numbers</h2>
-<dl>
-<dt>rho</dt><dd>The positional score: Spearman's rank correlation between the distance of two tokens
-and the head's dominant dimension, the mean index of its rotary pairs weighted by the softmax of
-their shares in query times key. Positive: the further apart the tokens, the slower the pairs that
-decide. Near zero: distance does not matter to which pairs decide.</dd>
-<dt>95% interval</dt><dd>Bootstrap over documents or, where there are few, over stretches of their
-queries and keys. Pairs of tokens within one text are not independent, so n_pairs says nothing about
-certainty.</dd>
-<dt>rho_geometry</dt><dd>The score of the same head after its content was permuted over the positions:
-what the rotation and the head's mean query and key give by themselves. The rest of rho is what
-content adds.</dd>
-<dt>p_null</dt><dd>How often chance reaches this rho when every query's row is shifted circularly
-against its distances, corrected for the number of heads (Benjamini-Hochberg).</dd>
-<dt>window</dt><dd>The layer's sliding window, where it has one. Only pairs that attention sees
-are counted.</dd>
-</dl>
-<p>A high score says that a head is positional, not that it is important; ablation tells that.</p>
-<h2>How to cite</h2>
-<p>The score is that of Hong et al., <cite>On the token distance modeling ability of higher RoPE
-attention dimension</cite>, Findings of EMNLP 2024,
-<a href="https://arxiv.org/abs/2410.08703">arXiv 2410.08703</a>.</p>
-</section>"""

@@ -1,4 +1,4 @@
-"""Style and script of the page that ``report.py`` writes; no data comes in here."""
+"""Style, script and prose of the page that ``report.py`` writes; no data comes in here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ border-radius:6px;padding:.6rem .8rem;margin-top:.6rem}
 #detail span{display:inline-block;margin-right:1.2rem;font-size:.9rem;white-space:nowrap}
 #detail em{font-style:normal;color:var(--soft)}
 .rows{width:100%;font-size:.88rem}
-.rows th,.rows td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid var(--line);
+.rows th,.rows td{padding:.25rem .35rem;text-align:right;border-bottom:1px solid var(--line);
 white-space:nowrap}
 .rows thead th{color:var(--soft);font-weight:600}
 .rows tbody th{font-weight:400;color:var(--soft)}
@@ -49,7 +49,7 @@ white-space:nowrap}
 .dot line{stroke:var(--accent);stroke-width:2}
 .dot .zero{stroke:var(--line);stroke-width:1.5}
 .dot circle{fill:var(--accent)}
-.dot .ring{fill:none;stroke:var(--soft);stroke-width:1.5}
+.dot .rotation,.dot .content{fill:none;stroke:var(--soft);stroke-width:1.5}
 .histogram{display:block;width:100%;min-width:34rem;max-width:45rem;height:auto}
 .histogram rect{stroke:var(--soft);stroke-width:.7}
 .histogram line{stroke:var(--soft)}
@@ -77,6 +77,7 @@ SCRIPT = """
     var text = Math.abs(x).toFixed(digits);
     return Number(text) === 0 ? text : (x > 0 ? '+' : '\\u2212') + text;
   }
+  function plain(x) { return x === null ? '\\u2013' : x.toFixed(1); }
   function add(name, value) {
     var span = document.createElement('span'), em = document.createElement('em');
     em.textContent = name + ' ';
@@ -98,10 +99,12 @@ SCRIPT = """
     add('rho', signed(row.rho, 3));
     add('95% interval', row.ci_low === null || row.ci_high === null ? '\\u2013' :
       signed(row.ci_low, 3) + ' to ' + signed(row.ci_high, 3));
-    add('rho_geometry', signed(row.rho_geometry, 3));
-    add('p_null', row.p_null === null ? '\\u2013' : row.p_null < 0.001 ? '<0.001' :
-      row.p_null.toFixed(3));
-    add('n_pairs', row.n_pairs === null ? '\\u2013' : row.n_pairs.toLocaleString('en'));
+    add('p (adjusted)', row.p_adjusted === null ? '\\u2013' : row.p_adjusted < 0.001 ? '<0.001' :
+      row.p_adjusted.toFixed(3));
+    add('rotation', signed(row.rotation, 3));
+    add('content', signed(row.content, 3));
+    add('D near \\u2192 far', plain(row.d_near) + ' \\u2192 ' + plain(row.d_far));
+    add('documents', row.n_documents.toLocaleString('en'));
     add('window', row.window === null ? '\\u2013' : row.window.toLocaleString('en'));
   }
   // One stop of the Tab key for the whole map; the arrow keys move inside it.
@@ -133,3 +136,33 @@ SCRIPT = """
   });
 })();
 """
+
+PROSE = """<section aria-labelledby="read-title">
+<h2 id="read-title">How to read the numbers</h2>
+<dl>
+<dt>rho</dt><dd>The positional score. In one document it is Spearman's rank correlation between the
+distance of a query from an earlier key and the head's dominant dimension D, over the query-key
+pairs that attention sees; a token beside itself is no pair. D is the mean index of the head's
+rotary pairs, weighted by the softmax of their shares in query times key. The number here is the
+mean over documents. Above zero: the further apart the tokens, the slower the pairs that decide.
+Below zero: the faster ones do; that is a finding like any other. Near zero: distance doesn't order
+the pairs that decide.</dd>
+<dt>95% interval</dt><dd>Of the mean over documents, by Student's t. Query-key pairs of one text are
+not independent, so their number says nothing about certainty; one document gives no interval.</dd>
+<dt>p (adjusted)</dt><dd>Two-sided t test over documents of a mean rho of zero, corrected for the
+number of heads (Benjamini-Hochberg).</dd>
+<dt>rotation</dt><dd>The same contents, put at positions drawn from other pairs, so that they
+can't know the distance: what the rotation alone does to the order of D. It is computed exactly, as
+RoPE can be turned on.</dd>
+<dt>content</dt><dd>The same D, with the distance that the contents came from: what contents alone do,
+where the rotation can't know it. What rotation and content leave of rho is their interaction.</dd>
+<dt>D near → far</dt><dd>Mean D of tokens 1 or 2 apart, and in the farthest octave of distances that
+the layer sees. rho knows order alone: it can be high where D hardly moves.</dd>
+<dt>window</dt><dd>The layer's sliding window, where it has one.</dd>
+</dl>
+<p>A high score says that a head is positional, not that it is important; ablation tells that.</p>
+<h2>How to cite</h2>
+<p>The score is that of Hong et al., <cite>On the token distance modeling ability of higher RoPE
+attention dimension</cite>, Findings of EMNLP 2024,
+<a href="https://arxiv.org/abs/2410.08703">arXiv 2410.08703</a>.</p>
+</section>"""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,25 @@ from safetensors.torch import save as save_tensors
 from scipy import stats
 from torch import Tensor
 
+from tl_posheads.draws import MEASURES, Settings
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
-from tl_posheads.statistics import chance_overlap
+from tl_posheads.statistics import (
+    FEW_DOCUMENTS,
+    MeanTest,
+    chance_overlap,
+    mean_over_documents,
+    split_half,
+)
 
-FORMAT = "tl_posheads.HeadScores"
+if TYPE_CHECKING:
+    from tl_posheads.geometry import RotaryGeometry
+
+FORMAT, VERSION = "tl_posheads.HeadScores", 2
 _TENSORS, _TABLE, _LABEL = "scores.safetensors", "table.parquet", "scores.json"
+TESTED = ("rho", "rotation", "content")
+
+Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,9 @@ class Comparison:
         overlap: how many of them are the same.
         chance: overlap that two random choices would have on average.
         p_chance: probability that two random choices overlap at least so much.
+        by_head: where both scored the same documents, a row per head: ``difference`` (the other's
+            rho minus this one's, mean over documents), ``ci_low``, ``ci_high``, ``p`` (paired t
+            test) and ``p_adjusted`` (over heads). Empty with fewer than two documents in common.
     """
 
     rank_correlation: float
@@ -44,50 +61,216 @@ class Comparison:
     overlap: int
     chance: float
     p_chance: float
+    by_head: pd.DataFrame = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
     """Positional scores of every head that was scored; NaN elsewhere.
 
+    A head's numbers are means over documents. ``rho`` splits, up to an ``interaction``, into what
+    the rotation does to contents that can't know the distance and what contents do where the
+    rotation can't know it. Documents are the replicates of every interval and p-value.
+
     Attributes:
-        rho: Spearman's rho between token distance and dominant dimension, ``[layer, head]``.
-        ci_low, ci_high: 95 % interval of rho, by bootstrap over documents or query blocks
-            (``provenance["interval"]`` says which).
-        rho_geometry: rho after the head's content was permuted over the positions.
-        p_null: one-sided p-value against circularly shifted rows, corrected for the number of
-            heads (Benjamini-Hochberg).
-        se: standard error of rho where pairs were drawn, NaN elsewhere.
-        n_pairs: query-key pairs counted.
+        values: ``draws.MEASURES`` of every document.
+        document_names: the documents' hashes, ascending.
         windows: sliding window of each layer, None without.
         provenance: how the scores came about.
     """
 
-    rho: Float[Tensor, "layer head"]
-    ci_low: Float[Tensor, "layer head"]
-    ci_high: Float[Tensor, "layer head"]
-    rho_geometry: Float[Tensor, "layer head"]
-    p_null: Float[Tensor, "layer head"]
-    se: Float[Tensor, "layer head"]
-    n_pairs: Int[Tensor, "layer head"]
+    values: Float[Tensor, "measure doc layer head"]
+    document_names: tuple[str, ...]
     windows: tuple[int | None, ...]
     provenance: dict[str, Any]
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Mapping[str, Mapping[int, Float[Tensor, "measure head"]]],
+        geometry: RotaryGeometry,
+        settings: Settings,
+        provenance: Mapping[str, Any],
+    ) -> HeadScores:
+        """Put together what was measured of each document and layer, in whatever order."""
+        names = tuple(sorted(rows))
+        shape = (len(MEASURES), len(names), geometry.n_layers, geometry.n_heads)
+        values = torch.full(shape, float("nan"), dtype=torch.float64)
+        for i, name in enumerate(names):
+            for layer, row in rows[name].items():
+                values[:, i, layer] = row
+        layers = sorted({layer for row in rows.values() for layer in row})
+        return cls(
+            values=values,
+            document_names=names,
+            windows=tuple(layer.window for layer in geometry.layers),
+            provenance={
+                "model": geometry.model_name,
+                **provenance,
+                "layers": layers,
+                "n_documents": len(names),
+                **asdict(settings),
+            },
+        )
+
+    def by_document(self, measure: str) -> Float[Tensor, "doc layer head"]:
+        """One of ``draws.MEASURES`` of every document."""
+        return self.values[MEASURES.index(measure)]
+
+    @cached_property
+    def _tests(self) -> dict[str, MeanTest]:
+        return {name: mean_over_documents(self.by_document(name)) for name in TESTED}
+
+    def test(self, measure: str = "rho") -> MeanTest:
+        """Mean, interval and t test over documents of ``"rho"``, ``"rotation"`` or ``"content"``.
+
+        Raises:
+            PosheadsError: another measure.
+        """
+        if measure not in TESTED:
+            raise PosheadsError(f"test({measure!r}) was asked; expected one of {', '.join(TESTED)}")
+        return self._tests[measure]
+
+    @property
+    def rho(self) -> Float[Tensor, "layer head"]:
+        """Spearman's rho between token distance and dominant dimension, mean over documents."""
+        return self._tests["rho"].mean
+
+    @property
+    def ci_low(self) -> Float[Tensor, "layer head"]:
+        """Lower end of rho's 95 % interval over documents (Student's t)."""
+        return self._tests["rho"].ci_low
+
+    @property
+    def ci_high(self) -> Float[Tensor, "layer head"]:
+        """Upper end of rho's 95 % interval over documents (Student's t)."""
+        return self._tests["rho"].ci_high
+
+    @property
+    def p(self) -> Float[Tensor, "layer head"]:
+        """Two-sided p-value of a mean rho of zero, by a t test over documents."""
+        return self._tests["rho"].p
+
+    @property
+    def p_adjusted(self) -> Float[Tensor, "layer head"]:
+        """``p`` corrected for the number of heads (Benjamini and Hochberg)."""
+        return self._tests["rho"].p_adjusted
+
+    @property
+    def rotation(self) -> Float[Tensor, "layer head"]:
+        """What distance does to D when contents can't know it: contents at others' positions."""
+        return self._tests["rotation"].mean
+
+    @property
+    def content(self) -> Float[Tensor, "layer head"]:
+        """What contents do to D, by the distance that they came from, put at others' positions."""
+        return self._tests["content"].mean
+
+    @property
+    def interaction(self) -> Float[Tensor, "layer head"]:
+        """``rho - rotation - content``."""
+        return self.rho - self.rotation - self.content
+
+    @cached_property
+    def d_near(self) -> Float[Tensor, "layer head"]:
+        """Mean dominant dimension of tokens 1 or 2 apart."""
+        return mean_over_documents(self.by_document("d_near")).mean
+
+    @cached_property
+    def d_far(self) -> Float[Tensor, "layer head"]:
+        """Mean dominant dimension in the farthest octave of distances that the layer sees."""
+        return mean_over_documents(self.by_document("d_far")).mean
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.document_names)
+
+    @cached_property
+    def n_pairs(self) -> Int[Tensor, "layer head"]:
+        """Query-key pairs that rho was ranked over, all documents together."""
+        return self.by_document("n_pairs").nan_to_num(0.0).sum(0).long()
+
+    @cached_property
+    def documents(self) -> pd.DataFrame:
+        """A row per document, layer and head, with everything measured there."""
+        scored = torch.nonzero(self.n_pairs > 0)
+        layer, head = (scored[:, i].repeat(self.n_documents).numpy() for i in (0, 1))
+        columns = {
+            name: self.by_document(name)[:, scored[:, 0], scored[:, 1]].flatten().numpy()
+            for name in MEASURES
+        }
+        table = pd.DataFrame({
+            "document": np.repeat(np.array(self.document_names, dtype=object), len(scored)),
+            "layer": layer, "head": head, **columns,
+        })  # fmt: skip
+        table["interaction"] = table["rho"] - table["rotation"] - table["content"]
+        return table.astype({"n_pairs": "int64"})
 
     def __repr__(self) -> str:
         best = ", ".join(f"L{layer}H{head}" for layer, head in self._ranked()[:3])
         return (
-            f"HeadScores({self.provenance.get('model')}: {len(self._ranked())} heads scored, "
-            f"best {best})"
+            f"HeadScores({self.provenance.get('model')}: {len(self._ranked())} heads scored on "
+            f"{self.n_documents} documents, best {best})"
         )
 
-    def _ranked(self) -> list[tuple[int, int]]:
+    def summary(self, *, alpha: float = 0.05) -> str:
+        """What was found, in a few sentences."""
+        n = len(self._ranked())
+        if not n:
+            return "No head has a score."
+        lines = [self._counted(alpha, n)]
+        reliability = self.split_half()
+        if np.isfinite(reliability):
+            lines.append(
+                f"Order of the heads, one half of the documents against the other: rank "
+                f"correlation {reliability:.2f}."
+            )
+        layer, head = self._ranked()[0]
+        near, far = (float(x[layer, head]) for x in (self.d_near, self.d_far))
+        lines.append(
+            f"rho is about order, not size: in the highest, L{layer}H{head}, the mean dominant "
+            f"dimension goes from {near:.1f} one or two tokens apart to {far:.1f} in the farthest "
+            "octave."
+        )
+        low = self._ranked()[-1]
+        if float(self.rho[low]) < 0 and float(self.p_adjusted[low]) < alpha:
+            lines.append(
+                f"Strong negative scores are no noise: in L{low[0]}H{low[1]} "
+                f"({float(self.rho[low]):+.3f}) faster rotary pairs take over as distance grows."
+            )
+        return "\n".join(lines)
+
+    def _counted(self, alpha: float, n: int) -> str:
+        if self.n_documents < 2:
+            return (
+                f"{n} heads scored on one document: no intervals and no p-values; give "
+                f"{FEW_DOCUMENTS} or more shorter ones."
+            )
+        positive = self.positional(alpha)
+        negative = (self.rho < 0) & (self.p_adjusted < alpha)
+        found = (
+            f"{len(positive)} of {n} heads have a mean rho above zero and {int(negative.sum())} "
+            f"below, over {self.n_documents} documents (t test, p < {alpha:g} corrected for "
+            f"{n} heads)."
+        )
+        few = f" Give {FEW_DOCUMENTS} or more documents to tell more heads apart."
+        return found + (few if self.n_documents < FEW_DOCUMENTS else "")
+
+    def split_half(self, *, seed: int = 0) -> float:
+        """Rank correlation of the heads' scores between two halves of the documents.
+
+        The mean over a hundred random halvings; NaN with one document.
+        """
+        return split_half(self.by_document("rho"), seed=seed)
+
+    def _ranked(self) -> list[Head]:
         known = torch.nonzero(torch.isfinite(self.rho)).tolist()
         return sorted(
             ((layer, head) for layer, head in known),
             key=lambda place: (-float(self.rho[place]), place),
         )
 
-    def top(self, k: int | float) -> list[tuple[int, int]]:
+    def top(self, k: int | float) -> list[Head]:
         """The best heads as ``(layer, head)``, best first.
 
         Args:
@@ -98,24 +281,26 @@ class HeadScores:
             PosheadsError: another kind of number.
         """
         ranked = self._ranked()
-        if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
-            raise PosheadsError(
-                f"top({k!r}) was asked; expected a count like 20 or a share like 0.05"
-            )
-        if isinstance(k, int | np.integer):
-            if k < 1:
-                raise PosheadsError(f"top({k}) was asked; expected a count of at least 1")
-            return ranked[: int(k)]
-        if not 0 < k <= 1:
-            raise PosheadsError(f"top({k}) was asked; expected a share above 0 and at most 1")
-        return ranked[: max(1, round(float(k) * len(ranked)))]
+        return ranked[: _count(k, len(ranked))]
 
-    def above(self, threshold: float) -> list[tuple[int, int]]:
+    def positional(self, alpha: float = 0.05) -> list[Head]:
+        """Heads whose mean rho is above zero after correction for their number, best first.
+
+        A two-sided t test over documents, Benjamini and Hochberg over heads. None with one
+        document: it gives no test.
+        """
+        return [
+            place
+            for place in self._ranked()
+            if float(self.rho[place]) > 0 and float(self.p_adjusted[place]) < alpha
+        ]
+
+    def above(self, threshold: float) -> list[Head]:
         """Heads whose whole confidence interval lies above ``threshold``, best first."""
         return [place for place in self._ranked() if float(self.ci_low[place]) > threshold]
 
     def plot(self) -> Any:
-        """Histogram of the scores beside the nulls, as a matplotlib figure.
+        """Histogram of rho beside those of its parts, as a matplotlib figure.
 
         Raises:
             PosheadsError: no head has a score.
@@ -127,32 +312,30 @@ class HeadScores:
         return score_figure(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per head of the scored layers, in order of layer and head."""
-        layers = torch.nonzero(self.n_pairs.sum(1) > 0).flatten().tolist()
-        rows = [
-            {
-                "layer": layer,
-                "head": head,
-                **{
-                    name: float(getattr(self, name)[layer, head])
-                    for name in ("rho", "ci_low", "ci_high", "rho_geometry", "p_null")
-                },
-                "n_pairs": int(self.n_pairs[layer, head]),
-                "window": self.windows[layer],
-            }
-            for layer in layers
-            for head in range(self.rho.shape[1])
-        ]
-        columns = ["layer", "head", "rho", "ci_low", "ci_high", "rho_geometry", "p_null",
-                   "n_pairs", "window"]  # fmt: skip
-        frame = pd.DataFrame(rows, columns=columns)
-        return frame.astype({"window": "Int64"})
+        """One row per head of the scored layers, in order of layer and head.
+
+        ``rho``, ``rotation`` and ``content`` come with interval, p-value and corrected p-value;
+        those of the last two begin with their names, like ``rotation_p``.
+        """
+        layer, head = torch.nonzero(self.n_pairs > 0).T
+        columns: dict[str, Any] = {"layer": layer.numpy(), "head": head.numpy()}
+        for name in TESTED:
+            test, prefix = self.test(name), "" if name == "rho" else f"{name}_"
+            columns[name] = test.mean[layer, head].numpy()
+            for part in ("ci_low", "ci_high", "p", "p_adjusted"):
+                columns[prefix + part] = getattr(test, part)[layer, head].numpy()
+        for name in ("interaction", "d_near", "d_far", "n_pairs"):
+            columns[name] = getattr(self, name)[layer, head].numpy()
+        columns["n_documents"] = self.test().n[layer, head].numpy()
+        columns["window"] = [self.windows[int(i)] for i in layer]
+        return pd.DataFrame(columns).astype({"window": "Int64"})
 
     def compare(self, other: HeadScores, *, k: int | float = 0.05) -> Comparison:
         """Rank correlation with another scoring of the same heads, and overlap of the best ``k``.
 
         Raises:
-            PosheadsError: other layers and heads than these, or fewer than three in common.
+            PosheadsError: other layers and heads than these, fewer than three in common, or a
+                ``k`` that :meth:`top` refuses.
         """
         if self.rho.shape != other.rho.shape:
             raise PosheadsError(
@@ -166,26 +349,52 @@ class HeadScores:
         mine, theirs = (
             [place for place in scores._ranked() if bool(both[place])] for scores in (self, other)
         )
-        count = min(n, int(k) if isinstance(k, int) else max(1, round(k * n)))
+        count = min(n, _count(k, n))
         overlap = len(set(mine[:count]) & set(theirs[:count]))
         chance, p = chance_overlap(n, count, count, overlap)
         rho = stats.spearmanr(self.rho[both].numpy(), other.rho[both].numpy()).statistic
-        return Comparison(float(rho), n, count, overlap, chance, p)
+        by_head = self._paired(other, both)
+        return Comparison(float(rho), n, count, overlap, chance, p, by_head)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors among the attributes, by name."""
-        return {name: getattr(self, name) for name in _tensor_names()}
+    def _paired(self, other: HeadScores, both: Tensor) -> pd.DataFrame:
+        names = [name for name in self.document_names if name in other.document_names]
+        mine, theirs = (
+            x.by_document("rho")[[x.document_names.index(name) for name in names]]
+            for x in (self, other)
+        )
+        layer, head = torch.nonzero(both).T
+        columns = ("difference", "ci_low", "ci_high", "p", "p_adjusted")
+        if len(names) < 2:
+            return pd.DataFrame(columns=["layer", "head", *columns])
+        test = mean_over_documents((theirs - mine)[:, layer, head])
+        values = (test.mean, test.ci_low, test.ci_high, test.p, test.p_adjusted)
+        table = dict(zip(columns, (x.numpy() for x in values), strict=True))
+        return pd.DataFrame({"layer": layer.numpy(), "head": head.numpy(), **table})
 
     @classmethod
-    def from_tensors(
+    def of_values(
         cls,
-        tensors: Mapping[str, Tensor],
+        values: Tensor,
+        document_names: Sequence[str],
         windows: Sequence[int | None],
         provenance: dict[str, Any],
     ) -> HeadScores:
-        """The inverse of :meth:`tensors`; a name that is missing is a ``KeyError``."""
-        named = {name: tensors[name] for name in _tensor_names()}
-        return cls(**named, windows=tuple(windows), provenance=provenance)
+        """From what a file holds, checked.
+
+        Raises:
+            ValueError: shapes, kinds or numbers that no scores have.
+        """
+        names, given = tuple(document_names), tuple(values.shape)
+        right = values.dtype == torch.float64 and values.ndim == 4
+        if not right or given[:2] != (len(MEASURES), len(names)) or given[2] != len(windows):
+            raise ValueError(f"values of shape {given} and dtype {values.dtype}")
+        if any(not isinstance(name, str) for name in names) or not isinstance(provenance, dict):
+            raise ValueError("names or provenance of another kind")
+        if any(w is not None and (type(w) is not int or w < 1) for w in windows):
+            raise ValueError("windows that are no numbers of tokens")
+        if bool((values[:3].abs() > 1 + 1e-9).any()):
+            raise ValueError("a correlation beyond 1")
+        return cls(values, names, tuple(windows), provenance)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``scores.safetensors``, ``table.parquet`` and ``scores.json`` into a folder.
@@ -193,30 +402,42 @@ class HeadScores:
         Each file is written whole or not at all, and the last one carries the others' checksums:
         a folder that a crash left between two of them is refused by :meth:`load`.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        facts = {
-            "format": FORMAT,
-            "version": 1,
-            "windows": list(self.windows),
-            "provenance": self.provenance,
+        parts = {
+            _TENSORS: save_tensors({"values": self.values.contiguous()}),
+            _TABLE: table_bytes(self.to_pandas()),
         }
-        parts = {_TENSORS: save_tensors(tensors), _TABLE: table_bytes(self.to_pandas())}
-        return write_labelled(folder, _LABEL, parts, facts)
+        return write_labelled(folder, _LABEL, parts, {
+            "format": FORMAT, "version": VERSION, "document_names": list(self.document_names),
+            "windows": list(self.windows), "provenance": self.provenance,
+        })  # fmt: skip
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> HeadScores:
         """Read what :meth:`save` wrote, bit for bit.
 
         Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
+            PosheadsError: no such folder, another program's files, or damaged ones; scores of an
+                earlier version, which measured otherwise.
         """
         label, parts = read_labelled(
-            folder, _LABEL, made_by="HeadScores", what="scores", again="score again"
-        )
+            folder, _LABEL, made_by="HeadScores", what="scores", again="score again",
+            version=VERSION,
+        )  # fmt: skip
         with damage_named(f"the scores in {folder} are", "score again"):
-            tensors = load_tensors(parts[_TENSORS])
-            return cls.from_tensors(tensors, label["windows"], label["provenance"])
+            values = load_tensors(parts[_TENSORS])["values"]
+            return cls.of_values(
+                values, label["document_names"], label["windows"], label["provenance"]
+            )
 
 
-def _tensor_names() -> list[str]:
-    return [f.name for f in fields(HeadScores)[:7]]
+def _count(k: object, n: int) -> int:
+    """How many of ``n`` heads a count or a share means."""
+    number = isinstance(k, int | float | np.integer | np.floating) and not isinstance(k, bool)
+    if number and isinstance(k, int | np.integer) and k >= 1:
+        return int(k)
+    if number and isinstance(k, float | np.floating) and 0 < k <= 1:
+        return max(1, round(float(k) * n))
+    raise PosheadsError(
+        f"{k!r} heads were asked for; expected a count of at least 1, like 20, or a share above 0 "
+        "and at most 1, like 0.05"
+    )

@@ -1,4 +1,4 @@
-"""Picture of all heads' scores beside what the nulls leave of them."""
+"""Picture of all heads' scores beside what the rotation alone gives."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from tl_posheads.pictures import COLOURS, picture, styled
 if TYPE_CHECKING:
     from tl_posheads.results import HeadScores
 
+_ALPHA = 0.05
+
 
 @styled
 def score_figure(scores: HeadScores) -> Any:
-    """Histogram of rho, of those above the shifted null, and of what geometry alone gives."""
-    rho, geometry, p = (
-        x.flatten().numpy() for x in (scores.rho, scores.rho_geometry, scores.p_null)
-    )
-    known = np.isfinite(rho)
-    rho, geometry, p = rho[known], geometry[known], p[known]
+    """Histogram of rho, of the heads above zero after correction, and of ``rotation``."""
+    known = scores.rho.isfinite()
+    rho, rotation, p = (x[known].numpy() for x in (scores.rho, scores.rotation, scores.p_adjusted))
+    above, rotation = rho[(rho > 0) & (p < _ALPHA)], rotation[np.isfinite(rotation)]
     fig = picture(figsize=(8.0, 3.8))
     ax = fig.subplots()
-    everything = np.concatenate([rho, geometry[np.isfinite(geometry)]])
+    everything = np.concatenate([rho, rotation])
     edges = np.linspace(everything.min(), everything.max() + 1e-9, 41)
     ax.hist(rho, edges, color="0.8", label=f"all {len(rho):,} heads")
-    above = rho[p < 0.05]
-    ax.hist(
-        above, edges, color=COLOURS[0],
-        label=f"{len(above):,} above the shifted null (p < 0.05, corrected)",
-    )  # fmt: skip
-    ax.hist(
-        geometry, edges, histtype="step", color=COLOURS[1], linewidth=1.6,
-        label="content permuted: geometry alone",
-    )  # fmt: skip
+    if np.isfinite(p).any():  # one document gives no test
+        ax.hist(
+            above, edges, color=COLOURS[0],
+            label=f"{len(above):,} above zero (p < {_ALPHA}, corrected)",
+        )  # fmt: skip
+    if len(rotation):
+        ax.hist(
+            rotation, edges, histtype="step", color=COLOURS[1], linewidth=1.6,
+            label="rotation alone",
+        )  # fmt: skip
     ax.axvline(0, color="0.4", linewidth=1)
     ax.set_xlabel("positional score (Spearman's rho)")
     ax.set_ylabel("heads")

@@ -14,8 +14,10 @@ from tl_posheads.codes.basis import QKBasis, ordered_planes
 from tl_posheads.codes.transport import TransportSums, log_shifts
 from tl_posheads.errors import PosheadsError
 from tl_posheads.lens import PassDone, model_name, own_hooks, run_forward
+from tl_posheads.probe import declared_scale, measured_scale
 
 _POINT = "hook_pos_embed"
+_PROBE = 64  # tokens that a layer's factor is read from
 Consumer = Callable[[int, Tensor, Tensor], None]
 
 
@@ -104,6 +106,41 @@ def capture_moved(
             f"the queries and keys of layer {missing[0]} of {model_name(model)} never came as "
             "[batch, pos, head, d_head]; leave the layer out of `layers`, or choose another model"
         )
+
+
+def attention_scales(
+    model: Any, document: Int[Tensor, "pos"], layers: Sequence[int]
+) -> dict[int, float]:
+    """The factor of every layer's scores on ``q . k``, as a pass over the text's start shows it.
+
+    Raises:
+        PosheadsError: scores that are no multiple of ``q . k``.
+    """
+    seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+
+    def keeper(layer: int, name: str) -> Callable[..., None]:
+        def keep(value: Tensor, hook: Any) -> None:
+            seen[layer][name] = value.detach()
+
+        return keep
+
+    names = ("q", "k", "attn_scores")
+    points = {(i, name): f"blocks.{i}.attn.hook_{name}" for i in layers for name in names}
+    hooks = [
+        (model.hook_dict[point], keeper(*key))
+        for key, point in points.items()
+        if point in model.hook_dict
+    ]
+    with own_hooks(hooks):
+        run_forward(model, document[None, :_PROBE])
+    out = {}
+    for layer, found in seen.items():
+        q, k = (found[name][0].transpose(0, 1) for name in "qk")
+        declared, softcap = declared_scale(model, layer, q.shape[-1])
+        k = k.repeat_interleave(len(q) // len(k), dim=0)
+        where = f"layer {layer} of {model_name(model)}"
+        out[layer] = measured_scale(q, k, found.get("attn_scores"), softcap, declared, where)
+    return out
 
 
 def moved_bases(

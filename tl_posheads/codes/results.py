@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -20,37 +20,26 @@ from tl_posheads.files import damage_named, read_labelled, table_bytes, write_la
 from tl_posheads.results import HeadScores
 
 _LABEL, _FILE, _TABLE = "codes.json", "codes.safetensors", "table.parquet"
-_OWN = ("rho", "by_document", "n_pairs", "which")
+_OWN = ("values", "which")
 _OF_BASIS = ("vectors", "speeds", "survival", "shifts")
 _FACTS = ("explained", "explained_change", "diagonal", "source", "bias_speed")
 
 
-@dataclass(frozen=True, eq=False)
-class CodeScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class CodeScores(HeadScores):
     """Positional scores under any code, and the planes that they rest on; NaN elsewhere.
 
+    Everything that :class:`HeadScores` has, but of what it measures in a document only rho and the
+    number of query-key pairs: the others are NaN. ``provenance["code"]`` is ``"rotary"`` or
+    ``"learned"``.
+
     Attributes:
-        rho: Spearman's rho between token distance and dominant dimension, pairs of all texts
-            pooled.
-        by_document: the same of each text by itself, in the order given.
-        n_pairs: query-key pairs.
         which: index of each head's basis in ``bases``; -1 where it has none.
         bases: a basis for each head, or one for all that share it, as under RoPE.
-        windows: sliding window of each layer, None without.
-        provenance: how the scores came about; ``"code"`` is ``"rotary"`` or ``"learned"``.
     """
 
-    rho: Float[Tensor, "layer head"]
-    by_document: Float[Tensor, "doc layer head"]
-    n_pairs: Int[Tensor, "layer head"]
     which: Int[Tensor, "layer head"]
     bases: tuple[QKBasis, ...]
-    windows: tuple[int | None, ...]
-    provenance: dict[str, Any]
-
-    def __repr__(self) -> str:
-        best = ", ".join(f"L{layer}H{head}" for layer, head in self.head_scores()._ranked()[:3])
-        return f"CodeScores({self.provenance.get('model')}: best {best})"
 
     def basis(self, layer: int, head: int) -> QKBasis:
         """The planes of a head.
@@ -66,30 +55,23 @@ class CodeScores:
             )
         return self.bases[int(self.which[layer, head])]
 
-    def top(self, k: int | float) -> list[tuple[int, int]]:
-        """The best heads as ``(layer, head)``, as :meth:`HeadScores.top` has them."""
-        return self.head_scores().top(k)
-
-    def head_scores(self) -> HeadScores:
-        """As :class:`HeadScores`, for studies that take these: no intervals, no nulls (NaN)."""
-        unknown = torch.full_like(self.rho, float("nan"))
-        return HeadScores(
-            rho=self.rho, ci_low=unknown, ci_high=unknown, rho_geometry=unknown, p_null=unknown,
-            se=unknown, n_pairs=self.n_pairs, windows=self.windows, provenance=self.provenance,
-        )  # fmt: skip
-
     def to_pandas(self) -> pd.DataFrame:
         """One row per head scored: its rho, how well its planes hold, their half-lives in tokens.
 
-        ``sd_documents`` is the spread of rho over texts, NaN for one.
+        ``sd_documents`` is the spread of rho over documents, NaN for one.
         """
+        tests, by_document = self.test(), self.by_document("rho")
         rows = []
         for layer, head in torch.nonzero(self.which >= 0).tolist():
             basis = self.basis(layer, head)
             speeds = basis.plane_speeds[basis.moves]
-            alone = self.by_document[:, layer, head]
+            alone = by_document[:, layer, head]
             rows.append({
                 "layer": layer, "head": head, "rho": float(self.rho[layer, head]),
+                **{
+                    name: float(getattr(tests, name)[layer, head])
+                    for name in ("ci_low", "ci_high", "p", "p_adjusted")
+                },
                 "sd_documents": float(alone.std()) if len(alone) > 1 else float("nan"),
                 "n_planes": len(speeds),
                 "shortest_half_life": float(1 / speeds[0]) if len(speeds) else float("nan"),
@@ -116,8 +98,9 @@ class CodeScores:
             for basis in self.bases
         ]
         facts = {
-            "format": "tl_posheads.CodeScores", "version": 1, "bases": about,
-            "windows": list(self.windows), "provenance": self.provenance,
+            "format": "tl_posheads.CodeScores", "version": 2, "bases": about,
+            "document_names": list(self.document_names), "windows": list(self.windows),
+            "provenance": self.provenance,
         }  # fmt: skip
         # Bases may share their shifts, which safetensors won't write twice.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -129,11 +112,12 @@ class CodeScores:
         """Read what :meth:`save` wrote, bit for bit.
 
         Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
+            PosheadsError: no such folder, another program's files, or damaged ones; scores of an
+                earlier version, which pooled documents.
         """
         again = "score again"
         label, parts = read_labelled(
-            folder, _LABEL, made_by="CodeScores", what="scores of codes", again=again
+            folder, _LABEL, made_by="CodeScores", what="scores of codes", again=again, version=2
         )
         with damage_named(f"the scores in {folder} are", again):
             tensors = load_tensors(parts[_FILE])
@@ -143,8 +127,14 @@ class CodeScores:
                     about = {**about, "explained_change": float("nan")}
                 parts_of: dict[str, Any] = {x: tensors[f"{x}.{i}"] for x in _OF_BASIS}
                 bases.append(QKBasis(**parts_of, **about))
-            own = {name: tensors[name] for name in _OWN}
+            scores = HeadScores.of_values(
+                tensors["values"], label["document_names"], label["windows"], label["provenance"]
+            )
             return cls(
-                **own, bases=tuple(bases), windows=tuple(label["windows"]),
-                provenance=label["provenance"],
-            )  # fmt: skip
+                values=scores.values,
+                document_names=scores.document_names,
+                which=tensors["which"],
+                bases=tuple(bases),
+                windows=scores.windows,
+                provenance=scores.provenance,
+            )

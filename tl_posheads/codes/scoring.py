@@ -13,22 +13,22 @@ from tqdm.auto import tqdm
 from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.codes.basis import QKBasis, ordered_planes
 from tl_posheads.codes.planes import PlaneVectors, Unmoved, dominant_by_distance
-from tl_posheads.codes.positions import capture_moved, moved_bases
+from tl_posheads.codes.positions import attention_scales, capture_moved, moved_bases
 from tl_posheads.codes.results import CodeScores
 from tl_posheads.codes.transport import log_shifts, rotation_operators
-from tl_posheads.contributions import expand_keys
+from tl_posheads.contributions import Scale, check_scale, expand_keys, scale_factor
+from tl_posheads.draws import MEASURES
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import by_content, documents_of, layers_of, require_finite
 from tl_posheads.lens import POSITIONS, model_name, require_clean, require_lens
-from tl_posheads.scoring import facts_of
-from tl_posheads.statistics import spearman_by_distance
+from tl_posheads.scoring import Units, facts_of
+from tl_posheads.statistics import correlation, midranks
 
-_AT_ONCE = 1 << 30  # bytes of pairs held, of some layers
-_AT_MOST = 8 << 30  # bytes of one layer's pairs
+_AT_MOST = 8 << 30  # bytes of one document's query-key pairs in one layer
 _LONGEST_TURN = 1 << 16  # tokens; a rotation is known at any distance
 
-Read = Callable[[Tensor, Sequence[int], Callable[[int, Tensor, Tensor], None]], None]
+Read = Callable[[Tensor, Callable[[int, Tensor, Tensor], None]], None]
 
 
 def score_any_code(
@@ -36,6 +36,7 @@ def score_any_code(
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     layers: Sequence[int] | None = None,
+    scale: Scale = "none",
     skip_first: int = 0,
     unmoved: Unmoved = "left_out",
     progress: bool = True,
@@ -45,40 +46,49 @@ def score_any_code(
     A plane is two directions that the code moves at like speed; planes are ordered from fast to
     slow by what moving the positions does to queries and keys
     (:func:`~tl_posheads.codes.basis.ordered_planes`). Then as Hong et al. 2024 (arXiv 2410.08703):
-    the dominant dimension is the softmax-weighted mean index, and the score Spearman's rho
-    between it and the token distance, over all pairs that attention sees, ranked exactly.
+    the dominant dimension is the softmax-weighted mean index, and a document's score Spearman's rho
+    between it and the token distance, over all query-key pairs that attention sees. A head's score
+    is the mean over documents.
 
     With RoPE the operators are the rotations that the layer really applies, the planes are the
-    rotary pairs, and rho is that of ``score_heads(..., exact=True)``. With learned positions the
+    rotary pairs, and rho is that of ``score_heads(..., pairs="all")``. With learned positions the
     texts are run again with the position embeddings of later positions, and the operators are
     regressions; ``explained_change`` says how much of the change they describe.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE or learned positions.
-        tokens: documents of at least two positions.
+        tokens: documents of at least two positions, no two the same.
         layers: those to score; all by default.
-        skip_first: positions at the start of every document that are left out of the pairs.
+        scale: ``"none"`` takes contributions as they are, ``"attention"`` times the factor on the
+            model's scores.
+        skip_first: positions at the start of every document that are left out, as queries and as
+            keys.
         unmoved: planes that stand still under the code, like partial rotary's unrotated
             coordinates: ``"left_out"``, as the paper's score has it, or ``"last"``.
         progress: show a bar.
 
-    Memory: beyond the model's forward pass 8 bytes for every pair and head, a layer at a time
-    where all don't fit into 1 GB. Learned positions: see ``moved_bases``; a pass for every text and
-    shift besides, some two for every doubling of the context.
+    Memory: beyond the model's forward pass 8 bytes for every query-key pair and head of one
+    document and layer, and some 100 for every query-key pair. Learned positions: see
+    ``moved_bases``; a pass for every text and shift besides, some two for every doubling of the
+    context.
 
     Raises:
         PosheadsError: a model with neither code, by name; one inside a method that moves
-            positions (SelfExtend, ReRoPE); what ``score_heads`` refuses; more pairs than 8 GB.
+            positions (SelfExtend, ReRoPE); what ``score_heads`` refuses; a document whose query-key
+            pairs take more than 8 GB a layer.
 
     Example:
         >>> scores = score_any_code(model, tokens)              # doctest: +SKIP
         >>> scores.to_pandas()                                  # doctest: +SKIP
     """
     code = code_of(model)
+    check_scale(scale)
     require_clean(model)
-    documents = documents_of(model, tokens, None, skip_first)
+    units = by_content(documents_of(model, tokens, None, skip_first))
+    documents = [document for _, document in units]
     wanted = layers_of(model, layers)
     _require_room(model, documents, skip_first)
+    facts = {"code": code, "scale": scale}
     bar = tqdm(total=0, desc="scoring", unit="pass", disable=not progress, dynamic_ncols=True)
     with bar:
         if code == "rotary":
@@ -92,16 +102,20 @@ def score_any_code(
                     )
                 bases = _rotary_bases(geometry, wanted)
                 windows = {layer: geometry[layer].window for layer in wanted}
-                read = _read_rotary(model, geometry)
-                return _scored(model, documents, wanted, bases, windows, read, skip_first,
-                               unmoved, bar)  # fmt: skip
+                factors = {layer: scale_factor(scale, geometry[layer]) for layer in wanted}
+                read = _read_rotary(model, geometry, wanted)
+                return _scored(
+                    model, units, bases, windows, factors, read, bar, skip_first, unmoved, facts
+                )
         bases = moved_bases(model, documents, wanted, bar)
-        windows = dict.fromkeys(wanted)
+        windows, factors = dict.fromkeys(wanted), dict.fromkeys(wanted, 1.0)
+        if scale == "attention":
+            factors = attention_scales(model, documents[0], wanted)
 
-        def read(document: Tensor, some: Sequence[int], consumer: Any) -> None:
-            capture_moved(model, document, consumer, layers=some)
+        def read(document: Tensor, consumer: Any) -> None:
+            capture_moved(model, document, consumer, layers=wanted)
 
-        return _scored(model, documents, wanted, bases, windows, read, skip_first, unmoved, bar)
+        return _scored(model, units, bases, windows, factors, read, bar, skip_first, unmoved, facts)
 
 
 def code_of(model: Any) -> str:
@@ -136,17 +150,13 @@ def code_of(model: Any) -> str:
 
 
 def _require_room(model: Any, documents: Sequence[Tensor], skip_first: int) -> None:
-    size = _pair_bytes(documents, skip_first, int(model.cfg.n_heads))
+    n = max(len(document) for document in documents) - skip_first
+    size = 8 * n * (n - 1) // 2 * (int(model.cfg.n_heads) + 1)
     if size > _AT_MOST:
         raise PosheadsError(
-            f"the pairs of one layer would take {size / 2**30:.0f} GiB; give fewer or shorter "
-            "documents"
+            f"the query-key pairs of one document and layer would take {size / 2**30:.0f} GiB; "
+            "give shorter documents"
         )
-
-
-def _pair_bytes(documents: Sequence[Tensor], skip_first: int, n_heads: int) -> int:
-    n_pairs = sum((n := len(d) - skip_first) * (n - 1) // 2 for d in documents)
-    return 8 * n_pairs * (n_heads + 1)
 
 
 def _geometry(model: Any, documents: Sequence[Tensor], layers: Sequence[int]) -> RotaryGeometry:
@@ -174,62 +184,67 @@ def _rotary_bases(geometry: RotaryGeometry, layers: Sequence[int]) -> dict[int, 
     return out
 
 
-def _read_rotary(model: Any, geometry: RotaryGeometry) -> Read:
-    def read(document: Tensor, some: Sequence[int], consumer: Any) -> None:
+def _read_rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int]) -> Read:
+    def read(document: Tensor, consumer: Any) -> None:
         def expanded(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             require_finite(layer, rot_q[0], rot_k[0], geometry[layer].kv_head)
             consumer(layer, rot_q[0], expand_keys(rot_k, rot_q, geometry[layer])[0])
 
-        capture_rotary(model, document[None], expanded, layers=some)
+        capture_rotary(model, document[None], expanded, layers=layers)
 
     return read
 
 
 def _scored(
     model: Any,
-    documents: Sequence[Tensor],
-    layers: Sequence[int],
+    units: Units,
     bases: dict[int, list[QKBasis]],
     windows: dict[int, int | None],
+    factors: dict[int, float],
     read: Read,
+    bar: Any,
     skip_first: int,
     unmoved: Unmoved,
-    bar: Any,
+    facts: dict[str, Any],
 ) -> CodeScores:
+    layers = list(bases)
     n_layers, n_heads = int(model.cfg.n_layers), len(bases[layers[0]])
-    rho = torch.full((n_layers, n_heads), float("nan"), dtype=torch.float64)
-    alone = rho.expand(len(documents), -1, -1).clone()
-    n_pairs = torch.zeros(n_layers, n_heads, dtype=torch.long)
-    step = max(1, _AT_ONCE // max(1, _pair_bytes(documents, skip_first, n_heads)))
-    groups = [layers[i : i + step] for i in range(0, len(layers), step)]
-    bar.total += len(groups) * len(documents)
-    for group in groups:
-        lists: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in group}
+    values = torch.full(
+        (len(MEASURES), len(units), n_layers, n_heads), float("nan"), dtype=torch.float64
+    )
+    bar.total += len(units)
+    for i, (_, document) in enumerate(units):
 
-        def keep(layer: int, q: Tensor, k: Tensor, lists: Any = lists) -> None:
-            vectors = PlaneVectors(q[skip_first:], k[skip_first:], bases[layer], unmoved=unmoved)
-            lists[layer].append(dominant_by_distance(vectors, windows[layer]))
+        def keep(layer: int, q: Tensor, k: Tensor, i: int = i) -> None:
+            q, k = (x[skip_first:].detach().cpu().double() for x in (q, k))
+            vectors = PlaneVectors(q * factors[layer], k, bases[layer], unmoved=unmoved)
+            distance, dominant = dominant_by_distance(vectors, windows[layer])
+            ranks = midranks(distance)
+            # Head by head: ranking takes ten times the memory of what is ranked.
+            rho = torch.stack([correlation(midranks(head), ranks) for head in dominant])
+            values[MEASURES.index("rho"), i, layer] = rho
+            values[MEASURES.index("n_pairs"), i, layer] = len(distance)
 
-        for document in documents:
-            read(document, group, keep)
-            bar.update(1)
-        for layer in group:
-            found = lists.pop(layer)
-            for i, (distance, dominant) in enumerate(found):
-                alone[i, layer] = spearman_by_distance(distance, dominant)
-            distance = torch.cat([one[0] for one in found])
-            rho[layer] = spearman_by_distance(distance, torch.cat([one[1] for one in found], 1))
-            n_pairs[layer] = len(distance)
+        read(document, keep)
+        bar.update(1)
     different = {id(basis): basis for layer in layers for basis in bases[layer]}
     places = {key: i for i, key in enumerate(different)}
     which = torch.full((n_layers, n_heads), -1, dtype=torch.long)
     for layer in layers:
         which[layer] = torch.tensor([places[id(basis)] for basis in bases[layer]])
-    provenance = {
-        **facts_of(model, by_content(documents)), "code": code_of(model), "skip_first": skip_first,
-        "unmoved": unmoved, "pairs": "all", "estimator": "exact ranks of all pairs",
-    }  # fmt: skip
     return CodeScores(
-        rho=rho, by_document=alone, n_pairs=n_pairs, which=which, bases=tuple(different.values()),
-        windows=tuple(windows.get(layer) for layer in range(n_layers)), provenance=provenance,
-    )  # fmt: skip
+        values=values,
+        document_names=tuple(unit for unit, _ in units),
+        which=which,
+        bases=tuple(different.values()),
+        windows=tuple(windows.get(layer) for layer in range(n_layers)),
+        provenance={
+            **facts_of(model, units),
+            **facts,
+            "layers": layers,
+            "n_documents": len(units),
+            "pairs": "all",
+            "skip_first": skip_first,
+            "unmoved": unmoved,
+        },
+    )

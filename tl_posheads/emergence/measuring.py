@@ -11,23 +11,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from tl_posheads.capture import capture_rotary, rotary_hook_points
-from tl_posheads.checkpoint import TableCheckpoint
+from tl_posheads.accumulator import Consumer
+from tl_posheads.capture import rotary_consumer, rotary_hook_points
+from tl_posheads.contributions import Scale
 from tl_posheads.curves import mean_by_distance
-from tl_posheads.errors import PosheadsError
+from tl_posheads.draws import Settings
 from tl_posheads.fused import fused_attention
-from tl_posheads.geometry import RotaryGeometry
+from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import by_content, documents_of
 from tl_posheads.lens import require_clean, require_rotary
 from tl_posheads.passes import target_logprobs
-from tl_posheads.results import HeadScores
-from tl_posheads.scoring import empty_accumulator, facts_of, finer_bins, sweep
-from tl_posheads.statistics import spearman_of_tables
-from tl_posheads.tables import N_BUCKETS
+from tl_posheads.scoring import empty_accumulator, facts_of, geometry_by_length
 
-_SCORES = ("rho", "ci_low", "ci_high", "rho_geometry", "p_null")
+SCORES = ("rho", "ci_low", "ci_high", "rotation", "content", "p_adjusted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +32,9 @@ class Moment:
     """One step of training.
 
     Attributes:
-        rho, ci_low, ci_high, rho_geometry, p_null: as :class:`tl_posheads.HeadScores` has them.
-        doc_rho: rho of every text by itself, from counts in coarse cells; for its spread.
+        rho, ci_low, ci_high, rotation, content, p_adjusted: as :class:`tl_posheads.HeadScores` has
+            them; of one text neither interval nor p-value.
+        doc_rho: rho of every text by itself.
         curve: mean dominant dimension by octave of distance.
         loss: mean negative log-probability by text and octave of position, nats a token.
     """
@@ -44,8 +42,9 @@ class Moment:
     rho: Float[Tensor, "layer head"]
     ci_low: Float[Tensor, "layer head"]
     ci_high: Float[Tensor, "layer head"]
-    rho_geometry: Float[Tensor, "layer head"]
-    p_null: Float[Tensor, "layer head"]
+    rotation: Float[Tensor, "layer head"]
+    content: Float[Tensor, "layer head"]
+    p_adjusted: Float[Tensor, "layer head"]
     doc_rho: Float[Tensor, "doc layer head"]
     curve: Float[Tensor, "layer head octave"]
     loss: Float[Tensor, "doc octave"]
@@ -64,34 +63,47 @@ def texts_of(model: Any, tokens: Any) -> list[tuple[str, Tensor]]:
     """Texts by the hash of their content, checked.
 
     Raises:
-        PosheadsError: what ``score_heads`` refuses; more than 64 texts.
+        PosheadsError: what ``score_heads`` refuses.
     """
     require_rotary(model)
-    documents = documents_of(model, tokens, None, 0)
-    if len(documents) > N_BUCKETS:
-        raise PosheadsError(
-            f"{len(documents)} texts were given; expected at most {N_BUCKETS}, every step of "
-            "training reads them all"
-        )
-    return by_content(documents)
+    return by_content(documents_of(model, tokens, None, 0))
 
 
 def look(
-    model: Any, by_key: Sequence[tuple[str, Tensor]], *, seed: int
+    model: Any, by_key: Sequence[tuple[str, Tensor]], *, scale: Scale = "none", seed: int = 0
 ) -> tuple[Moment, dict[str, Any]]:
     """Scores, curves and loss of a model as it is now, and how they came about.
 
-    Two passes over every text for scores and curves, one for the loss.
+    One pass over every text. Scores and provenance are those of ``score_heads``.
     """
     require_clean(model)
-    with evaluating(model), torch.no_grad():
-        scores, doc_rho = _scores(model, by_key, seed)
-        curve = _curves(model, by_key)
-        loss = _losses(model, by_key)
+    settings = Settings.of("auto", len(by_key), scale=scale, seed=seed)
+    edges = torch.as_tensor(octaves(max(len(document) for _, document in by_key)))
+    losses = []
+    with evaluating(model), torch.no_grad(), rotary_hook_points(model):
+        accumulator = empty_accumulator(model, by_key, range(int(model.cfg.n_layers)), settings)
+        curve = _Curve(accumulator.geometry, edges, scale)
+        geometry_of = geometry_by_length(model, accumulator.geometry, accumulator.layers)
+        for unit, document in by_key:
+            geometry = geometry_of(len(document))
+            measure_layer = accumulator.consumer(unit, geometry)
+
+            def consumer(
+                layer: int, q: Tensor, k: Tensor, measure_layer: Consumer = measure_layer,
+                geometry: RotaryGeometry = geometry,
+            ) -> None:  # fmt: skip
+                measure_layer(layer, q, k)
+                curve.add(geometry[layer], q[0], k[0])
+
+            with rotary_consumer(model, consumer, accumulator.layers), fused_attention(model):
+                losses.append(_loss(model, document, edges))
+    scores = accumulator.scores({**facts_of(model, by_key), "pairs": "auto"})
     moment = Moment(
-        **{name: getattr(scores, name) for name in _SCORES},
-        doc_rho=doc_rho, curve=curve, loss=loss,
-    )  # fmt: skip
+        **{name: getattr(scores, name) for name in SCORES},
+        doc_rho=scores.by_document("rho"),
+        curve=curve.mean(),
+        loss=torch.stack(losses),
+    )
     return moment, scores.provenance
 
 
@@ -109,60 +121,43 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _scores(
-    model: Any, by_key: Sequence[tuple[str, Tensor]], seed: int
-) -> tuple[HeadScores, Float[Tensor, "doc layer head"]]:
-    with rotary_hook_points(model), tqdm(disable=True) as bar:
-        bar.total = 0
-        accumulator = empty_accumulator(
-            model, by_key, layers=range(int(model.cfg.n_layers)), pairs="all", skip_first=0,
-            exact=False, seed=seed,
-        )  # fmt: skip
-        nothing = TableCheckpoint(None, {})
-        sweep(model, accumulator, by_key, accumulator.layers, nothing, bar)
-        for _ in range(2):
-            sweep(model, accumulator, by_key, finer_bins(accumulator), nothing, bar)
-    geometry = accumulator.geometry
-    shape = (len(by_key), geometry.n_layers, geometry.n_heads)
-    doc_rho = np.full(shape, np.nan)
-    for layer, table in accumulator.tables.items():
-        for i, (unit, _) in enumerate(by_key):
-            counts = table.blocks[unit].sum(0).double().numpy()
-            doc_rho[i, layer] = spearman_of_tables(counts)
-    return accumulator.scores(facts_of(model, by_key)), torch.as_tensor(doc_rho)
+class _Curve:
+    """The mean dominant dimension of every head by octave of distance, a text at a time."""
+
+    def __init__(self, geometry: RotaryGeometry, edges: Int[Tensor, "edge"], scale: Scale) -> None:
+        self._edges, self._scale = edges, scale
+        shape = (geometry.n_layers, geometry.n_heads, len(edges) - 1)
+        self._total = torch.zeros(shape, dtype=torch.float64)
+        self._count = torch.zeros_like(self._total[:, :1])
+
+    def add(
+        self,
+        geometry: LayerGeometry,
+        rot_q: Float[Tensor, "pos head d_head"],
+        rot_k: Float[Tensor, "pos kv_head d_head"],
+    ) -> None:
+        layer = geometry.layer
+        heads = range(geometry.n_heads)
+        mean, n_pairs = mean_by_distance(rot_q, rot_k, geometry, heads, scale=self._scale)
+        octave = _octave_of(torch.arange(1, len(n_pairs) + 1), self._edges)
+        self._total[layer].index_add_(1, octave, mean.nan_to_num(0.0) * n_pairs)
+        self._count[layer].index_add_(1, octave, n_pairs[None].double())
+
+    def mean(self) -> Float[Tensor, "layer head octave"]:
+        """NaN where there is no pair."""
+        return self._total / self._count
 
 
-def _curves(model: Any, by_key: Sequence[tuple[str, Tensor]]) -> Float[Tensor, "layer head octave"]:
-    longest = max(len(document) for _, document in by_key)
-    edges = torch.as_tensor(octaves(longest))
-    n_layers = int(model.cfg.n_layers)
-    with rotary_hook_points(model):
-        geometry = RotaryGeometry.from_model(model, length=longest)
-        total = torch.zeros(n_layers, geometry.n_heads, len(edges) - 1, dtype=torch.float64)
-        count = torch.zeros(n_layers, 1, len(edges) - 1, dtype=torch.float64)
-        layers = [layer for layer in range(n_layers) if geometry[layer].n_pairs > 1]
-
-        def consumer(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
-            heads = list(range(geometry.n_heads))
-            mean, n_pairs = mean_by_distance(rot_q[0], rot_k[0], geometry[layer], heads)
-            octave = torch.bucketize(torch.arange(1, len(n_pairs) + 1), edges, right=True) - 1
-            total[layer].index_add_(1, octave, mean.nan_to_num(0.0) * n_pairs)
-            count[layer].index_add_(1, octave, n_pairs[None].double())
-
-        for _, document in by_key:
-            capture_rotary(model, document[None], consumer, layers=layers)
-    return total / count.masked_fill(count == 0, float("nan"))
+def _octave_of(numbers: Int[Tensor, "n"], edges: Int[Tensor, "edge"]) -> Int[Tensor, "n"]:
+    return torch.bucketize(numbers, edges, right=True) - 1
 
 
-def _losses(model: Any, by_key: Sequence[tuple[str, Tensor]]) -> Float[Tensor, "doc octave"]:
-    edges = octaves(max(len(document) for _, document in by_key))
-    out = torch.full((len(by_key), len(edges) - 1), float("nan"), dtype=torch.float64)
-    with fused_attention(model):
-        for i, (_, document) in enumerate(by_key):
-            targets = torch.arange(1, len(document))
-            loss = -target_logprobs(model, document, targets)[0].double()
-            for o in range(len(edges) - 1):
-                inside = (targets >= int(edges[o])) & (targets < int(edges[o + 1]))
-                if bool(inside.any()):
-                    out[i, o] = loss[inside].mean()
-    return out
+def _loss(
+    model: Any, document: Int[Tensor, "pos"], edges: Int[Tensor, "edge"]
+) -> Float[Tensor, "octave"]:
+    """Mean by octave of position; NaN in those beyond the text's end."""
+    targets = torch.arange(1, len(document))
+    loss = -target_logprobs(model, document, targets)[0].double()
+    octave = _octave_of(targets, edges)
+    n = len(edges) - 1
+    return octave.bincount(loss, n) / octave.bincount(minlength=n)

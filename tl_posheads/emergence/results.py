@@ -18,11 +18,12 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.emergence.lead_lag import crossing, lag_of
-from tl_posheads.emergence.measuring import Moment
+from tl_posheads.emergence.measuring import SCORES, Moment
 from tl_posheads.errors import PosheadsError
 from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
 from tl_posheads.statistics import chance_overlap
 
+_VERSION = 2
 _LABEL, _FILE, _TABLE = "emergence.json", "emergence.safetensors", "emergence.parquet"
 
 
@@ -32,9 +33,10 @@ class Emergence:
 
     Attributes:
         steps: of training, ascending.
-        rho, ci_low, ci_high, rho_geometry, p_null: of every head, as
-            :class:`tl_posheads.HeadScores` has them.
-        doc_rho: rho of every text by itself, coarser; what the lags' intervals are drawn from.
+        rho, ci_low, ci_high, rotation, content, p_adjusted: of every head, as
+            :class:`tl_posheads.HeadScores` has them. ``p_adjusted`` is corrected for the number of
+            heads at one step, not for that of the steps.
+        doc_rho: rho of every text by itself; what the lags' intervals are drawn from.
         curve: mean dominant dimension by octave of distance: 1, 2 to 3, 4 to 7 and so on.
         loss: mean negative log-probability by text and octave of position, nats a token.
         provenance: how it came about.
@@ -44,8 +46,9 @@ class Emergence:
     rho: Float[Tensor, "step layer head"]
     ci_low: Float[Tensor, "step layer head"]
     ci_high: Float[Tensor, "step layer head"]
-    rho_geometry: Float[Tensor, "step layer head"]
-    p_null: Float[Tensor, "step layer head"]
+    rotation: Float[Tensor, "step layer head"]
+    content: Float[Tensor, "step layer head"]
+    p_adjusted: Float[Tensor, "step layer head"]
     doc_rho: Float[Tensor, "step doc layer head"]
     curve: Float[Tensor, "step layer head octave"]
     loss: Float[Tensor, "step doc octave"]
@@ -80,8 +83,7 @@ class Emergence:
             for layer in range(self.rho.shape[1]):
                 for head in range(self.rho.shape[2]):
                     at = (i, layer, head)
-                    names = ("rho", "ci_low", "ci_high", "rho_geometry", "p_null")
-                    numbers = {name: float(getattr(self, name)[at]) for name in names}
+                    numbers = {name: float(getattr(self, name)[at]) for name in SCORES}
                     rows.append({"step": step, "layer": layer, "head": head, **numbers})
         return pd.DataFrame(rows)
 
@@ -201,7 +203,7 @@ class Emergence:
             rise = float(own[-1] - own[0])
             row = {"layer": layer, "head": head, "rho": float(own[-1]), "rise": rise}
             score = np.einsum("bd,sd->bs", weights, doc_rho[:, :, layer, head])
-            # The drawn scores' spread around the score that was counted exactly.
+            # Drawn again around the mean over all texts, those too short for the last octave, too.
             score = own + score - score[0]
             rises = rise >= min_rise
             row["step_score"] = float(crossing(steps, own)) if rises else np.nan
@@ -236,7 +238,7 @@ class Emergence:
         tensors = {name: getattr(self, name).contiguous() for name in _names()}
         parts = {_FILE: save_tensors(tensors), _TABLE: table_bytes(self.to_pandas())}
         facts = {
-            "format": "tl_posheads.Emergence", "version": 1, "provenance": self.provenance,
+            "format": "tl_posheads.Emergence", "version": _VERSION, "provenance": self.provenance,
         }  # fmt: skip
         return write_labelled(folder, _LABEL, parts, facts)
 
@@ -245,10 +247,16 @@ class Emergence:
         """Read what :meth:`save` wrote, bit for bit.
 
         Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
+            PosheadsError: no such folder, another program's files, or damaged ones; a study of an
+                earlier version, which measured otherwise.
         """
         label, parts = read_labelled(
-            folder, _LABEL, made_by="Emergence", what="an emergence study", again="track it again"
+            folder,
+            _LABEL,
+            made_by="Emergence",
+            what="an emergence study",
+            again="track it again",
+            version=_VERSION,
         )
         with damage_named(f"the study in {folder} is", "track it again"):
             tensors = load_tensors(parts[_FILE])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_posheads.checkpoint import Checkpoint
+from tl_posheads.contributions import Scale, check_scale
 from tl_posheads.emergence.measuring import Moment, look, texts_of
 from tl_posheads.emergence.results import Emergence
 from tl_posheads.errors import PosheadsError
@@ -28,22 +29,24 @@ class EmergenceTracker:
         model: HookedTransformer or TransformerBridge with RoPE that is being trained. A Bridge
             takes its transformers model apart; where another program trains that, like a
             ``Trainer``, look at its checkpoints (:func:`track_emergence`).
-        tokens: texts, up to 64, that training doesn't read; as ``score_heads`` takes them.
+        tokens: texts that training doesn't read; as ``score_heads`` takes them. Give eight or
+            more: intervals and p-values are over texts.
         every: look every so many steps, or at these steps (:func:`log_steps` spreads them).
         folder: keeps every step looked at; the same run goes on from there. A folder belongs to
             one training run.
         log: where numbers go, besides: a TensorBoard ``SummaryWriter``, a wandb run, or a function
             of the step and a dict of numbers.
-        seed: of nulls and intervals.
+        scale: of the contributions, as ``score_heads`` has it; for scores and curves.
+        seed: of everything drawn.
         progress: show a line that is kept up to date.
 
     It changes neither weights, gradients, modes nor the random state of training. Each look costs
-    three forward passes over ``tokens`` and the nulls of ``score_heads``; memory is that of
-    ``score_heads``.
+    one forward pass over ``tokens``, what ``score_heads`` measures in it, and the dominant
+    dimension of every query-key pair for the curves; memory is that of ``score_heads``.
 
     Raises:
-        PosheadsError: what ``score_heads`` refuses; more than 64 texts; ``every`` below 1; a
-            folder of another run; a ``log`` that can't take numbers.
+        PosheadsError: what ``score_heads`` refuses; ``every`` below 1; a folder of another run; a
+            ``log`` that can't take numbers.
 
     Example:
         >>> tracker = EmergenceTracker(model, held_out, every=100)              # doctest: +SKIP
@@ -63,22 +66,20 @@ class EmergenceTracker:
         every: int | Sequence[int] = 100,
         folder: str | os.PathLike[str] | None = None,
         log: Log = None,
+        scale: Scale = "none",
         seed: int = 0,
         progress: bool = True,
     ) -> None:
+        check_scale(scale)
         self._model = model
         self._texts = texts_of(model, tokens)
         self._every = _schedule(every)
         self._send = _sender(log)
-        self._seed = seed
-        plan = {
-            "model": model_name(model), "texts": [unit for unit, _ in self._texts], "seed": seed,
-        }  # fmt: skip
-        self._kept = Checkpoint(folder, plan)
+        self._options: dict[str, Any] = {"scale": scale, "seed": seed}
+        named = {"model": model_name(model), **self._options}
+        self._kept = Checkpoint(folder, {**named, "texts": [unit for unit, _ in self._texts]})
         self._moments: dict[int, Moment] = {}
-        self._provenance: dict[str, Any] = {
-            "model": model_name(model), "tokens_sha256": digest_of(self._texts), "seed": seed,
-        }  # fmt: skip
+        self._provenance = {**named, "tokens_sha256": digest_of(self._texts)}
         self._bar = tqdm(desc="training", unit="look", disable=not progress, dynamic_ncols=True)
         self._looking = False
 
@@ -102,7 +103,7 @@ class EmergenceTracker:
             self._looking = True
             try:
                 watched = self._model if model is None else loaded(model)
-                moment, facts = look(watched, self._texts, seed=self._seed)
+                moment, facts = look(watched, self._texts, **self._options)
             finally:
                 self._looking = False
             self._provenance |= facts
@@ -171,6 +172,7 @@ def track_emergence(
     every: int | Sequence[int] = 1,
     folder: str | os.PathLike[str] | None = None,
     log: Log = None,
+    scale: Scale = "none",
     seed: int = 0,
     progress: bool = True,
 ) -> Emergence:
@@ -180,8 +182,8 @@ def track_emergence(
         models: either checkpoints by step - a model, what ``load_model`` takes, or a function that
             loads one (:func:`hub_checkpoints`, :func:`folder_checkpoints`) - or training itself: an
             iterable, a generator for one, of ``(updates done, model)``.
-        tokens, folder, log, seed, progress: as :class:`EmergenceTracker` has them. With ``folder``
-            checkpoints that were looked at aren't loaded again.
+        tokens, folder, log, scale, seed, progress: as :class:`EmergenceTracker` has them. With
+            ``folder`` checkpoints that were looked at aren't loaded again.
         every: look every so many steps, or at these steps.
 
     Raises:
@@ -198,16 +200,24 @@ def track_emergence(
         >>> found = track_emergence(training(), tokens, every=50)               # doctest: +SKIP
     """
     wanted = _schedule(every)
-    pairs = sorted(models.items()) if isinstance(models, Mapping) else models
+    check_scale(scale)
+    by_step = sorted(models.items()) if isinstance(models, Mapping) else models
     tracker: EmergenceTracker | None = None
     try:
-        for step, source in pairs:
+        for step, source in by_step:
             if not wanted(step):
                 continue
             if tracker is None:
                 source = loaded(source)
                 tracker = EmergenceTracker(
-                    source, tokens, every=1, folder=folder, log=log, seed=seed, progress=progress
+                    source,
+                    tokens,
+                    every=1,
+                    folder=folder,
+                    log=log,
+                    scale=scale,
+                    seed=seed,
+                    progress=progress,
                 )
             tracker.look(step, source)
     finally:

@@ -1,1 +1,1 @@
-"""Ways to count a corpus: Ray's actors, or processes that torchrun started."""
+"""Ways to measure a corpus: Ray's actors, or processes that torchrun started."""

@@ -1,4 +1,4 @@
-"""A corpus counted by Ray: Ray Data reads, schedules, retries and adds up."""
+"""A corpus measured by Ray: Ray Data hands documents out, schedules and retries."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
-from tl_posheads.engines.job import Begun, Job, Units, from_bytes, merged, to_bytes
+from tl_posheads.engines.job import Begun, Job, Rows
 from tl_posheads.errors import PosheadsError
 from tl_posheads.results import HeadScores
-from tl_posheads.scoring import finer_bins
-from tl_posheads.tables import LayerTable
 
 _BATCHES = 8  # of a worker
 
@@ -22,10 +22,9 @@ _BATCHES = 8  # of a worker
 def score_with_ray(
     job: Job, *, workers: int, ray_options: Mapping[str, Any], progress: bool
 ) -> HeadScores:
-    """Scores of a corpus, counted by ``workers`` actors that each hold the model.
+    """Scores of a corpus, measured by ``workers`` actors that each hold the model.
 
-    The first document is counted by one task, which also reads the corpus; its D bins go to all
-    actors. A lost actor's documents are done again by another.
+    One task reads the corpus and checks it. A lost actor's documents are done again by another.
 
     Raises:
         PosheadsError: Ray isn't installed; what :meth:`Job.begin` refuses.
@@ -45,97 +44,65 @@ def score_with_ray(
     try:
         # A process of its own: its memory is free again before the actors load the model.
         task = ray.remote(max_calls=1, **ray_options)(_begin)
-        answer = ray.get(task.remote(job))
-        if isinstance(answer, PosheadsError):
-            raise answer
-        begun, first = answer
-        accumulator = begun.accumulator
-        for layer, content in first.items():
-            accumulator.put(layer, from_bytes(content))
-        _add(begun, begun.units[1:], accumulator.layers, "", workers, ray_options)
-        for attempt in (1, 2):
-            coarse = finer_bins(accumulator)
-            _add(begun, begun.units, coarse, f"again{attempt}-", workers, ray_options)
-        return accumulator.scores(
-            {**begun.facts, "engine": f"ray {ray.__version__}, {workers} workers"}
-        )
+        begun = ray.get(task.remote(job))
+        if isinstance(begun, PosheadsError):
+            raise begun
+        rows = _measured(begun, workers, ray_options)
+        return begun.scores(rows, f"ray {ray.__version__}, {workers} workers")
     finally:
         context.enable_progress_bars = bars
 
 
-def _begin(job: Job) -> tuple[Begun, dict[int, bytes]] | PosheadsError:
+def _begin(job: Job) -> Begun | PosheadsError:
     try:
-        begun = job.begin()
-        tables = begun.count(begun.units[:1], begun.accumulator.layers)
+        return job.begin().without_model()
     except PosheadsError as problem:
         return problem  # the caller raises it, without Ray's story around it
-    return begun.without_model(), {layer: to_bytes(table) for layer, table in tables.items()}
 
 
 class _Worker:
-    """An actor of Ray Data: holds the model, turns documents into tables."""
+    """An actor of Ray Data: holds the model, turns documents into rows."""
 
-    def __init__(self, shared: list[Any], layers: list[int], name: str) -> None:
+    def __init__(self, shared: list[Any]) -> None:
         import ray
 
         begun: Begun = ray.get(shared[0])
-        # One document is enough to load the model; the shared state is the caller's.
+        # One document is enough to load the model; what all share is the caller's.
         alone = replace(begun.job, corpus=[begun.units[0][1]])
         self.begun = replace(begun, model=alone.begin().model)
-        self.layers, self.name = layers, name
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-        units: Units = [
+        units = [
             (str(unit), torch.frombuffer(bytearray(tokens), dtype=torch.int64))
             for unit, tokens in zip(batch["unit"], batch["tokens"], strict=True)
         ]
-        tables = self.begun.count(units, self.layers, self.name)
-        return {"layer": list(tables), "tables": [to_bytes(table) for table in tables.values()]}
+        rows = self.begun.measured(units)
+        return {
+            "unit": list(rows),
+            "row": [
+                save_tensors({str(layer): x.contiguous() for layer, x in row.items()})
+                for row in rows.values()
+            ],
+        }
 
 
-def _add(
-    begun: Begun,
-    units: Units,
-    layers: list[int],
-    name: str,
-    workers: int,
-    ray_options: Mapping[str, Any],
-) -> None:
-    """Count documents in these layers and add them to the accumulator."""
+def _measured(begun: Begun, workers: int, ray_options: Mapping[str, Any]) -> Rows:
     import ray.data
-    from ray.data.aggregate import AggregateFn
 
-    if not units or not layers:
-        return
-    # A worker adds up the documents of a batch before it sends them: tables are large. Its last
-    # batch is what is done again when it is lost.
-    size = max(1, len(units) // (_BATCHES * workers))
-    n_batches = -(-len(units) // size)
-    rows = [{"unit": unit, "tokens": tokens.numpy().tobytes()} for unit, tokens in units]
-    # Held here until all is counted, so that an actor can be started anew.
-    shared = ray.put(replace(begun, units=begun.units[:1], accumulator=begun.accumulator.like()))
-    together = AggregateFn(
-        init=lambda key: b"",
-        accumulate_row=lambda sofar, row: _both(sofar, row["tables"]),
-        merge=_both,
-        name="tables",
+    # A worker's last batch is what is done again when it is lost.
+    size = max(1, len(begun.units) // (_BATCHES * workers))
+    n_batches = -(-len(begun.units) // size)
+    items = [{"unit": unit, "tokens": tokens.numpy().tobytes()} for unit, tokens in begun.units]
+    # Held here until all is measured, so that an actor can be started anew.
+    shared = ray.put(replace(begun, units=begun.units[:1]))
+    found = ray.data.from_items(items, override_num_blocks=n_batches).map_batches(
+        _Worker,
+        batch_size=size,
+        compute=ray.data.ActorPoolStrategy(size=min(workers, n_batches)),
+        fn_constructor_args=([shared],),
+        **ray_options,
     )
-    counted = (
-        ray.data.from_items(rows, override_num_blocks=n_batches)
-        .map_batches(
-            _Worker, batch_size=size, **ray_options,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, n_batches)),
-            fn_constructor_args=([shared], list(layers), name),
-        )
-        .groupby("layer", num_partitions=min(len(layers), 4 * workers))
-        .aggregate(together)
-    )  # fmt: skip
-    found: dict[int, LayerTable] = {
-        int(row["layer"]): from_bytes(row["tables"]) for row in counted.take_all()
+    return {
+        item["unit"]: {int(layer): row for layer, row in load_tensors(item["row"]).items()}
+        for item in found.take_all()
     }
-    for layer in sorted(found):
-        begun.accumulator.put(layer, found[layer])
-
-
-def _both(a: bytes, b: bytes) -> bytes:
-    return merged([a, b]) if a and b else a or b

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 
 from tl_posheads.ablation import heads_of
 from tl_posheads.checkpoint import Checkpoint
+from tl_posheads.contributions import Scale
 from tl_posheads.corpora import load_corpus
+from tl_posheads.draws import Settings, Weighting
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import Method, any_length, trained_of
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
@@ -22,7 +24,6 @@ from tl_posheads.extrapolation.none import None_
 from tl_posheads.extrapolation.observing import (
     Plan,
     TextUnder,
-    bare_scores,
     observe_once,
     scored_layers,
     scores_of,
@@ -35,6 +36,7 @@ from tl_posheads.lens import changes_of, model_name, require_clean, require_rota
 from tl_posheads.passes import target_logprobs
 from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
+from tl_posheads.scoring import empty_accumulator, geometry_by_length, sweep
 from tl_posheads.tasks.base import Prompt, Task
 
 Head = tuple[int, int]
@@ -50,7 +52,9 @@ def compare_extrapolations(
     trained: int | None = None,
     tasks: Sequence[Task] = (),
     layers: Sequence[int] | None = None,
-    pairs: int = 4096,
+    pairs: Literal["auto", "all"] | int = "auto",
+    weighting: Weighting = "pair",
+    scale: Scale = "none",
     skip_first: int = 0,
     n_queries: int = 1024,
     n_scored: int = 4096,
@@ -74,7 +78,8 @@ def compare_extrapolations(
         trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
         tasks: run under every method; give lengths on both sides of the training length.
         layers: those whose heads are scored; all by default.
-        pairs: drawn per head and text for the scores, distance first, so that far ones count.
+        pairs, weighting: of the scores, as in ``score_heads``.
+        scale: of the contributions, for curves and scores, as in ``score_heads``.
         skip_first: positions at every text's start left out of curves and scores.
         n_queries: of a text that a curve is made of, evenly spread.
         n_scored: tokens of a text whose loss is measured, evenly spread.
@@ -91,7 +96,8 @@ def compare_extrapolations(
 
     Raises:
         PosheadsError: no RoPE, no methods, the same one twice, texts no longer than the training
-            length, heads that don't exist, a method that refuses the model.
+            length or two that are the same, heads that don't exist, a method that refuses the
+            model, another ``pairs``, ``weighting`` or ``scale``.
 
     Example:
         >>> from tl_posheads import extrapolation as ex
@@ -118,22 +124,30 @@ def compare_extrapolations(
             f"a text of {shortest} tokens was given for a model trained on {known}; give texts "
             "that are longer, or set trained="
         )
+    if known - skip_first < 2:
+        raise PosheadsError(
+            f"skip_first={skip_first} was given for a model trained on {known}; scores within that "
+            "length need at least 2 positions beyond those skipped"
+        )
+    by_key = by_content(documents)
+    settings = Settings.of(
+        pairs, len(by_key), weighting=weighting, scale=scale, skip_first=skip_first, seed=seed
+    )
     for method in chosen:
         with method(model, trained=known):
             pass  # a method that refuses the model does so before the first pass
-    by_key = by_content(documents)
-    plan = Plan((), tuple(wanted), known, pairs, skip_first, n_queries, n_scored, seed)
     if isinstance(heads, int | float):
-        geometry = RotaryGeometry.from_model(model, length=known)
-        scored = replace(plan, layers=scored_layers(geometry, wanted))
-        curved = bare_scores(model, by_key, geometry, scored).top(heads)
+        near = [(unit, document[:known]) for unit, document in by_key]
+        bare = empty_accumulator(model, near, wanted, settings)
+        sweep(model, bare, near, Checkpoint(None, {}))
+        curved = bare.scores().top(heads)
     else:
         curved = heads_of(model, heads)
-    plan = replace(plan, heads=tuple(curved))
+    plan = Plan(tuple(curved), tuple(wanted), known, settings, n_queries, n_scored)
     facts: dict[str, Any] = {
         **model_facts(model),
         "trained": known, "methods": [repr(method) for method in chosen], "pairs": pairs,
-        "skip_first": skip_first, "n_queries": n_queries, "n_scored": n_scored, "seed": seed,
+        **asdict(settings), "n_queries": n_queries, "n_scored": n_scored,
         "heads": [list(head) for head in curved], "layers": wanted,
         "tasks": [repr(task) for task in tasks],
         "tokens_sha256": digest_of(by_key),
@@ -234,14 +248,21 @@ def _texts(
     """Every text under the method in force: what each showed, and the scores of both kinds."""
     longest = max(len(document) for _, document in by_key)
     geometry = RotaryGeometry.from_model(model, length=longest)
+    geometry_of = geometry_by_length(model, geometry, range(len(geometry)))
     here = replace(plan, layers=scored_layers(geometry, plan.layers))
-    found = []
+    found = {}
     for i, (unit, document) in enumerate(by_key):
-        found.append(observe_once(model, document, unit, geometry, here, kept, f"{number}-{i}"))
+        own = geometry_of(len(document))
+        found[unit] = observe_once(model, document, unit, own, here, kept, f"{number}-{i}")
         bar.update(1)
     facts = {"inside": [change.name for change in changes_of(model)]}
-    within = scores_of([text.within_pairs for text in found], geometry, here, facts)
-    return found, within, scores_of([text.whole_pairs for text in found], geometry, here, facts)
+    within, whole = (
+        scores_of(
+            {unit: getattr(text, rows) for unit, text in found.items()}, geometry, here, facts
+        )
+        for rows in ("within_rows", "whole_rows")
+    )
+    return list(found.values()), within, whole
 
 
 def _answers(

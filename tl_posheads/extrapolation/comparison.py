@@ -32,7 +32,7 @@ from tl_posheads.files import (
 from tl_posheads.results import Comparison, HeadScores
 from tl_posheads.statistics import spearman_of_few
 
-FORMAT = "tl_posheads.ExtrapolationComparison"
+FORMAT, VERSION = "tl_posheads.ExtrapolationComparison", 2
 _LABEL, _TENSORS, _TABLES = "comparison.json", "curves.safetensors", ("loss", "tasks")
 _CURVES = ("whole", "n_whole", "within", "n_within")
 
@@ -50,8 +50,9 @@ class ExtrapolationComparison:
         heads: ``(layer, head)`` of the curves.
         trained: positions of training.
         whole, within: mean dominant dimension by distance from 1; NaN where there is no pair.
-        n_whole, n_within: pairs of each of these means.
-        scores_within, scores_whole: positional scores of each method, all heads.
+        n_whole, n_within: query-key pairs of each of these means.
+        scores_within, scores_whole: positional scores of each method, all heads; documents are
+            the same in all, so that ``compare`` tests heads in pairs.
         loss: a row per method, document and scored token: ``position`` and ``loss`` in nats.
         tasks: a row per method, task and prompt: ``length`` in tokens, ``logprob`` (mean of the
             answer's tokens, nats) and ``exact`` (all of them were the likeliest).
@@ -140,7 +141,10 @@ class ExtrapolationComparison:
         return break_point(self.whole[0].numpy(), n_pairs=self.n_whole.numpy(), seed=seed)
 
     def overlap(self, method: str | int, *, k: int | float = 0.05) -> Comparison:
-        """Positional Heads of the bare model within training, and the method's on whole texts."""
+        """Positional Heads of the bare model within training, and the method's on whole texts.
+
+        ``by_head`` says by how much each head's score differs, with a paired t test over texts.
+        """
         return self.scores_within[0].compare(self.scores_whole[self._number(method)], k=k)
 
     def _factor(self, m: int) -> float | None:
@@ -280,14 +284,16 @@ class ExtrapolationComparison:
         label_scores: dict[str, Any] = {}
         for kind in ("within", "whole"):
             for m, scores in enumerate(getattr(self, f"scores_{kind}")):
-                tensors |= {f"{kind}.{m}.{n}": t.contiguous() for n, t in scores.tensors().items()}
+                tensors[f"{kind}.{m}"] = scores.values.contiguous()
                 label_scores[f"{kind}.{m}"] = {
-                    "windows": list(scores.windows), "provenance": scores.provenance,
-                }  # fmt: skip
+                    "document_names": list(scores.document_names),
+                    "windows": list(scores.windows),
+                    "provenance": scores.provenance,
+                }
         parts = {_TENSORS: save_tensors(tensors)}
         parts |= {f"{name}.parquet": table_bytes(getattr(self, name)) for name in _TABLES}
         facts = {
-            "format": FORMAT, "version": 1, "methods": list(self.methods),
+            "format": FORMAT, "version": VERSION, "methods": list(self.methods),
             "settings": list(self.settings), "heads": [list(head) for head in self.heads],
             "trained": self.trained, "scores": label_scores, "provenance": self.provenance,
         }  # fmt: skip
@@ -298,24 +304,18 @@ class ExtrapolationComparison:
         """Read what :meth:`save` wrote.
 
         Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
+            PosheadsError: no such folder, another program's files, or damaged ones; a comparison of
+                an earlier version, whose scores were measured otherwise.
         """
         label, parts = read_labelled(
             folder, _LABEL, made_by="ExtrapolationComparison", what="comparisons",
-            again="compare again",
+            again="compare again", version=VERSION,
         )  # fmt: skip
         with damage_named(f"the comparison in {folder} is", "compare again"):
             tensors = load_tensors(parts[_TENSORS])
             scores = {
                 kind: tuple(
-                    HeadScores.from_tensors(
-                        {
-                            n.removeprefix(f"{kind}.{m}."): t
-                            for n, t in tensors.items()
-                            if n.startswith(f"{kind}.{m}.")
-                        },
-                        **label["scores"][f"{kind}.{m}"],
-                    )
+                    HeadScores.of_values(tensors[f"{kind}.{m}"], **label["scores"][f"{kind}.{m}"])
                     for m in range(len(label["methods"]))
                 )
                 for kind in ("within", "whole")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class FoPE(FrequencyMethod):
     random ones, cosine and sine each their own. This is the evaluation-time variant: the paper
     trains a model with the series, and coefficients that a model was not trained with are noise to
     it; at ``sigma=0`` only the clipping is left. The authors' code draws coefficients for every
-    layer and head; here all share one set. Scores know of the clipping alone.
+    layer and head; here all share one set. A series is no rotation: with ``sigma`` above 0 heads
+    get no ``rotation`` and ``content``.
 
     Attributes:
         sigma: standard deviation of the coefficients, 0 or more; the authors' is about 0.02.
@@ -50,6 +51,10 @@ class FoPE(FrequencyMethod):
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
         own = inv_freq.double()
         return Frequencies(torch.where(own < 2 * math.pi / trained, 0.0, own))
+
+    def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
+        clipped = super().layer_geometry(layer, trained, length)
+        return replace(clipped, is_rotation=self.sigma == 0)
 
     def turns(
         self, layer: LayerGeometry, position: Tensor, trained: int, length: int

@@ -113,11 +113,11 @@ def stretch(
     """The scale ``s`` at which ``extended(d)`` is nearest to ``bare(d / s)``.
 
     One scale for all heads, by least squares over bins of equal width in log distance, in which a
-    scale is a shift; every bin and head counts alike, since neighbouring pairs repeat each other
-    and counting pairs would leave the last octave alone. The bare curve is used up to ``trained``,
-    both where a distance has a tenth of the best-filled one's pairs, and scales are searched from
-    1/4 to four times the factor (or the longest distance over ``trained``, if that is more) where
-    half of the bare curve's octaves find a counterpart.
+    scale is a shift; every bin and head counts alike, since neighbouring query-key
+    pairs repeat each other and counting them would leave the last octave alone. The bare curve is
+    used up to ``trained``, both where a distance has a tenth of the best-filled one's query-key
+    pairs, and scales are searched from 1/4 to four times the factor (or the longest distance over
+    ``trained``, if that is more) where half of the bare curve's octaves find a counterpart.
 
     Heads have no offset of their own: of a curve straight in log distance an offset can't be told
     from a stretch, and of others it would hide that the content changed. ``misfit`` and ``r2``
@@ -136,8 +136,8 @@ def stretch(
             dimensions; NaN where there is no pair.
         bare: the same documents' and heads' without it.
         trained: positions that the model was trained on.
-        n_extended, n_bare: pairs of each document (or document and head) at each distance; all
-            alike by default.
+        n_extended, n_bare: query-key pairs of each document (or document and head) at each
+            distance; all alike by default.
         factor: what the method was set to; it widens the search and is handed on.
         first: nearer distances are left out of both curves.
         per_octave: bins in a doubling of the distance.

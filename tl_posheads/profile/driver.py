@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.capture import rotary_hook_points
+from tl_posheads.contributions import Scale, check_scale
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import by_content, documents_of
@@ -36,6 +37,7 @@ def profile_heads(
     needles: int | Task | Sequence[Prompt] = N_NEEDLES,
     measures: Sequence[str] | None = None,
     settings: ProfileSettings | None = None,
+    scale: Scale = "none",
     seed: int = 0,
     progress: bool = True,
 ) -> HeadProfile:
@@ -44,7 +46,7 @@ def profile_heads(
     ==================  ==========================================================================
     measure             columns
     ==================  ==========================================================================
-    (always)            ``positional``: Hong et al.'s rho
+    (always)            ``positional``: Hong et al.'s rho, the mean over the texts
     ``retrieval``       ``retrieval``: share of a needle's tokens that the head copies
     ``induction``       ``induction``: attention on tokens behind earlier copies of the query's
     ``previous_token``  ``previous_token``: attention on the token before
@@ -72,6 +74,8 @@ def profile_heads(
             task, or prompts. 0 leaves it out.
         measures: names from the left column; all by default.
         settings: thresholds and the like.
+        scale: of the contributions, as ``score_heads`` has it; where ``scores`` are given, theirs
+            counts.
         seed: of the needles and of ``score_heads``.
         progress: show a bar.
 
@@ -92,6 +96,7 @@ def profile_heads(
     """
     require_rotary(model)
     wanted = measures_of(measures)
+    check_scale(scale)
     settings = settings or ProfileSettings()
     require_clean(model)
     by_key = by_content(documents_of(model, tokens, None, 0))
@@ -106,7 +111,7 @@ def profile_heads(
     facts = facts_of(model, by_key)
     same = scores is None or scores.provenance.get("tokens_sha256") == facts["tokens_sha256"]
     if scores is None:
-        scores = score_heads(model, documents, seed=seed, progress=progress)
+        scores = score_heads(model, documents, scale=scale, seed=seed, progress=progress)
     longest = max(len(document) for document in documents)
     window = settings.window_for(longest)
     in_pass = [name for name in wanted if name != "retrieval"]
@@ -177,7 +182,10 @@ def _prompts(
 
 
 def _of_scores(scores: HeadScores) -> dict[str, Any]:
-    wanted = ("model", "tokens_sha256", "pairs", "exact", "skip_first", "n_tokens", "longest")
+    wanted = (
+        "model", "tokens_sha256", "pairs", "weighting", "scale", "skip_first", "n_documents",
+        "n_tokens", "longest",
+    )  # fmt: skip
     return {name: scores.provenance.get(name) for name in wanted}
 
 

@@ -12,8 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.capture import rotary_consumer
-from tl_posheads.contributions import expand_keys
-from tl_posheads.counting import evenly
+from tl_posheads.contributions import evenly, expand_keys
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import require_finite
 from tl_posheads.lens import PassDone, attention, own_hooks, run_forward

@@ -54,8 +54,8 @@ def top_sets(scores: HeadScores, fractions: Sequence[float]) -> list[list[Head]]
     Example:
         >>> import torch
         >>> from tl_posheads import HeadScores
-        >>> rho, none = torch.tensor([[0.1, 0.9], [0.5, 0.3]]), torch.full((2, 2), torch.nan)
-        >>> scores = HeadScores(rho, none, none, none, none, none, none, (None, None), {})
+        >>> rho = torch.tensor([[0.1, 0.9], [0.5, 0.3]])
+        >>> scores = HeadScores(rho.expand(6, 1, 2, 2), ("text",), (None, None), {})
         >>> top_sets(scores, [0.25, 0.5])
         [[(0, 1)], [(0, 1), (1, 0)]]
     """
@@ -125,8 +125,8 @@ def control_sets(
     Example:
         >>> import torch
         >>> from tl_posheads import HeadScores
-        >>> rho, none = torch.tensor([[0.1, 0.9], [0.5, 0.3]]), torch.full((2, 2), torch.nan)
-        >>> scores = HeadScores(rho, none, none, none, none, none, none, (None, None), {})
+        >>> rho = torch.tensor([[0.1, 0.9], [0.5, 0.3]])
+        >>> scores = HeadScores(rho.expand(6, 1, 2, 2), ("text",), (None, None), {})
         >>> control_sets(scores, [0.25, 0.5], "lowest", n=1, seed=0)
         [[[(0, 0)], [(0, 0), (1, 1)]]]
         >>> [len(heads) for heads in control_sets(scores, [0.25, 0.5], "random", n=1, seed=0)[0]]

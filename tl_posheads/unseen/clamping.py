@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_posheads.contributions import PairVectors, dominant_dimension
-from tl_posheads.counting import rows_of
+from tl_posheads.contributions import PairVectors, Scale, dominant_dimension, rows_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
 from tl_posheads.remapping import move_to, only_heads, pair_vectors
@@ -98,6 +97,7 @@ class ClampedVectors:
         rot_k: Float[Tensor, "pos head d_head"],
         geometry: LayerGeometry,
         trained: int,
+        scale: Scale = "none",
     ) -> None:
         q, k = rot_q.double(), rot_k.double()
         at = torch.arange(q.shape[0], device=q.device)
@@ -106,8 +106,8 @@ class ClampedVectors:
             there = lambda p: torch.full_like(p.double()[..., None, None], position)
             return move_to(x, at, there, geometry)
 
-        self.bare = PairVectors(q, k, geometry)
-        self.held = PairVectors(to(trained - 1, q), to(0, k), geometry)
+        self.bare = PairVectors(q, k, geometry, scale=scale)
+        self.held = PairVectors(to(trained - 1, q), to(0, k), geometry, scale=scale)
 
     def contributions(
         self, q_pos: Int[Tensor, "n"], k_pos: Int[Tensor, "n"]
@@ -129,6 +129,7 @@ def clamped_dominant(
     trained: int,
     q_pos: Int[Tensor, "n"],
     k_pos: Int[Tensor, "n"],
+    scale: Scale = "none",
 ) -> Float[Tensor, "head n"]:
     """D of query-key pairs with some rotary pairs' relative distance held at ``trained - 1``.
 
@@ -141,11 +142,13 @@ def clamped_dominant(
         pairs: rotary pairs to clamp, 0 the fastest.
         trained: tokens of a training text.
         q_pos, k_pos: positions of the queries and keys.
+        scale: of the contributions, as in ``dimension_contributions``.
 
     Memory: ``2 * head * n * pair`` doubles.
 
     Raises:
-        PosheadsError: pairs that the layer hasn't, or a layer that sees other distances.
+        PosheadsError: pairs that the layer hasn't, a layer that sees other distances, or another
+            ``scale``.
 
     Example:
         >>> import torch
@@ -165,7 +168,7 @@ def clamped_dominant(
     chosen = torch.zeros(geometry.n_pairs, dtype=torch.bool, device=rot_q.device)
     chosen[check_pairs(pairs, geometry)] = True
     alone, keys = only_heads(geometry, rot_k, range(geometry.n_heads))
-    vectors = ClampedVectors(rot_q, keys, alone, trained)
+    vectors = ClampedVectors(rot_q, keys, alone, trained, scale)
     bare, held = vectors.contributions(q_pos, k_pos)
     far = (q_pos - k_pos >= trained)[:, None]
     return dominant_dimension(torch.where(far & chosen, held, bare))
@@ -214,13 +217,14 @@ def bare_by_bin(
     heads: list[int],
     bins: DistanceBins,
     rows: Int[Tensor, "row"],
+    scale: Scale = "none",
 ) -> tuple[Float[Tensor, "head bin"], Int[Tensor, "bin"], Float[Tensor, "head pos"]]:
     """Sums of D and numbers of pairs by bin, and each query's mean D in the last octave inside.
 
     Also of layers that see other distances (``geometry.remapping``).
     """
     alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, heads], keys, alone, precision=torch.float64)
+    vectors = pair_vectors(rot_q[:, heads], keys, alone, scale=scale, precision=torch.float64)
     device, n_pos = rot_q.device, rot_q.shape[0]
     of, inside = bins.of.to(device), bins.reference.to(device)
     n_bins = len(bins.start)
@@ -246,18 +250,20 @@ def clamp_by_bin(
     heads: list[int],
     bins: DistanceBins,
     rows: Int[Tensor, "row"],
+    scale: Scale = "none",
 ) -> ClampSums:
     """Everything that one text and layer tell: D as it is and with pairs clamped, by bin.
 
     Args:
         rot_q, rot_k, geometry: of one text and layer, not remapped.
         heads: those wanted. rows: queries, ascending.
+        scale: of the contributions, as in ``dimension_contributions``.
 
     Memory: ``12 * pair * head * pos`` doubles and bites of 100 MB; linear in the text's length.
     """
-    bare, n_pairs, own = bare_by_bin(rot_q, rot_k, geometry, heads, bins, rows)
+    bare, n_pairs, own = bare_by_bin(rot_q, rot_k, geometry, heads, bins, rows, scale)
     alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = ClampedVectors(rot_q[:, heads], keys, alone, bins.trained)
+    vectors = ClampedVectors(rot_q[:, heads], keys, alone, bins.trained, scale)
     device, n_heads, size = rot_q.device, len(heads), geometry.n_pairs
     of, n_bins = bins.of.to(device), len(bins.start)
     paired = torch.zeros(n_heads, n_bins, dtype=torch.float64, device=device)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_posheads.ablation import by_layer, heads_of
 from tl_posheads.capture import rotary_consumer, rotary_hook_points
-from tl_posheads.counting import evenly, farthest
+from tl_posheads.contributions import Scale, check_scale, evenly, farthest
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import any_length, trained_of
 from tl_posheads.extrapolation.none import None_
@@ -53,6 +53,7 @@ def unseen_angles(
     n_queries: int = 256,
     n_scored: int = 4096,
     per_octave: int = 4,
+    scale: Scale = "none",
     live: Live = "pairs",
     seed: int = 0,
     progress: bool = True,
@@ -81,6 +82,7 @@ def unseen_angles(
         n_queries: of a text that D is taken of, evenly spread.
         n_scored: tokens of a text whose loss is measured, evenly spread.
         per_octave: bins in a doubling of the distance; one begins at the training length.
+        scale: of the contributions that D is taken of, as in ``score_heads``.
         live: what is clamped through the model: all unseen pairs, all others and all pairs
             (``"joint"``), each unseen pair by itself too (``"pairs"``), or nothing (``"none"``).
             Beside them a pass in which the heads don't see keys as far away as that at all.
@@ -105,6 +107,7 @@ def unseen_angles(
         >>> found.summary(); found.by_pair(); found.losses(); found.plot()  # doctest: +SKIP
     """
     require_rotary(model)
+    check_scale(scale)
     require_clean(model)
     if changes_of(model):
         raise PosheadsError(
@@ -127,7 +130,7 @@ def unseen_angles(
     longest = max(len(document) for document in documents)
     facts = {
         **model_facts(model), "trained": known, "factor": factor, "n_queries": n_queries,
-        "n_scored": n_scored, "per_octave": per_octave, "live": live, "seed": seed,
+        "n_scored": n_scored, "per_octave": per_octave, "scale": scale, "live": live, "seed": seed,
         "tokens_sha256": digest_of(by_key), "n_documents": len(by_key), "longest": longest,
         "versions": versions(), **(provenance or {}),
     }  # fmt: skip
@@ -135,7 +138,7 @@ def unseen_angles(
         geometry = RotaryGeometry.from_model(model)
         chosen = _heads(model, geometry, asked, known, longest)
         bins = DistanceBins.up_to(longest - 1, known, per_octave)
-        reader = _Reader(model, geometry, by_layer(chosen), bins, n_queries, n_scored)
+        reader = _Reader(model, geometry, by_layer(chosen), bins, n_queries, n_scored, scale)
         conditions = reader.conditions(live)
         bar = tqdm(
             total=len(by_key) * len(conditions), desc="unseen angles", unit="pass",
@@ -216,10 +219,10 @@ class _Reader:
 
     def __init__(
         self, model: Any, geometry: RotaryGeometry, members: dict[int, list[int]],
-        bins: DistanceBins, n_queries: int, n_scored: int,
+        bins: DistanceBins, n_queries: int, n_scored: int, scale: Scale,
     ) -> None:  # fmt: skip
         self.model, self.geometry, self.members, self.bins = model, geometry, members, bins
-        self.n_queries, self.n_scored = n_queries, n_scored
+        self.n_queries, self.n_scored, self.scale = n_queries, n_scored, scale
         self.unseen = {
             layer: torch.nonzero(unseen_pairs(geometry[layer].inv_freq, bins.trained))
             .flatten()
@@ -258,7 +261,7 @@ class _Reader:
             q, k = rot_q[0], rot_k[0]
             require_finite(layer, q, k, here.kv_head)
             rows = evenly(len(q), self.n_queries, q.device)
-            given = (q, k, here, self.members[layer], self.bins, rows)
+            given = (q, k, here, self.members[layer], self.bins, rows, self.scale)
             seen[layer] = clamp_by_bin(*given) if name == "bare" else bare_by_bin(*given)[0]
 
         targets = scored_positions(len(document), self.n_scored)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import isfinite
+from typing import Any
+
 from tl_posheads.maps import HeadMaps
 from tl_posheads.results import HeadScores
 from tl_posheads.views.attention import said_of_cells
@@ -71,11 +74,7 @@ def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
     facts: list[list[str | None]] = [[None] * scores.rho.shape[1] for _ in scores.rho]
     for row in scores.to_pandas().to_dict("records"):
         if row["rho"] == row["rho"]:
-            facts[int(row["layer"])][int(row["head"])] = (
-                f"Score {row['rho']:.3f}, 95 % interval {row['ci_low']:.3f} to "
-                f"{row['ci_high']:.3f}; {row['rho_geometry']:.3f} by geometry alone; "
-                f"p {row['p_null']:.3g} against the shifted null."
-            )
+            facts[int(row["layer"])][int(row["head"])] = _facts(row)
     opened = {}
     for i, (layer, head) in enumerate(maps.heads if maps else []):
         assert maps is not None
@@ -97,3 +96,17 @@ def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
         _SCRIPT,
         height=720,
     )  # fmt: skip
+
+
+def _facts(row: dict[Any, Any]) -> str:
+    """What a chosen head's panel says; what isn't known is left out."""
+    n = row["n_documents"]
+    said = f"Score {row['rho']:.3f}" + (f", the mean over {n} documents" if n > 1 else "")
+    if isfinite(row["p_adjusted"]):
+        said += (
+            f", 95 % interval {row['ci_low']:.3f} to {row['ci_high']:.3f}, p "
+            f"{row['p_adjusted']:.3g} corrected for the number of heads"
+        )
+    if isfinite(row["rotation"]):
+        said += f"; rotation alone {row['rotation']:.3f}, content alone {row['content']:.3f}"
+    return f"{said}. Mean dominant dimension: {row['d_near']:.1f} near, {row['d_far']:.1f} far."

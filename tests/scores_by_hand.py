@@ -1,0 +1,54 @@
+"""Scores of given size, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tl_posheads import HeadScores
+from tl_posheads.draws import MEASURES
+
+N_PAIRS = 1000  # query-key pairs of a document
+
+
+def head_scores(
+    rho: Any,
+    *,
+    n_documents: int = 8,
+    spread: float = 0.02,
+    seed: int = 0,
+    windows: Sequence[int | None] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> HeadScores:
+    """Scores whose means over documents are ``rho``, up to rounding.
+
+    Rotation is 0.6 and content 0.3 times rho, in every document; D goes from ``3 - rho`` near to
+    ``3 + rho`` far.
+
+    Args:
+        rho: numbers ``[layer, head]`` between -1 and 1; heads that are NaN are not scored.
+        n_documents: documents they are spread over; one is ``rho`` itself.
+        spread: standard deviation over documents, less near -1 and 1. With 0 all documents are
+            alike and equal heads stay equal.
+        seed: of that spread.
+        windows: of the layers; none by default.
+        provenance: as ``{"model": "by hand"}``.
+    """
+    mean = torch.as_tensor(rho, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n_documents, *mean.shape, generator=generator, dtype=torch.float64)
+    noise = spread * (noise - noise.mean(0))
+    room = (1 - mean.abs()) / noise.abs().amax(0).clamp_min(1e-12)
+    rows = mean + noise * room.clamp(0, 1)
+    measures = {
+        "rho": rows, "rotation": 0.6 * rows, "content": 0.3 * rows, "d_near": 3 - rows,
+        "d_far": 3 + rows, "n_pairs": torch.where(rows.isnan(), 0.0, float(N_PAIRS)).double(),
+    }  # fmt: skip
+    return HeadScores.of_values(
+        torch.stack([measures[name] for name in MEASURES]),
+        [f"{i:024x}" for i in range(n_documents)],
+        (None,) * len(mean) if windows is None else windows,
+        {"model": "by hand"} if provenance is None else provenance,
+    )
