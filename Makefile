@@ -9,8 +9,8 @@ NEEDS = pyproject.toml constraints.txt
 demo: .venv/.stamp-demo
 	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --out report
 
-# A process a core, each with one thread: most models are tiny.
-PYTEST = OMP_NUM_THREADS=1 $(OFFLINE) $(1)/bin/python -m pytest -n auto --dist loadfile --durations 20
+# A process a core, each with one thread (tests/conftest.py).
+PYTEST = $(OFFLINE) $(1)/bin/python -m pytest -n auto --dist loadfile --durations 20
 
 # With the newest transformer-lens, all but what is marked slow.
 test: .venv/.stamp-test

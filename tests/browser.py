@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -18,6 +20,12 @@ HOSTILE = [
     "\"'`\\", "&amp;&lt;", "\u2028\u2029", "\x00\x07\x1b[31m", "\ud800", "\u202eright\u202c", "${1}",
     "]]>", "\N{SNOWMAN}\N{VARIATION SELECTOR-16}", " plain",
 ]  # fmt: skip
+
+
+def needs_browser(test: Any) -> Any:
+    """Marks a test that opens pages: slow, and skipped where there is no Chromium."""
+    missing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: no page was opened")
+    return pytest.mark.slow(missing(test))
 
 
 @dataclass

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Most models are so small that waiting for threads takes longer than the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -74,14 +76,3 @@ def small_folder(tokenizer, tmp_path_factory: pytest.TempPathFactory):
         return folder
 
     return make
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For tests of models so small that waiting for threads takes longer than the work."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

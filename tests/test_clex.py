@@ -20,7 +20,7 @@ from tl_posheads.extrapolation.clex_train import spread_positions
 from tl_posheads.geometry import RotaryGeometry
 
 pytest.importorskip("torchdiffeq", reason="torchdiffeq (extra clex) is not installed")
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TRAINED = 64
 OWN = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)

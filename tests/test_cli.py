@@ -23,7 +23,7 @@ from tl_posheads.curves import DominantDimensionCurve
 from tl_posheads.draws import Weighting
 from tl_posheads.maps import HeadMaps
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tl_posheads import AblationStudy
 from tl_posheads.cli_ablate import CONTROLS, TASKS
 from tl_posheads.study import run as study_run
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 ABLATE = (
     "ablate", "PLACE/llama", "s", "--tasks", "copying,perplexity", "--length", 200, "--prompts", 2,

@@ -10,7 +10,7 @@ import torch
 from tl_posheads import CodeScores, load_corpus, load_model, score_heads
 from tl_posheads.cli import main
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 
 def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monkeypatch):

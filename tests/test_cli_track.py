@@ -10,7 +10,7 @@ import torch
 from tl_posheads import Emergence
 from tl_posheads.cli import main
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 
 @pytest.fixture(scope="module")

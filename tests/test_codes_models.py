@@ -25,7 +25,7 @@ from tl_posheads.codes import (
 from tl_posheads.codes.positions import attention_scales, capture_moved, position_table
 from tl_posheads.extrapolation import SelfExtend
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TOKENS = torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(0))
 

@@ -24,7 +24,7 @@ from tl_posheads import extrapolation as ex
 from tl_posheads.report import write_report
 from tl_posheads.tasks.base import Prompt
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TRAINED = 32
 TOKENS = torch.randint(3, 90, (4, 96), generator=torch.Generator().manual_seed(5))

@@ -95,6 +95,7 @@ def kill_a_worker(started, killed):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="workers are found in /proc")
 def test_ray_with_a_killed_worker(folder, documents, local, ray, tmp_path):
     killed: list[str] = []
@@ -110,6 +111,7 @@ def test_ray_with_a_killed_worker(folder, documents, local, ray, tmp_path):
     assert scores.provenance["engine"] == f"ray {ray.__version__}, 2 workers"
 
 
+@pytest.mark.slow
 def test_torchrun(folder, documents, local, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -17,7 +17,7 @@ from tl_posheads import RotaryGeometry, capture_rotary, edit_rotary, score_heads
 from tl_posheads import extrapolation as ex
 from tl_posheads.draws import MEASURES, DocumentDraws, Settings, measure
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 N = 44
 TOKENS = torch.randint(3, 90, (1, N), generator=torch.Generator().manual_seed(8))

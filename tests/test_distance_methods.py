@@ -18,7 +18,7 @@ from tl_posheads.extrapolation.self_extend import SelfExtend
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import RotaryGeometry
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 N, TRAINED, WINDOW = 44, 24, 8
 TOKENS = torch.randint(3, 90, (2, N), generator=torch.Generator().manual_seed(0))

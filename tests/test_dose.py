@@ -16,7 +16,7 @@ from tl_posheads.study import dose
 from tl_posheads.study.dose import layer_matched
 from tl_posheads.tasks.base import Prompt
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TOKENS = torch.randint(3, 90, (4, 30), generator=torch.Generator().manual_seed(8))
 HEADS = [(1, 2), (0, 1)]

@@ -15,7 +15,7 @@ from tl_posheads.extrapolation.dpe_detect import detect_effective_lengths, fit_d
 from tl_posheads.extrapolation.self_extend import SelfExtend
 from tl_posheads.fused import fused_attention
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 
 @torch.no_grad()

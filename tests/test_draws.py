@@ -121,11 +121,12 @@ def test_drawing_errs_less_than_was_asked(weighting, n_docs):
     off = np.array(
         [
             measured(q, k, geometry, replace(settings, seed=seed))["rho"] - exact
-            for seed in range(60)
+            for seed in range(200)
         ]
     )
     spread = np.sqrt((off**2).mean(0))
-    assert spread.max() < target * np.sqrt(n_docs)
+    # The spread of 200 draws is itself known to one part in twenty.
+    assert spread.max() < target * np.sqrt(n_docs) * (1 + 2 / np.sqrt(2 * len(off)))
     assert spread.max() > 0.3 * target * np.sqrt(n_docs)
     # No head is off to one side.
     assert (np.abs(off.mean(0)) < 4 * spread / np.sqrt(len(off))).all()

@@ -18,7 +18,7 @@ import tl_posheads as ph
 from tl_posheads import emergence
 from tl_posheads.emergence.measuring import Moment, look, texts_of
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 STEPS = np.array([0, 1, 3, 7, 15, 31, 63])
 SCORES = ("rho", "ci_low", "ci_high", "rotation", "content", "p_adjusted")
 

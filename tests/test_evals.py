@@ -24,7 +24,7 @@ from tl_posheads import PosheadsError, ablation, models  # noqa: E402
 from tl_posheads.evals import LensLM, evaluate  # noqa: E402
 from tl_posheads.lens_lm import _cut  # noqa: E402
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]
 
 FACTS = [("Ann", "a red hat"), ("Ben", "two dogs"), ("Cleo", "no time"), ("Dan", "a green boat"),

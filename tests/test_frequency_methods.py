@@ -17,7 +17,7 @@ from tl_posheads import extrapolation as ex
 from tl_posheads.contributions import split_pairs
 from tl_posheads.fused import fused_attention
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TRAINED, LENGTH = 64, 200
 TOKENS = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(4))

@@ -38,8 +38,6 @@ N_HEADS, N_BATCHES = 60, 20  # heads of a batch
 TURNING = 50.0 ** (-torch.arange(N_PAIRS) / (N_PAIRS - 1))
 STILL = torch.zeros(N_PAIRS)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def few_in_octaves():

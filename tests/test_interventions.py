@@ -15,7 +15,7 @@ from tl_posheads import extrapolation as ex
 from tl_posheads.contributions import split_pairs
 from tl_posheads.fused import fused_attention
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TOKENS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(6))
 HEADS = [(1, 2), (0, 1)]

@@ -12,7 +12,7 @@ from tl_posheads import extrapolation as ex
 from tl_posheads.extrapolation.longrope_search import search_longrope
 from tl_posheads.passes import target_logprobs
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TRAINED = 32
 CONFIG = {**architectures.BASE, "max_position_embeddings": TRAINED}

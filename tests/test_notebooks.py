@@ -9,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
+pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 

@@ -15,8 +15,6 @@ from transformer_lens import patching as lens_patching
 from tl_posheads import PosheadsError, ablation
 from tl_posheads.patching import HeadPatching, patch_heads
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLEAN = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(1))
 CORRUPTED = CLEAN.clone()
 CORRUPTED[:, 5:7] = (CLEAN[:, 5:7] + 20) % 80 + 3

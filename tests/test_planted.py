@@ -10,7 +10,7 @@ import torch
 
 from tl_posheads.tasks.base import Task
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 
 def logprobs(model, prompts, off=()):

@@ -33,8 +33,6 @@ from tl_posheads.profile.figure import clustered
 from tl_posheads.profile.settings import MEASURES, ProfileSettings, measures_of
 from tl_posheads.statistics import chance_overlap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def generator():

@@ -15,7 +15,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.profile import HeadProfile
 from tl_posheads.profile import settings as profile_settings
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 PROFILE = ("profile", "PLACE/llama", "--corpus", "PLACE/text.txt", "--docs", 2, "--length", 60,
            "--needles", 2)  # fmt: skip

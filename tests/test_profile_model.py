@@ -26,7 +26,7 @@ from tl_posheads.profile.needles import greedy, most_attended, retrieval_scores
 from tl_posheads.profile.settings import columns_of
 from tl_posheads.tasks.base import Prompt
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 CHEAP = ProfileSettings(local_window=8, n_sink=2, utility_steps=5, utility_queries=6)
 NO_NEEDLES = dict(needles=0, settings=CHEAP, progress=False)

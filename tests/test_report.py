@@ -11,7 +11,7 @@ import architectures
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM
+from browser import CHROMIUM, needs_browser
 from browser import opened as watched
 from scipy import stats
 from scores_by_hand import head_scores
@@ -119,7 +119,7 @@ def opened(path, *options):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: the page was not opened")
+@needs_browser
 @pytest.mark.parametrize("name", ["toy", HOSTILE])
 def test_chromium_shows_the_page_without_a_word_on_its_console(tmp_path, name):
     write_report(scores(name), tmp_path / "index.html")
@@ -160,7 +160,7 @@ def test_other_results_bring_sections(full_page):
     assert path.stat().st_size < 10_000_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: the page was not opened")
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_serious_for_those_who_cannot_see_it(full_page, scheme):
     from axe_playwright_python.sync_playwright import Axe
@@ -174,7 +174,7 @@ def test_nothing_serious_for_those_who_cannot_see_it(full_page, scheme):
         assert found.page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: the page was not opened")
+@needs_browser
 def test_the_map_by_keyboard_alone(full_page):
     with watched(full_page[0]) as found:
         for _ in range(8):

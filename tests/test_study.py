@@ -18,8 +18,6 @@ from tl_posheads.study.budget import Cost, Spread, draws_to_try, make_plan, seco
 from tl_posheads.study.results import UNABLATED
 from tl_posheads.tasks import Prompt
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOP = (3, 5)
 ONE_HEAD = 1 / 128
 

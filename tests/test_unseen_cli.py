@@ -13,7 +13,7 @@ from tl_posheads import PosheadsError
 from tl_posheads.cli_unseen import LIVE, TABLES, add_command, sentences
 from tl_posheads.unseen import UnseenAngles
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 UNSEEN = (
     "unseen", "PLACE/llama", "--trained", 24, "--corpus", "PLACE/text.txt", "--docs", 4,

@@ -19,7 +19,7 @@ from tl_posheads.remapping import pair_vectors
 from tl_posheads.unseen import UnseenAngles, clamp_rotary, clamped_dominant, unseen_angles
 from tl_posheads.unseen.live import clamped, hiding
 
-pytestmark = [pytest.mark.lens, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.lens
 
 TRAINED = 24
 TOKENS = torch.randint(3, 90, (5, 80), generator=torch.Generator().manual_seed(3))

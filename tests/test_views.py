@@ -12,7 +12,7 @@ import architectures
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, HOSTILE, opened
+from browser import HOSTILE, needs_browser, opened
 from scipy import stats
 from scores_by_hand import head_scores
 from test_report import scores as toy_scores
@@ -149,7 +149,6 @@ VIEWS = {
     "far_samples": lambda maps: views.far_samples(maps, k=2, around=20),
     "score_map": lambda maps: views.score_map(toy_scores(HOSTILE[0]), maps),
 }
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: no view was opened")
 
 
 @needs_browser

@@ -173,7 +173,7 @@ class ScoreAccumulator:
             q, k = rot_q[0, settings.skip_first :], rot_k[0, settings.skip_first :]
             if not draws:
                 draws.append(DocumentDraws(document, q.shape[0], settings))
-            self._measure(q, k, geometry[layer].after(settings.skip_first), draws[0])
+            self._measure(layer, q, k, geometry[layer].after(settings.skip_first), draws[0])
 
         return measure_layer
 
@@ -203,16 +203,16 @@ class ScoreAccumulator:
                     f"a text of {q.shape[0]} positions (after skip_first={first}) was given; a "
                     "pair of tokens needs at least 2"
                 )
-            self._measure(q, k, geometry, DocumentDraws(documents[i], q.shape[0], self.settings))
+            draws = DocumentDraws(documents[i], q.shape[0], self.settings)
+            self._measure(layer, q, k, geometry, draws)
 
     def _measure(
-        self, q: Tensor, k: Tensor, geometry: LayerGeometry, document: DocumentDraws
+        self, layer: int, q: Tensor, k: Tensor, geometry: LayerGeometry, draws: DocumentDraws
     ) -> None:
         if q.device.type == "mps":  # it has no float64
             q, k = q.cpu(), k.cpu()
-        require_finite(geometry.layer, q, k, geometry.kv_head)
-        values = measure(q, k, geometry, document)
-        self.rows.setdefault(document.name, {})[geometry.layer] = values.cpu()
+        require_finite(layer, q, k, geometry.kv_head)
+        self.rows.setdefault(draws.name, {})[layer] = measure(q, k, geometry, draws).cpu()
 
     def merge(self, other: ScoreAccumulator) -> None:
         """Put the rows of ``other`` beside these.

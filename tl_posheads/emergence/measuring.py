@@ -93,7 +93,7 @@ def look(
                 geometry: RotaryGeometry = geometry,
             ) -> None:  # fmt: skip
                 measure_layer(layer, q, k)
-                curve.add(geometry[layer], q[0], k[0])
+                curve.add(layer, geometry[layer], q[0], k[0])
 
             with rotary_consumer(model, consumer, accumulator.layers), fused_attention(model):
                 losses.append(_loss(model, document, edges))
@@ -132,11 +132,11 @@ class _Curve:
 
     def add(
         self,
+        layer: int,
         geometry: LayerGeometry,
         rot_q: Float[Tensor, "pos head d_head"],
         rot_k: Float[Tensor, "pos kv_head d_head"],
     ) -> None:
-        layer = geometry.layer
         heads = range(geometry.n_heads)
         mean, n_pairs = mean_by_distance(rot_q, rot_k, geometry, heads, scale=self._scale)
         octave = _octave_of(torch.arange(1, len(n_pairs) + 1), self._edges)
