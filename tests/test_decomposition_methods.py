@@ -12,6 +12,7 @@ from conftest import CLASSES
 from scipy.stats import spearmanr
 from test_capture import warm
 from test_distance_methods import METHODS, TRAINED, numbers
+from text_by_hand import positions
 
 from tl_posheads import RotaryGeometry, capture_rotary, edit_rotary, score_heads
 from tl_posheads import extrapolation as ex
@@ -77,15 +78,11 @@ def by_loop(q, k, g, draw, distance, first, factor):
         weight = np.exp(score - score.max(-1, keepdims=True))
         return weight @ np.arange(g.n_pairs) / weight.sum(-1)
 
-    def places(pairs):
-        return [(i + first, j + first) for i, j in zip(pairs.q_pos.tolist(), pairs.k_pos.tolist())]
-
-    own = places(draw.pairs)
-    given = [own[n] for n in draw.given.tolist()]
+    own, given, *octaves = ([(i + first, j + first) for i, j in some] for some in positions(draw))
     apart, there = (np.array([i - j for i, j in at]) for at in (own, given))
     here = np.stack([dominant(at, at) for at in own], 1)
     moved = np.stack([dominant(*both) for both in zip(own, given)], 1)
-    near, far = (np.mean([dominant(at, at) for at in places(x)], 0) for x in (draw.near, draw.far))
+    near, far = (np.mean([dominant(at, at) for at in some], 0) for some in octaves)
     return {
         "rho": [spearmanr(apart, row).statistic for row in here],
         "rotation": [spearmanr(there, row).statistic for row in moved],

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from text_by_hand import CPU, GEOMETRIES, NAME, every_pair, measured, planted, rising, text
+from text_by_hand import (
+    CPU,
+    GEOMETRIES,
+    NAME,
+    every_pair,
+    measured,
+    planted,
+    positions,
+    rising,
+    text,
+)
 
-from tl_posheads import LayerGeometry, draws
+from tl_posheads import LayerGeometry
 from tl_posheads.contributions import rotate_by
 from tl_posheads.draws import DocumentDraws, Settings, draw_pairs
+from tl_posheads.remapping import pair_vectors
 
 
 @pytest.mark.parametrize(("nearest", "longest"), [(1, 11), (1, 4), (3, 7), (11, 11)])
@@ -21,30 +32,30 @@ def test_where_there_are_no_more_every_pair_is_taken_once(nearest, longest, weig
     there = sorted((i, j) for i, j in every_pair(12) if nearest <= i - j <= longest)
     generator = np.random.default_rng(0)
     for n in (len(there), len(there) + 1, 10_000):
-        found = draw_pairs(12, nearest, longest, n, weighting, generator)
+        found, weights = draw_pairs(12, nearest, longest, n, weighting, generator)
         assert sorted(zip(found.q_pos.tolist(), found.k_pos.tolist())) == there
         if weighting == "pair":
-            assert found.weights is None
+            assert weights is None
         else:
             apart = (found.q_pos - found.k_pos).numpy()
-            sums = np.bincount(apart, found.weights.numpy())[nearest:]
+            sums = np.bincount(apart, weights.numpy())[nearest:]
             np.testing.assert_allclose(sums, 1.0)
     if len(there) > 1:
-        assert len(draw_pairs(12, nearest, longest, len(there) - 1, weighting, generator).q_pos) < (
-            len(there)
-        )
+        assert len(
+            draw_pairs(12, nearest, longest, len(there) - 1, weighting, generator)[0].q_pos
+        ) < (len(there))
 
 
 @pytest.mark.parametrize("longest", [19, 6])
 def test_every_pair_is_drawn_as_often(longest):
     there = every_pair(20, longest + 1)
-    found = draw_pairs(20, 1, longest, 40_000, "pair", np.random.default_rng(1))
-    assert found.weights is None
+    found, weights = draw_pairs(20, 1, longest, 40_000, "pair", np.random.default_rng(1))
+    assert weights is None
     # More are asked for than there are: each once. Below, fewer at a time.
     assert len(found.q_pos) == len(there)
     generator, count = np.random.default_rng(1), np.zeros((20, 20))
     for _ in range(600):
-        found = draw_pairs(20, 1, longest, len(there) - 1, "pair", generator)
+        found, weights = draw_pairs(20, 1, longest, len(there) - 1, "pair", generator)
         np.add.at(count, (found.q_pos.numpy(), found.k_pos.numpy()), 1)
     seen = count[tuple(np.array(there).T)]
     assert seen.sum() == count.sum() == 600 * (len(there) - 1)
@@ -56,8 +67,8 @@ def test_every_distance_is_drawn_as_often_and_every_pair_within_it(longest):
     n = len(every_pair(20, longest + 1)) - 1
     generator, count = np.random.default_rng(2), np.zeros((20, 20))
     for _ in range(600):
-        found = draw_pairs(20, 1, longest, n, "distance", generator)
-        assert found.weights is None
+        found, weights = draw_pairs(20, 1, longest, n, "distance", generator)
+        assert weights is None
         np.add.at(count, (found.q_pos.numpy(), found.k_pos.numpy()), 1)
     by_distance = [np.diagonal(count, -d) for d in range(1, longest + 1)]
     assert sum(map(np.sum, by_distance)) == count.sum() == 600 * n
@@ -69,7 +80,7 @@ def test_every_distance_is_drawn_as_often_and_every_pair_within_it(longest):
 
 @pytest.mark.parametrize("weighting", ["pair", "distance"])
 def test_drawn_pairs_keep_to_their_bounds(weighting):
-    found = draw_pairs(3000, 700, 1400, 5000, weighting, np.random.default_rng(3))
+    found, weights = draw_pairs(3000, 700, 1400, 5000, weighting, np.random.default_rng(3))
     apart = found.q_pos - found.k_pos
     assert (int(apart.min()), int(apart.max())) == (700, 1400)
     assert 0 <= int(found.k_pos.min()) < 5
@@ -81,7 +92,7 @@ def test_a_documents_draw_is_of_its_name_and_seed_and_its_layers_share_it():
     one = DocumentDraws(NAME, 100, settings)
     assert one.within(None, CPU) is one.within(500, CPU)
     assert one.within(30, CPU) is not one.within(None, CPU)
-    assert int((one.within(30, CPU).pairs.q_pos - one.within(30, CPU).pairs.k_pos).max()) <= 29
+    assert int(one.within(30, CPU).pairs.distance.max()) <= 29
 
     def drawn(name, seed):
         return DocumentDraws(name, 100, replace(settings, seed=seed)).within(None, CPU).pairs.q_pos
@@ -89,8 +100,10 @@ def test_a_documents_draw_is_of_its_name_and_seed_and_its_layers_share_it():
     assert torch.equal(drawn(NAME, 0), one.within(None, CPU).pairs.q_pos)
     assert not torch.equal(drawn(NAME, 0), drawn(NAME, 1))
     assert not torch.equal(drawn(NAME, 0), drawn("f" + NAME[1:], 0))
-    given = one.within(None, CPU).given
-    assert torch.equal(given.sort().values, torch.arange(200))
+    own, given, *_ = positions(one.within(None, CPU))
+    assert len(own) == 200
+    assert sorted(own) == sorted(given)
+    assert own != given
 
 
 def curves(n_pos):
@@ -164,7 +177,7 @@ def test_counting_and_drawing_measure_the_same(weighting):
 def test_near_and_far_means_are_drawn():
     geometry = GEOMETRIES["half"]
     q, k = text(geometry, 400)
-    d = draws.pair_vectors(q, k, geometry).dominant_rows(torch.arange(400), slice(0, 400)).numpy()
+    d = pair_vectors(q, k, geometry).dominant_rows(torch.arange(400), slice(0, 400)).numpy()
     i, j = np.tril_indices(400, -1)
     found = measured(q, k, geometry, Settings(draws=10))
     for name, here in (("d_near", i - j <= 2), ("d_far", i - j >= 200)):

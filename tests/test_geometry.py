@@ -23,7 +23,7 @@ from tl_posheads import (
     score_heads,
     unrotated_contribution,
 )
-from tl_posheads.draws import n_visible
+from tl_posheads.all_pairs import n_visible
 
 pytestmark = pytest.mark.lens
 

@@ -23,12 +23,13 @@ from text_by_hand import (
     every_pair,
     measured,
     planted,
+    positions,
     rising,
     text,
     weighted_spearman,
 )
 
-from tl_posheads import LayerGeometry, draws
+from tl_posheads import LayerGeometry, all_pairs, draws
 from tl_posheads.contributions import rotate_by
 from tl_posheads.draws import MEASURES, DocumentDraws, Settings
 from tl_posheads.remapping import Region, Remapping
@@ -73,9 +74,8 @@ def test_rotation_and_content_turn_contents_back_and_on(kind, scale, n, weightin
     settings = Settings(draws=n, scale=scale, weighting=weighting)
     found = measured(q, k, geometry, settings)
     draw = DocumentDraws(NAME, 25, settings).within(geometry.window, CPU)
-    pairs = list(zip(draw.pairs.q_pos.tolist(), draw.pairs.k_pos.tolist()))
+    pairs, places, *_ = positions(draw)
     assert (len(pairs) == 60) == (n == 60)
-    places = [pairs[g] for g in draw.given.tolist()]
     weights = np.ones(len(pairs))
     if weighting == "distance" and n == 500:
         per_distance = np.bincount([i - j for i, j in pairs])
@@ -120,8 +120,7 @@ def test_a_layer_that_sees_other_distances(exact):
         return dominant(factor * (product * turn).real)
 
     draw = DocumentDraws(NAME, 26, settings).within(None, CPU)
-    pairs = list(zip(draw.pairs.q_pos.tolist(), draw.pairs.k_pos.tolist()))
-    places = [pairs[g] for g in draw.given.tolist()]
+    pairs, places, *_ = positions(draw)
     for head in range(2):
         apart = [i - j for i, j in every_pair(26)]
         d = [seen(pair, pair, head) for pair in every_pair(26)]
@@ -173,16 +172,16 @@ def shapes(n_pos):
 def test_ranks_of_all_pairs_are_exact_in_whatever_memory(monkeypatch, held, weighting, window):
     geometry, q, k = shapes(90)
     geometry = replace(geometry, window=window)
-    vectors = draws.pair_vectors(q, k, geometry)
+    vectors = all_pairs.pair_vectors(q, k, geometry)
     seen = np.array(every_pair(90, window)).T
     d = vectors.dominant_rows(torch.arange(90), slice(0, 90)).numpy()[:, seen[0], seen[1]]
     reference = np.array([by_hand(q, k, geometry, 1, p, p) for p in seen.T])
     np.testing.assert_allclose(d[1], reference, atol=1e-10)
     assert 1e-15 < np.median(np.abs(d[4] - 2)) < 1e-11
     assert 1e-15 < np.median(np.abs(d[5])) < 1e-11
-    monkeypatch.setattr(draws, "_HELD", held)
+    monkeypatch.setattr(all_pairs, "_HELD", held)
     settings = Settings(draws=100, exact=True, weighting=weighting)
-    found = draws.spearman_of_all(q, k, geometry, settings).numpy()
+    found = all_pairs.spearman_of_all(q, k, geometry, scale="none", weighting=weighting).numpy()
     distance = seen[0] - seen[1]
     weights = np.ones(len(distance))
     if weighting == "distance":
@@ -205,8 +204,7 @@ def test_counted_is_drawn_where_all_are_drawn(weighting):
     geometry, q, k = shapes(90)
     q, k = q.float(), k.float()
     drawn = measured(q, k, geometry, Settings(draws=5000, weighting=weighting))["rho"]
-    settings = Settings(draws=5000, exact=True, weighting=weighting)
-    counted = draws.spearman_of_all(q, k, geometry, settings).numpy()
+    counted = all_pairs.spearman_of_all(q, k, geometry, scale="none", weighting=weighting).numpy()
     np.testing.assert_allclose(drawn[:6], counted[:6], atol=1e-4)
     assert np.isnan(drawn[6])
 

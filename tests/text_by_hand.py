@@ -98,3 +98,10 @@ def planted(geometry, n_pos, steady, noise, seed):
     shape = (2, n_pos, geometry.n_heads, geometry.d_head)
     contents = steady + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
     return [rotate_by(x, torch.arange(n_pos), geometry) for x in contents]
+
+
+def positions(draw):
+    """Of a draw the (query, key) positions of its pairs, those given to them, and both octaves'."""
+    every, given = (list(zip(x.q_pos.tolist(), x.k_pos.tolist())) for x in (draw.pairs, draw.given))
+    n, n_near, _ = draw.sizes
+    return every[:n], given, every[n : n + n_near], every[n + n_near :]

@@ -12,36 +12,29 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_posheads.all_pairs import Weighting, n_visible, spearman_of_all
 from tl_posheads.contributions import (
-    PairVectors,
     Scale,
     check_scale,
-    evenly,
     expand_keys,
     farthest,
-    rows_of,
     scale_factor,
     split_pairs,
 )
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
-from tl_posheads.remapping import only_heads, pair_vectors
-from tl_posheads.statistics import correlation, draws_for, midranks, spearman_by_distance
-
-Weighting = Literal["pair", "distance"]
+from tl_posheads.statistics import correlation, draws_for, midranks
 
 MEASURES = ("rho", "rotation", "content", "d_near", "d_far", "n_pairs")
 _OCTAVE_DRAWS = 256  # pairs of the nearest and of the farthest octave, each
 _CHUNK, _CHUNK_GPU = 1 << 18, 1 << 26  # contributions of drawn pairs at a time
-_HELD = 1 << 25  # values of D that are ranked at a time
 
 
 @dataclass(frozen=True)
@@ -109,16 +102,14 @@ class Settings:
 
 
 class Pairs(NamedTuple):
-    """Query-key pairs of a text, the same for all heads.
-
-    Attributes:
-        q_pos, k_pos: their positions.
-        weights: of each; None is 1.
-    """
+    """Query-key pairs of a text, the same for all heads: positions of queries and of keys."""
 
     q_pos: Int[Tensor, "n"]
     k_pos: Int[Tensor, "n"]
-    weights: Float[Tensor, "n"] | None = None
+
+    @property
+    def distance(self) -> Int[Tensor, "n"]:
+        return self.q_pos - self.k_pos
 
 
 def draw_pairs(
@@ -128,13 +119,16 @@ def draw_pairs(
     n: int,
     weighting: Weighting,
     generator: np.random.Generator,
-) -> Pairs:
+) -> tuple[Pairs, Float[Tensor, "n"] | None]:
     """Pairs ``nearest`` to ``longest`` tokens apart, drawn with replacement; all if no more than n.
+
+    Returns:
+        The pairs and their weights; None is 1 each.
 
     Example:
         >>> import numpy as np
         >>> draw_pairs(3, 1, 2, 9, "pair", np.random.default_rng(0))
-        Pairs(q_pos=tensor([1, 2, 2]), k_pos=tensor([0, 1, 0]), weights=None)
+        (Pairs(q_pos=tensor([1, 2, 2]), k_pos=tensor([0, 1, 0])), None)
     """
     apart = np.arange(nearest, longest + 1)
     there = n_pos - apart  # pairs at each distance
@@ -149,7 +143,7 @@ def draw_pairs(
         at = np.searchsorted(share, generator.random(n) * share[-1], side="right")
         distance = apart[np.minimum(at, len(apart) - 1)]
         q_pos = distance + (generator.random(n) * (n_pos - distance)).astype(np.int64)
-    return Pairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance), weights)
+    return Pairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance)), weights
 
 
 @dataclass(frozen=True)
@@ -157,21 +151,45 @@ class Draw:
     """What is looked at in one document by all layers that see as far.
 
     Attributes:
-        pairs: those that rho is taken over.
-        given: for each of these contents the number of the pair at whose positions it is put.
-        near, far: pairs 1 or 2 tokens apart, and in the farthest octave.
+        pairs: those that rho is taken over; behind them pairs 1 or 2 tokens apart, and pairs of the
+            farthest octave.
+        sizes: how many of each.
+        given: at whose positions the contents of each of the first are put.
+        weights: of the first; None is 1 each.
+        moved_weights: of contents and given positions together.
+        ranks: of the distance, and among the moved contents of the distance that they came from
+            and of the distance given.
     """
 
     pairs: Pairs
-    given: Int[Tensor, "n"]
-    near: Pairs
-    far: Pairs
+    sizes: tuple[int, int, int]
+    given: Pairs
+    weights: Float[Tensor, "n"] | None
+    moved_weights: Float[Tensor, "n"] | None
+    ranks: tuple[Tensor, Tensor, Tensor]
 
-    def to(self, device: torch.device) -> Draw:
-        def moved(pairs: Pairs) -> Pairs:
-            return Pairs(*(None if x is None else x.to(device) for x in pairs))  # type: ignore[arg-type]
-
-        return Draw(moved(self.pairs), self.given.to(device), moved(self.near), moved(self.far))
+    @classmethod
+    def of(
+        cls,
+        pairs: Pairs,
+        weights: Tensor | None,
+        order: Int[Tensor, "n"],
+        near: Pairs,
+        far: Pairs,
+        device: torch.device,
+    ) -> Draw:
+        """From pairs, the order in which their positions are given, and both octaves' pairs."""
+        given = Pairs(*(x[order] for x in pairs))
+        moved = None if weights is None else weights * weights[order]
+        ranks = [
+            midranks(x.distance, w) for x, w in ((pairs, weights), (pairs, moved), (given, moved))
+        ]
+        read = Pairs(*(torch.cat(x).to(device) for x in zip(pairs, near, far, strict=True)))
+        sizes = (len(pairs.q_pos), len(near.q_pos), len(far.q_pos))
+        weights, moved = (None if x is None else x.to(device) for x in (weights, moved))
+        own, came, put = (x.to(device) for x in ranks)
+        given = Pairs(*(x.to(device) for x in given))
+        return cls(read, sizes, given, weights, moved, (own, came, put))
 
 
 class DocumentDraws:
@@ -192,20 +210,22 @@ class DocumentDraws:
         longest = farthest(self._n_pos, window)
         key = (longest, device)
         if key not in self._known:
-            self._known[key] = self._draw(longest).to(device)
+            self._known[key] = self._draw(longest, device)
         return self._known[key]
 
-    def _draw(self, longest: int) -> Draw:
+    def _draw(self, longest: int, device: torch.device) -> Draw:
         settings, n_pos = self.settings, self._n_pos
         name = hashlib.sha256(self.name.encode()).digest()
         generator = np.random.default_rng([settings.seed, *name])
-        pairs = draw_pairs(n_pos, 1, longest, settings.draws, settings.weighting, generator)
-        given = torch.as_tensor(generator.permutation(len(pairs.q_pos)))
+        pairs, weights = draw_pairs(
+            n_pos, 1, longest, settings.draws, settings.weighting, generator
+        )
+        order = torch.as_tensor(generator.permutation(len(pairs.q_pos)))
         near, far = (
-            draw_pairs(n_pos, *octave, _OCTAVE_DRAWS, "pair", generator)
+            draw_pairs(n_pos, *octave, _OCTAVE_DRAWS, "pair", generator)[0]
             for octave in ((1, min(2, longest)), ((longest + 1) // 2, longest))
         )
-        return Draw(pairs, given, near, far)
+        return Draw.of(pairs, weights, order, near, far, device)
 
 
 def measure(
@@ -220,41 +240,28 @@ def measure(
     """
     settings = draws.settings
     draw = draws.within(geometry.window, rot_q.device)
-    pairs, n = draw.pairs, len(draw.pairs.q_pos)
-    read = [pairs, draw.near, draw.far]
-    q_pos, k_pos = (torch.cat([getattr(x, name) for x in read]) for name in ("q_pos", "k_pos"))
-    given = Pairs(pairs.q_pos[draw.given], pairs.k_pos[draw.given])
-    dominant, moved = [], []
-    for chunk, product in _products(rot_q, rot_k, geometry, q_pos, k_pos, settings.scale):
+    n, dominant, moved = draw.sizes[0], [], []
+    for chunk, product in _products(rot_q, rot_k, geometry, draw.pairs, settings.scale):
         dominant.append(product.dominant())
-        there = Pairs(given.q_pos[chunk], given.k_pos[chunk])
+        there = Pairs(*(x[chunk] for x in draw.given))
         moved.append(product.first(len(there.q_pos)).dominant(there))
-    d, apart = torch.cat(dominant).T, pairs.q_pos - pairs.k_pos
+    at_own, near, far = torch.cat(dominant).T.split(draw.sizes, 1)
+    own, came, put = draw.ranks
     n_ranked, n_all = n, n_visible(rot_q.shape[0], geometry.window)
     if settings.exact and n < n_all:
         n_ranked = n_all
-        rho = spearman_of_all(rot_q, rot_k, geometry, settings)
-    else:
-        rho = spearman_by_distance(apart, d[:, :n], pairs.weights)
-    if geometry.is_rotation:
-        weights = None if pairs.weights is None else pairs.weights * pairs.weights[draw.given]
-        ranks = midranks(torch.cat(moved).T, weights)
-        rotation, content = (
-            correlation(ranks, midranks(distance, weights), weights)
-            for distance in (given.q_pos - given.k_pos, apart)
+        rho = spearman_of_all(
+            rot_q, rot_k, geometry, scale=settings.scale, weighting=settings.weighting
         )
     else:
-        rotation = content = torch.full_like(rho, float("nan"))
-    near, far = d[:, n:].split([len(draw.near.q_pos), len(draw.far.q_pos)], 1)
+        rho = correlation(midranks(at_own, draw.weights), own, draw.weights)
+    rotation = content = torch.full_like(rho, float("nan"))
+    if geometry.is_rotation:
+        ranks = midranks(torch.cat(moved).T, draw.moved_weights)
+        rotation, content = (correlation(ranks, x, draw.moved_weights) for x in (put, came))
     return torch.stack(
         [rho, rotation, content, near.mean(1), far.mean(1), torch.full_like(rho, n_ranked)]
     )
-
-
-def n_visible(n_pos: int, window: int | None) -> int:
-    """Query-key pairs of a text that attention sees, a token with itself left out."""
-    longest = farthest(n_pos, window)
-    return longest * n_pos - longest * (longest + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -285,11 +292,11 @@ class _Product:
 
     def _turned(self, at: Pairs) -> Float[Tensor, "n head pair"]:
         """The contributions that the contents would make at these positions."""
-        distance = (at.q_pos - at.k_pos)[:, None, None].double()
+        distance = at.distance[:, None, None].double()
         factor, remapping = None, self.geometry.remapping
         if remapping is not None:
             distance, factor = remapping.distances(at.q_pos, at.k_pos, self.geometry.n_heads)
-        steps = distance - (self.pairs.q_pos - self.pairs.k_pos)[:, None, None]
+        steps = distance - self.pairs.distance[:, None, None]
         # In float64 up to here: thousands of turns leave float32 no digits.
         angle = torch.remainder(steps * self.geometry.inv_freq.to(steps.device), 2 * math.pi)
         angle = angle.to(self.real.dtype)
@@ -298,107 +305,20 @@ class _Product:
 
 
 def _products(
-    rot_q: Tensor,
-    rot_k: Tensor,
-    geometry: LayerGeometry,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    scale: Scale,
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, pairs: Pairs, scale: Scale
 ) -> Iterator[tuple[slice, _Product]]:
-    step = max(
-        1, (_CHUNK_GPU if rot_q.is_cuda else _CHUNK) // (geometry.n_heads * geometry.n_pairs)
-    )
+    at_once = _CHUNK_GPU if rot_q.is_cuda else _CHUNK
+    step = max(1, at_once // (geometry.n_heads * geometry.n_pairs))
     precision = torch.promote_types(rot_q.dtype, torch.float32)
     factor = scale_factor(scale, geometry)
-    for start in range(0, len(q_pos), step):
+    for start in range(0, len(pairs.q_pos), step):
         chunk = slice(start, start + step)
-        q, k = rot_q.index_select(0, q_pos[chunk]), rot_k.index_select(0, k_pos[chunk])
+        some = Pairs(*(x[chunk] for x in pairs))
+        q, k = rot_q.index_select(0, some.q_pos), rot_k.index_select(0, some.k_pos)
         k = expand_keys(k, q, geometry)
         (q1, q2), (k1, k2) = (split_pairs(x.to(precision), geometry) for x in (q, k))
         real = (q1 * k1).addcmul_(q2, k2)
         imag = (q2 * k1).addcmul_(q1, k2, value=-1)
-        pairs = Pairs(q_pos[chunk], k_pos[chunk])
-        yield chunk, _Product(real.mul_(factor), imag.mul_(factor), pairs, geometry)
-
-
-def spearman_of_all(
-    rot_q: Float[Tensor, "pos head d_head"],
-    rot_k: Float[Tensor, "pos kv_head d_head"],
-    geometry: LayerGeometry,
-    settings: Settings,
-) -> Float[Tensor, "head"]:
-    """Spearman's rho over all pairs that attention sees, exactly, in bounded memory.
-
-    As many heads at a time as 33 million values of D hold. A head that has more by itself (texts
-    of more than 8,192 tokens) is read again for one range of D after the other.
-
-    Memory: about 2 GB. Time: quadratic in the length up to 8,192 tokens, of fourth order beyond.
-    """
-    n_pos, n = rot_q.shape[0], n_visible(rot_q.shape[0], geometry.window)
-    longest, device = farthest(n_pos, geometry.window), rot_q.device
-    apart = torch.arange(1, longest + 1, device=device)
-    weight = torch.ones(longest, dtype=torch.float64, device=device)
-    if settings.weighting == "distance":
-        weight = 1.0 / (n_pos - apart).double()
-    share = weight * (n_pos - apart)
-    rank = share.cumsum(0) - share / 2
-    by_distance = torch.stack([weight, rank - (rank @ share) / share.sum()])
-    rows, step = torch.arange(1, n_pos, device=device), max(1, _HELD // n)
-    found = []
-    for start in range(0, geometry.n_heads, step):
-        heads = list(range(start, min(start + step, geometry.n_heads)))
-        alone, keys = only_heads(geometry, rot_k, heads)
-        vectors = pair_vectors(rot_q[:, heads], keys, alone, scale=settings.scale)
-        splits = [-math.inf, *_splits(vectors, n_pos, geometry.window), math.inf]
-        sums = torch.zeros(4, len(heads), dtype=torch.float64, device=device)
-        for low, high in pairwise(splits):
-            _add_range(sums, rows_of(vectors, rows, geometry.window), low, high, by_distance)
-        total, first, second, product = sums
-        spread = second / total - (first / total) ** 2
-        over = (share * by_distance[1] ** 2).sum() / share.sum()
-        rho = product / total / (spread * over).sqrt()
-        found.append(rho.masked_fill(spread < 1e-13 * total**2, float("nan")))
-    return torch.cat(found)
-
-
-def _splits(vectors: PairVectors, n_pos: int, window: int | None) -> list[float]:
-    """Values of D between which no more lie than are ranked at a time; of one head."""
-    n = n_visible(n_pos, window)
-    if n * vectors.n_heads <= _HELD:
-        return []
-    rows = evenly(n_pos, 16, vectors.q.device)
-    some = torch.cat([d[:, valid].flatten() for d, _, valid, _ in rows_of(vectors, rows, window)])
-    at = torch.linspace(0, 1, 2 + n // _HELD * 2, dtype=torch.float64)[1:-1]
-    return sorted({float(some.sort().values[int(q * (len(some) - 1))]) for q in at})
-
-
-def _add_range(
-    sums: Float[Tensor, "four head"],
-    bites: Iterator[tuple[Tensor, ...]],
-    low: float,
-    high: float,
-    by_distance: Float[Tensor, "two distance"],
-) -> None:
-    """Add weight, rank, its square, and its product with distance's, of the D in [low, high).
-
-    ``low`` itself, which may be many pairs' D, is counted without being kept. More than one head
-    only where nothing is left out.
-    """
-    values, distances = [], []
-    at_low = torch.zeros(2, dtype=torch.float64, device=sums.device)
-    for dominant, distance, valid, _ in bites:
-        d, apart = dominant[:, valid], distance[valid]
-        if low > -math.inf or high < math.inf:
-            weight, y = by_distance[:, apart[d[0] == low] - 1]
-            at_low += torch.stack([weight.sum(), (weight * y).sum()])
-            inside = (d[0] > low) & (d[0] < high)
-            d, apart = d[:, inside], apart[inside]
-        values.append(d)
-        distances.append(apart)
-    weight, y = by_distance[:, torch.cat(distances) - 1]
-    middle = sums[0] + at_low[0] / 2
-    rank = (sums[0] + at_low[0])[:, None] + midranks(torch.cat(values, 1), weight)
-    sums[1] += middle * at_low[0] + rank @ weight
-    sums[2] += middle**2 * at_low[0] + (rank * rank) @ weight
-    sums[3] += middle * at_low[1] + rank @ (weight * y)
-    sums[0] += at_low[0] + weight.sum()
+        if factor != 1:
+            real, imag = real.mul_(factor), imag.mul_(factor)
+        yield chunk, _Product(real, imag, some, geometry)
