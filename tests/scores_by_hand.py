@@ -46,9 +46,9 @@ def head_scores(
         "rho": rows, "rotation": 0.6 * rows, "content": 0.3 * rows, "d_near": 3 - rows,
         "d_far": 3 + rows, "n_pairs": torch.where(rows.isnan(), 0.0, float(N_PAIRS)).double(),
     }  # fmt: skip
-    return HeadScores.of_values(
+    return HeadScores(
         torch.stack([measures[name] for name in MEASURES]),
-        [f"{i:024x}" for i in range(n_documents)],
-        (None,) * len(mean) if windows is None else windows,
+        tuple(f"{i:024x}" for i in range(n_documents)),
+        (None,) * len(mean) if windows is None else tuple(windows),
         {"model": "by hand"} if provenance is None else provenance,
     )

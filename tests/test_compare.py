@@ -194,7 +194,7 @@ def test_round_trip(found, tmp_path):
 
 def test_comparisons_of_an_earlier_version_are_refused(found, tmp_path):
     label = found.save(tmp_path) / "comparison.json"
-    label.write_text(label.read_text().replace('"version": 2', '"version": 1', 1))
+    label.write_text(label.read_text().replace('"version": 3', '"version": 2', 1))
     with pytest.raises(PosheadsError, match="measured otherwise: compare again"):
         ExtrapolationComparison.load(tmp_path)
 

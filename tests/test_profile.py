@@ -301,7 +301,7 @@ def test_overlap_against_sets_and_chance(table):
     assert (rows["p_adjusted"].dropna() >= rows["p"].dropna()).all()
     assert profile.overlap(0.1)["n_positional"].tolist()[0] == 6
     for wrong in (0, 1.5, True, "5"):
-        with pytest.raises(PosheadsError, match="overlap"):
+        with pytest.raises(PosheadsError, match="heads were asked for; expected a count"):
             profile.overlap(wrong)
 
 
@@ -320,7 +320,7 @@ def test_saved_and_read_again(table, tmp_path):
     (tmp_path / "p" / "profile.parquet").write_bytes(data[:-1])
     with pytest.raises(PosheadsError, match="damaged"):
         HeadProfile.load(tmp_path / "p")
-    with pytest.raises(PosheadsError, match="holds no a profile|holds no"):
+    with pytest.raises(PosheadsError, match="holds no profiles"):
         HeadProfile.load(tmp_path / "nowhere")
 
 

@@ -172,10 +172,10 @@ def test_heads_are_compared_by_paired_t_tests_over_the_documents_in_common():
     np.testing.assert_allclose(frame.p_adjusted, stats.false_discovery_control(test.pvalue))
     # By name, wherever a document stands.
     order = [4, 1, 0, 5, 3, 2]
-    names = [a.document_names[i] for i in order]
-    mixed = HeadScores.of_values(a.values[:, order], names, a.windows, a.provenance)
+    names = tuple(a.document_names[i] for i in order)
+    mixed = HeadScores(a.values[:, order], names, a.windows, a.provenance)
     pd.testing.assert_frame_equal(mixed.compare(b).by_head, frame)
-    alone = HeadScores.of_values(a.values, ["f" * 24] * 5 + [names[0]], a.windows, {})
+    alone = HeadScores(a.values, ("f" * 24,) * 5 + names[:1], a.windows, {})
     none = alone.compare(b).by_head
     assert len(none) == 0
     assert none.columns.tolist() == frame.columns.tolist()

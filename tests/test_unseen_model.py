@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import architectures
 import numpy as np
@@ -235,7 +235,12 @@ def test_the_attention_scale_is_that_of_every_d(llama, found):
 def test_saves_and_loads_bit_for_bit(found, tmp_path):
     found.save(tmp_path / "u")
     again = UnseenAngles.load(tmp_path / "u")
-    assert again.equals(found)
+    for field in fields(found):
+        mine, theirs = getattr(again, field.name), getattr(found, field.name)
+        if isinstance(theirs, torch.Tensor):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    pd.testing.assert_frame_equal(again.loss, found.loss)
+    assert (again.heads, again.trained, again.seed) == (found.heads, found.trained, found.seed)
     assert torch.equal(again.live, found.live)
     assert again.provenance == found.provenance
     for key in ("model", "trained", "tokens_sha256", "versions", "n_queries", "factor", "seed"):

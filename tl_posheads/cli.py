@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cli_ablate, cli_codes, cli_profile, cli_track, cli_unseen, rundir
-from .cli_options import add_model_options, add_pairs, layers, local_files, ranges, resumable, whole
+from .cli_command import Run, new_command, tell
+from .cli_options import add_model_options, add_pairs, add_texts, layers, ranges, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _STUDIES = ("codes", "profile", "track", "unseen")  # they say how long they took
 _COLUMNS = ("layer", "head", "rho", "ci", "p_adj", "rotation", "content", "D near->far", "window")
+_FILES = (rundir.TABLE, rundir.PAGE, rundir.RUN_FILE)
 _SHOWN, _CELLS = 256, 64  # tokens whose attention the page shows, and cells a side
 
 _ABOUT = """\
@@ -58,12 +60,13 @@ Stopped by Ctrl-C, the same command goes on from there.
 "Positional" is not "important": ablate the heads before you claim that.
 """
 
-_SCORE_ABOUT = """\
+_SCORE_TEXTS = dict(
+    help="score the heads of a model",
+    description="""\
 Score the heads of MODEL on a corpus and write the results to the folder --out.
 The same command on the same folder goes on with a stopped run, and shows a finished one.
-"""
-
-_SCORE_EXAMPLES = """\
+""",
+    epilog="""\
 examples:
   tl-posheads score smollm2-135m --out scores
   tl-posheads score EleutherAI/pythia-160m --corpus book.txt --weighting distance --out pythia
@@ -81,38 +84,8 @@ columns of the table:
                which order D goes, not how far
   window       the layer's sliding window, - where it sees everything before it
 Below zero, faster pairs take over as distance grows. With one document there is no ci and no p.
-"""
-
-
-# The heavy imports live in these, so that --help and bad input are answered at once.
-def load_model(name: str, **options: Any) -> Any:
-    from .models import load_model as load
-
-    return load(name, **options)
-
-
-def load_corpus(name: str, model: Any, **options: Any) -> Any:
-    from .corpora import load_corpus as load
-
-    return load(name, model, **options)
-
-
-def corpus_provenance(name: str) -> dict[str, Any]:
-    from .corpora import corpus_provenance as provenance
-
-    return provenance(name)
-
-
-def score_heads(model: Any, tokens: Any, **options: Any) -> HeadScores:
-    from .scoring import score_heads as score
-
-    return score(model, tokens, **options)
-
-
-def load_scores(folder: Path) -> HeadScores:
-    from .results import HeadScores
-
-    return HeadScores.load(folder)
+""",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,17 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    score = commands.add_parser(
-        "score", help="score the heads of a model", description=_SCORE_ABOUT, epilog=_SCORE_EXAMPLES
-    )
-    add = score.add_argument
-    add("model", metavar="MODEL", help="a name like smollm2-135m, a hub id, a folder, a GGUF file")
-    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
-    add("--corpus", metavar="NAME-OR-PATH", default="python-docs",
-        help="a name, a text file, a folder of them, or a hub data set's id (default: python-docs)")  # fmt: skip
-    add("--length", metavar="N", type=whole(2), default=1024, help="tokens a document (1024)")
-    add("--docs", metavar="N", type=whole(1), default=16,
-        help="number of documents, over which intervals and p-values are (16)")  # fmt: skip
+    add = new_command(commands, "score", _score, _lines, "HeadScores", _FILES, _SCORE_TEXTS)
+    add_texts(add, docs=16, length=1024)
     add_pairs(add)
     add("--layers", metavar="LIST", type=layers, help="like 0-9 or 0,3,5-7 (every layer)")
     add("--skip-first", metavar="N", type=whole(0), default=0,
@@ -168,8 +132,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--best", metavar="N", type=whole(0), default=3,
         help="best heads whose curves and attention the page shows; two more passes (3)")  # fmt: skip
     add("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
-    add("--overwrite", action="store_true", help="replace another run's results in DIR")
-    score.set_defaults(action=_score)
 
     for module in (cli_ablate, cli_codes, cli_profile, cli_track, cli_unseen):
         module.add_command(commands)
@@ -192,27 +154,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _request(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the numbers, and nothing else: two runs with equal requests are one run."""
-    corpus = corpus_provenance(args.corpus)
-    return {
-        "model": args.model,
-        "model_files": local_files(args.model),
-        "cls": args.cls,
-        "dtype": args.dtype,
-        "corpus": corpus["name"],
-        "corpus_sha256": corpus["sha256"],
-        "length": args.length,
-        "docs": args.docs,
-        "pairs": args.pairs,
-        "weighting": args.weighting,
-        "scale": args.scale,
-        "layers": args.layers,
-        "skip_first": args.skip_first,
-        "seed": args.seed,
-    }
-
-
 def _check_layers(layers: Sequence[int] | None, model: Any) -> None:
     n_layers = int(model.cfg.n_layers)
     missing = [layer for layer in layers or () if layer >= n_layers]
@@ -223,66 +164,50 @@ def _check_layers(layers: Sequence[int] | None, model: Any) -> None:
         )
 
 
-def _score(args: argparse.Namespace) -> None:
+def _score(run: Run) -> HeadScores:
+    from .scoring import score_heads
+
+    args, out = run.args, run.args.out
     if args.skip_first > args.length - 2:
         raise PosheadsError(
             f"--skip-first {args.skip_first} leaves no pair of tokens in texts of {args.length};"
             f" give at most {args.length - 2}"
         )
-    out: Path = args.out
-    request = _request(args)
-    state = rundir.look(out, request, overwrite=args.overwrite)
-    if state == "finished":
-        print(f"{out} already holds this run, finished; --overwrite computes it again.")
-        _print_table(load_scores(out), out, args.top)
-        return
-    model = load_model(args.model, cls=args.cls, device=args.device, dtype=args.dtype)
+    model = run.model()
     _check_layers(args.layers, model)
-    tokens = load_corpus(args.corpus, model, n_docs=args.docs, length=args.length, seed=args.seed)
-    if state == "resume":
-        print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
-    with resumable(out, args.overwrite), rundir.running(out, request, state) as checkpoint:
+    tokens = run.texts(model)
+    with run.started() as checkpoint:
+        facts = {**run.request, "model_class": type(model).__name__}
+        options = run.options("layers", "pairs", "weighting", "scale", "skip_first", "seed")
         scores = score_heads(
-            model,
-            tokens,
-            layers=args.layers,
-            pairs=args.pairs,
-            weighting=args.weighting,
-            scale=args.scale,
-            skip_first=args.skip_first,
-            seed=args.seed,
-            checkpoint=checkpoint,
-            progress=True,
-            provenance={**request, "model_class": type(model).__name__},
+            model, tokens, checkpoint=checkpoint, progress=True, provenance=facts, **options
         )
         scores.save(out)
         rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
         if args.best and bool(scores.rho.isfinite().any()):
-            _save_best(args, model, tokens, scores.top(args.best))
+            _save_best(run, model, tokens, scores.top(args.best))
         _write_page(out, scores)
-    _print_table(scores, out, args.top)
+    return scores
 
 
-def _save_best(
-    args: argparse.Namespace, model: Any, tokens: Any, heads: list[tuple[int, int]]
-) -> None:
+def _save_best(run: Run, model: Any, tokens: Any, heads: list[tuple[int, int]]) -> None:
     """What the page shows of the best heads: curves over all texts, attention in the first one."""
-    from .curves import dominant_dimension_curve
-    from .maps import head_maps
+    from . import dominant_dimension_curve, head_maps
 
-    maps = head_maps(model, tokens[0][:_SHOWN], heads, max_cells=_CELLS, scale=args.scale)
-    maps.save(args.out / rundir.MAPS)
+    out, options = run.args.out, run.options("scale", "skip_first")
+    maps = head_maps(model, tokens[0][:_SHOWN], heads, max_cells=_CELLS, scale=run.args.scale)
+    maps.save(out / rundir.MAPS)
     # Heads of different geometry have no curve in common; the best one has.
     for some in (heads, heads[:1]):
         with suppress(PosheadsError):
-            curve = dominant_dimension_curve(
-                model, tokens, heads=some, scale=args.scale, skip_first=args.skip_first
-            )
-            curve.save(args.out / rundir.CURVE)
+            curve = dominant_dimension_curve(model, tokens, heads=some, **options)
+            curve.save(out / rundir.CURVE)
             return
 
 
 def _finished_scores(folder: Path) -> HeadScores:
+    from .results import HeadScores
+
     if not folder.is_dir():
         raise PosheadsError(f"{folder} is no folder; give one that tl-posheads score wrote")
     run = rundir.read_run(folder)
@@ -290,23 +215,21 @@ def _finished_scores(folder: Path) -> HeadScores:
         raise PosheadsError(
             f"the run in {folder} was stopped before it finished; the same score command goes on"
         )
-    return load_scores(folder)
+    return HeadScores.load(folder)
 
 
 def _show(args: argparse.Namespace) -> None:
-    _print_table(_finished_scores(args.dir), args.dir, args.top)
+    tell(_lines(_finished_scores(args.dir), args.top), args.dir, _FILES)
 
 
 def _report(args: argparse.Namespace) -> None:
+    from . import AblationStudy, ExtrapolationComparison
+
     scores = _finished_scores(args.dir)
     more: dict[str, Any] = {}
     if args.ablation is not None:
-        from .study.results import AblationStudy
-
         more["ablation"] = AblationStudy.load(args.ablation)
     if args.extrapolation is not None:
-        from .extrapolation.comparison import ExtrapolationComparison
-
         more["extrapolation"] = ExtrapolationComparison.load(args.extrapolation)
     _write_page(args.dir, scores, **more)
     print(f"wrote {args.dir / rundir.PAGE}")
@@ -314,24 +237,19 @@ def _report(args: argparse.Namespace) -> None:
 
 def _write_page(folder: Path, scores: HeadScores, **more: Any) -> None:
     """The page about everything that the folder holds, and more."""
+    from .curves import DominantDimensionCurve
+    from .maps import HeadMaps
     from .report import write_report
 
     if (folder / rundir.CURVE).exists():
-        from .curves import DominantDimensionCurve
-
         more["curve"] = DominantDimensionCurve.load(folder / rundir.CURVE)
     if (folder / rundir.MAPS).exists():
-        from .maps import HeadMaps
-
         more["maps"] = HeadMaps.load(folder / rundir.MAPS)
     write_report(scores, folder / rundir.PAGE, **more)
 
 
-def _print_table(scores: HeadScores, out: Path, top: int) -> None:
-    print("\n".join([*table_lines(scores, top), *scores.summary().splitlines()]))
-    names = (rundir.TABLE, rundir.PAGE, rundir.RUN_FILE)
-    written = [str(out / name) for name in names if (out / name).exists()]
-    print(f"\nfiles: {', '.join(written) or out}")
+def _lines(scores: HeadScores, top: int) -> list[str]:
+    return [*table_lines(scores, top), *scores.summary().splitlines()]
 
 
 def table_lines(scores: HeadScores, top: int) -> list[str]:

@@ -1,14 +1,15 @@
-"""Types of command line options, and what a local model's name stands for."""
+"""Command line options: their types, those that several commands have, and local models."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+
+_MODEL = "a name like smollm2-135m, a hub id, a folder, a GGUF file"
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -104,13 +105,28 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def add_model_options(add: Callable[..., object]) -> None:
+def add_texts(
+    add: Callable[..., object], docs: int, length: int = 0, least: int = 2, model: str = _MODEL
+) -> None:
+    """The model and what it reads, with the defaults; without a length, the command knows it."""
+    add("model", metavar="MODEL", help=model)
+    text = "a name, a text file, a folder of them, or a hub data set's id (python-docs)"
+    add("--corpus", metavar="NAME-OR-PATH", default="python-docs", help=text)
+    if length:
+        text = f"tokens a document ({length})"
+        add("--length", metavar="N", type=whole(least), default=length, help=text)
+    text = f"number of documents, over which means and intervals are ({docs})"
+    add("--docs", metavar="N", type=whole(1), default=docs, help=text)
+
+
+def add_model_options(add: Callable[..., object], *, cls: bool = True) -> None:
     """Seed, and how the model is loaded."""
     add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
     add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
-    add("--cls", choices=("hooked", "bridge"),
-        help="HookedTransformer or TransformerBridge (the first where it exists)")  # fmt: skip
+    if cls:
+        text = "HookedTransformer or TransformerBridge (the first where it exists)"
+        add("--cls", choices=("hooked", "bridge"), help=text)
 
 
 def add_scale(add: Callable[..., object]) -> None:
@@ -136,15 +152,3 @@ def local_files(name: str) -> str | None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-@contextmanager
-def resumable(out: Path, overwrite: bool) -> Iterator[None]:
-    """Says to whoever stops a run with Ctrl-C how it goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        hint = " without --overwrite" if overwrite else ""
-        raise KeyboardInterrupt(
-            f"stopped; what was done is in {out}, and the same command{hint} goes on from there"
-        ) from None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import rundir
-from .cli_options import add_model_options, add_scale, local_files, whole
+from .cli_command import Run, new_command
+from .cli_options import add_model_options, add_scale, add_texts, whole
 from .errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -18,12 +18,13 @@ LIVE = ("pairs", "joint", "none")
 TABLES = ("summary", "by_pair", "losses", "pairs", "change")
 PICTURE = "unseen.png"
 
-_ABOUT = """\
+_TEXTS = dict(
+    help="ask whether unseen angles make the change past the training length",
+    description="""\
 Read texts longer than MODEL was trained on, hold the angles of rotary pairs at what training saw,
 and write how much of the change in dominant dimension and loss goes with them to the folder --out.
-"""
-
-_EXAMPLES = f"""\
+""",
+    epilog=f"""\
 examples:
   tl-posheads unseen ./small-llama --trained 256 --corpus held-out.txt --out unseen
   tl-posheads unseen smollm2-135m --trained 8192 --factor 2 --docs 4 --live joint --out unseen
@@ -36,7 +37,8 @@ what comes out, in the folder --out:
   {PICTURE}   curves bare and clamped, each pair's part, and the loss
   unseen.*     everything, for UnseenAngles.load("FOLDER") in Python
   run.json     what was asked for
-"""
+""",
+)
 
 
 def heads(text: str) -> list[tuple[int, int]]:
@@ -66,18 +68,11 @@ def above_one(text: str) -> float:
 
 def add_command(commands: Any) -> None:
     """Add ``unseen`` to the parser's commands."""
-    parser = commands.add_parser(
-        "unseen", help="ask whether unseen angles make the change past the training length",
-        description=_ABOUT, epilog=_EXAMPLES,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a name like smollm2-135m, a hub id, a folder, a GGUF file")
-    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
+    files = ("summary.csv", "by_pair.csv", "losses.csv", PICTURE)
+    add = new_command(commands, "unseen", _unseen, sentences, "UnseenAngles", files, _TEXTS)
+    add_texts(add, docs=8)
     add("--trained", metavar="N", type=whole(2),
         help="tokens of a training text (as the model's configuration says)")  # fmt: skip
-    add("--corpus", metavar="NAME-OR-PATH", default="python-docs",
-        help="a name, a text file, a folder of them, or a hub data set's id (python-docs)")  # fmt: skip
-    add("--docs", metavar="N", type=whole(1), default=8, help="number of texts (8)")
     add("--factor", metavar="X", type=above_one, default=4.0,
         help="texts of so many times the training length (4)")  # fmt: skip
     add("--heads", metavar="LIST", type=heads, help="layer.head, like 0.1,3.2 (every head)")
@@ -86,76 +81,24 @@ def add_command(commands: Any) -> None:
         help="clamp as the model reads: sets of pairs and each unseen pair, sets alone, or nothing (pairs)")  # fmt: skip
     add_scale(add)
     add_model_options(add)
-    add("--overwrite", action="store_true", help="replace another run's results in DIR")
-    parser.set_defaults(action=_unseen)
 
 
-def _request(args: argparse.Namespace) -> dict[str, Any]:
-    from .corpora import corpus_provenance
-
-    corpus = corpus_provenance(args.corpus)
-    wanted = ("model", "cls", "dtype", "trained", "docs", "factor", "queries", "live", "scale")
-    return {
-        "command": "unseen",
-        **{name: getattr(args, name) for name in wanted},
-        "seed": args.seed,
-        "heads": None if args.heads is None else [list(head) for head in args.heads],
-        "model_files": local_files(args.model),
-        "corpus": corpus["name"],
-        "corpus_sha256": corpus["sha256"],
-    }
-
-
-def _unseen(args: argparse.Namespace) -> None:
-    out: Path = args.out
-    request = _request(args)
-    state = rundir.look(out, request, overwrite=args.overwrite)
-    if state == "finished":
-        from .unseen.results import UnseenAngles
-
-        print(f"{out} already holds this run, finished; --overwrite computes it again.\n")
-        _print(UnseenAngles.load(out), out)
-        return
-
-    from .corpora import load_corpus
+def _unseen(run: Run) -> UnseenAngles:
     from .extrapolation.base import trained_of
     from .extrapolation.none import None_
     from .lens import require_rotary
-    from .models import load_model
     from .unseen.measure import unseen_angles
 
-    model = load_model(args.model, cls=args.cls, device=args.device, dtype=args.dtype)
+    args, model = run.args, run.model()
     require_rotary(model)
-    length = int(args.factor * trained_of(model, args.trained))
     with None_()(model):
-        tokens = load_corpus(
-            args.corpus, model, n_docs=args.docs, length=length, seed=args.seed
-        )  # fmt: skip
-    with rundir.running(out, request, state):
-        found = unseen_angles(
-            model, tokens, trained=args.trained, heads=args.heads, factor=args.factor,
-            n_queries=args.queries, scale=args.scale, live=args.live, seed=args.seed,
-            provenance={"request": request},
-        )  # fmt: skip
-        _write(found, out)
-    _print(found, out)
-
-
-def _write(found: UnseenAngles, out: Path) -> None:
-    from .pictures import png
-
-    picture = png(found.plot())
-    tables = {name: getattr(found, name)().to_csv(index=False) for name in TABLES}
-    found.save(out)
-    for name, text in tables.items():
-        rundir.write_whole(out / f"{name}.csv", text)
-    rundir.write_bytes(out / PICTURE, picture)
-
-
-def _print(found: UnseenAngles, out: Path) -> None:
-    print("\n".join(sentences(found)))
-    written = [out / f"{name}.csv" for name in ("summary", "by_pair", "losses")]
-    print(f"\nfiles: {', '.join(str(path) for path in [*written, out / PICTURE])}")
+        tokens = run.texts(model, length=int(args.factor * trained_of(model, args.trained)))
+    with rundir.running(args.out, run.request, run.state):
+        options = run.options("trained", "heads", "factor", "scale", "live", "seed")
+        found = unseen_angles(model, tokens, n_queries=args.queries, **options)
+        tables = {f"{name}.csv": getattr(found, name)() for name in TABLES}
+        run.save(found, {**tables, PICTURE: found.plot()})
+    return found
 
 
 def sentences(found: UnseenAngles) -> list[str]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
@@ -21,19 +17,17 @@ from tqdm.auto import tqdm
 from tl_posheads.capture import capture_rotary, rotary_hook_points
 from tl_posheads.contributions import Scale, check_scale, evenly, rows_of
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import damage_named, read_labelled, write_labelled
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import model_name, require_clean, require_rotary
 from tl_posheads.remapping import only_heads, pair_vectors
+from tl_posheads.result import Files, Result
 
-_TENSORS = ("distance", "n_pairs", "mean", "quantiles", "allocation", "wavelengths")
-_LABEL, _FILE = "curve.json", "curve.safetensors"
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 
 
 @dataclass(frozen=True, eq=False)
-class DominantDimensionCurve:
+class DominantDimensionCurve(Result):
     """What some heads rest on at every token distance.
 
     Attributes:
@@ -48,15 +42,21 @@ class DominantDimensionCurve:
         scale: of the contributions, as in ``dimension_contributions``.
     """
 
-    heads: list[tuple[int, int]]
+    heads: Annotated[list[tuple[int, int]], "head"]
     distance: Int[Tensor, "distance"]
     n_pairs: Int[Tensor, "head distance"]
     mean: Float[Tensor, "head distance"]
     quantiles: Float[Tensor, "head level distance"]
-    levels: tuple[float, ...]
+    levels: Annotated[tuple[float, ...], "level"]
     allocation: Float[Tensor, "head pair distance"]
     wavelengths: Float[Tensor, "head pair"]
     scale: Scale = "none"
+
+    _files = Files("curve", "curves", "make them again", version=2)
+
+    def _check(self) -> None:
+        if not all(0 < level < 1 for level in self.levels):
+            raise ValueError(f"quantiles at {self.levels}")
 
     def plot(self, *, trained: int | None = None) -> Any:
         """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
@@ -86,41 +86,6 @@ class DominantDimensionCurve:
         if place not in self.heads:
             raise PosheadsError(f"head={head!r} was given; the curve has {self.heads}")
         return allocation_figure(self, self.heads.index(place), trained)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``curve.json`` and ``curve.safetensors`` into a folder, each whole or not at all.
-
-        Raises:
-            PosheadsError: ``folder`` is a file.
-        """
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        facts = {
-            "format": "tl_posheads.DominantDimensionCurve", "version": 2,
-            "heads": [list(head) for head in self.heads], "levels": list(self.levels),
-            "scale": self.scale,
-        }  # fmt: skip
-        return write_labelled(folder, _LABEL, {_FILE: save_tensors(tensors)}, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> DominantDimensionCurve:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
-        """
-        label, parts = read_labelled(
-            folder,
-            _LABEL,
-            made_by="DominantDimensionCurve",
-            what="a curve",
-            again="make it again",
-            version=2,
-        )
-        with damage_named(f"the curve in {folder} is", "make it again"):
-            heads = [(int(layer), int(head)) for layer, head in label["heads"]]
-            tensors = load_tensors(parts[_FILE])
-            levels, scale = tuple(label["levels"]), label["scale"]
-            return cls(heads=heads, levels=levels, scale=scale, **tensors)
 
     def to_pandas(self) -> pd.DataFrame:
         """Long form: layer, head, distance, n_pairs, mean and a column per quantile."""

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tl_posheads.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.contributions import Scale, check_scale, rows_of
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import damage_named, read_labelled, write_labelled
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import (
@@ -34,13 +29,11 @@ from tl_posheads.lens import (
     run_forward,
 )
 from tl_posheads.remapping import only_heads, pair_vectors
-
-_TENSORS = ("pattern", "dominant", "distance", "dimension", "row_pattern", "row_dominant")
-_LABEL, _FILE = "maps.json", "maps.safetensors"
+from tl_posheads.result import Files, Result
 
 
 @dataclass(frozen=True, eq=False)
-class HeadMaps:
+class HeadMaps(Result):
     """Attention and dominant dimension of some heads on one text.
 
     Attributes:
@@ -61,18 +54,27 @@ class HeadMaps:
     """
 
     model: str
-    heads: list[tuple[int, int]]
-    tokens: list[str]
+    heads: Annotated[list[tuple[int, int]], "head"]
+    tokens: Annotated[list[str], "pos"]
     step: int
     pattern: Float[Tensor, "head q_cell k_cell"]
     dominant: Float[Tensor, "head q_cell k_cell"]
     distance: Float[Tensor, "head pos"]
     dimension: Float[Tensor, "head pos"]
-    q_pos: list[int]
+    q_pos: Annotated[list[int], "row"]
     row_pattern: Float[Tensor, "head row pos"]
     row_dominant: Float[Tensor, "head row pos"]
-    n_pairs: list[int]
+    n_pairs: Annotated[list[int], "head"]
     scale: Scale = "none"
+
+    _files = Files("maps", "maps", "make them again", version=2)
+
+    def _check(self) -> None:
+        n_pos = len(self.tokens)
+        if self.step < 1 or {*self.pattern.shape[1:]} != {math.ceil(n_pos / self.step)}:
+            raise ValueError(f"cells of {self.step} positions")
+        if not all(0 <= i < n_pos for i in self.q_pos):
+            raise ValueError(f"rows of positions {self.q_pos}")
 
     @property
     def names(self) -> list[str]:
@@ -85,37 +87,6 @@ class HeadMaps:
             return list(self.tokens)
         at = range(0, len(self.tokens), self.step)
         return [f"{i}: {self.tokens[i]}" for i in at]
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``maps.json`` and ``maps.safetensors`` into a folder, each whole or not at all.
-
-        Raises:
-            PosheadsError: ``folder`` is a file.
-        """
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        facts = {
-            "format": "tl_posheads.HeadMaps", "version": 2, "model": self.model,
-            "heads": [list(head) for head in self.heads], "tokens": self.tokens,
-            "step": self.step, "q_pos": self.q_pos, "n_pairs": self.n_pairs, "scale": self.scale,
-        }  # fmt: skip
-        return write_labelled(folder, _LABEL, {_FILE: save_tensors(tensors)}, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> HeadMaps:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
-        """
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="HeadMaps", what="maps", again="make them again", version=2
-        )
-        with damage_named(f"the maps in {folder} are", "make them again"):
-            names = ("model", "tokens", "step", "q_pos", "n_pairs", "scale")
-            facts: dict[str, Any] = {name: label[name] for name in names}
-            heads = [(int(layer), int(head)) for layer, head in label["heads"]]
-            facts.update(load_tensors(parts[_FILE]))
-            return cls(heads=heads, **facts)
 
 
 def head_maps(

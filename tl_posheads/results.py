@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from jaxtyping import Float, Float64, Int
 from scipy import stats
 from torch import Tensor
 
 from tl_posheads.draws import MEASURES, Settings
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
+from tl_posheads.result import Files, Result
 from tl_posheads.statistics import (
     FEW_DOCUMENTS,
     MeanTest,
@@ -32,8 +28,6 @@ from tl_posheads.statistics import (
 if TYPE_CHECKING:
     from tl_posheads.geometry import RotaryGeometry
 
-FORMAT, VERSION = "tl_posheads.HeadScores", 2
-_TENSORS, _TABLE, _LABEL = "scores.safetensors", "table.parquet", "scores.json"
 TESTED = ("rho", "rotation", "content")
 
 Head = tuple[int, int]
@@ -65,7 +59,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadScores:
+class HeadScores(Result):
     """Positional scores of every head that was scored; NaN elsewhere.
 
     A head's numbers are means over documents. ``rho`` splits, up to an ``interaction``, into what
@@ -79,10 +73,18 @@ class HeadScores:
         provenance: how the scores came about.
     """
 
-    values: Float[Tensor, "measure doc layer head"]
-    document_names: tuple[str, ...]
-    windows: tuple[int | None, ...]
+    values: Float64[Tensor, "measure doc layer head"]
+    document_names: Annotated[tuple[str, ...], "doc"]
+    windows: Annotated[tuple[int | None, ...], "layer"]
     provenance: dict[str, Any]
+
+    _files = Files("scores", "scores", "score again", version=2, export="table.parquet")
+
+    def _check(self) -> None:
+        if len(self.values) != len(MEASURES) or any(w is not None and w < 1 for w in self.windows):
+            raise ValueError("other measures, or windows that are no numbers of tokens")
+        if bool((self.values[:3].abs() > 1 + 1e-9).any()):
+            raise ValueError("a correlation beyond 1")
 
     @classmethod
     def from_rows(
@@ -281,7 +283,7 @@ class HeadScores:
             PosheadsError: another kind of number.
         """
         ranked = self._ranked()
-        return ranked[: _count(k, len(ranked))]
+        return ranked[: count_of(k, len(ranked))]
 
     def positional(self, alpha: float = 0.05) -> list[Head]:
         """Heads whose mean rho is above zero after correction for their number, best first.
@@ -349,12 +351,11 @@ class HeadScores:
         mine, theirs = (
             [place for place in scores._ranked() if bool(both[place])] for scores in (self, other)
         )
-        count = min(n, _count(k, n))
+        count = count_of(k, n)
         overlap = len(set(mine[:count]) & set(theirs[:count]))
         chance, p = chance_overlap(n, count, count, overlap)
         rho = stats.spearmanr(self.rho[both].numpy(), other.rho[both].numpy()).statistic
-        by_head = self._paired(other, both)
-        return Comparison(float(rho), n, count, overlap, chance, p, by_head)
+        return Comparison(float(rho), n, count, overlap, chance, p, self._paired(other, both))
 
     def _paired(self, other: HeadScores, both: Tensor) -> pd.DataFrame:
         names = [name for name in self.document_names if name in other.document_names]
@@ -371,72 +372,18 @@ class HeadScores:
         table = dict(zip(columns, (x.numpy() for x in values), strict=True))
         return pd.DataFrame({"layer": layer.numpy(), "head": head.numpy(), **table})
 
-    @classmethod
-    def of_values(
-        cls,
-        values: Tensor,
-        document_names: Sequence[str],
-        windows: Sequence[int | None],
-        provenance: dict[str, Any],
-    ) -> HeadScores:
-        """From what a file holds, checked.
 
-        Raises:
-            ValueError: shapes, kinds or numbers that no scores have.
-        """
-        names, given = tuple(document_names), tuple(values.shape)
-        right = values.dtype == torch.float64 and values.ndim == 4
-        if not right or given[:2] != (len(MEASURES), len(names)) or given[2] != len(windows):
-            raise ValueError(f"values of shape {given} and dtype {values.dtype}")
-        if any(not isinstance(name, str) for name in names) or not isinstance(provenance, dict):
-            raise ValueError("names or provenance of another kind")
-        if any(w is not None and (type(w) is not int or w < 1) for w in windows):
-            raise ValueError("windows that are no numbers of tokens")
-        if bool((values[:3].abs() > 1 + 1e-9).any()):
-            raise ValueError("a correlation beyond 1")
-        return cls(values, names, tuple(windows), provenance)
+def count_of(k: object, n: int) -> int:
+    """How many of ``n`` heads a count or a share means.
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``scores.safetensors``, ``table.parquet`` and ``scores.json`` into a folder.
-
-        Each file is written whole or not at all, and the last one carries the others' checksums:
-        a folder that a crash left between two of them is refused by :meth:`load`.
-        """
-        parts = {
-            _TENSORS: save_tensors({"values": self.values.contiguous()}),
-            _TABLE: table_bytes(self.to_pandas()),
-        }
-        return write_labelled(folder, _LABEL, parts, {
-            "format": FORMAT, "version": VERSION, "document_names": list(self.document_names),
-            "windows": list(self.windows), "provenance": self.provenance,
-        })  # fmt: skip
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> HeadScores:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones; scores of an
-                earlier version, which measured otherwise.
-        """
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="HeadScores", what="scores", again="score again",
-            version=VERSION,
-        )  # fmt: skip
-        with damage_named(f"the scores in {folder} are", "score again"):
-            values = load_tensors(parts[_TENSORS])["values"]
-            return cls.of_values(
-                values, label["document_names"], label["windows"], label["provenance"]
-            )
-
-
-def _count(k: object, n: int) -> int:
-    """How many of ``n`` heads a count or a share means."""
+    Raises:
+        PosheadsError: neither.
+    """
     number = isinstance(k, int | float | np.integer | np.floating) and not isinstance(k, bool)
     if number and isinstance(k, int | np.integer) and k >= 1:
-        return int(k)
+        return min(n, int(k))
     if number and isinstance(k, float | np.floating) and 0 < k <= 1:
-        return max(1, round(float(k) * n))
+        return min(n, max(1, round(float(k) * n)))
     raise PosheadsError(
         f"{k!r} heads were asked for; expected a count of at least 1, like 20, or a share above 0 "
         "and at most 1, like 0.05"

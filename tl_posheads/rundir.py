@@ -23,35 +23,17 @@ TABLE = "table.csv"
 PAGE = "index.html"
 CURVE, MAPS = "curve", "maps"
 EFFECTS, VERDICT, PICTURE = "effects.csv", "verdict.txt", "effects.png"
-SCORES = ("scores.json", "scores.safetensors", "table.parquet")
-STUDY = (
+LAGS, TRAINING = "lags.csv", "training.png"
+# Everything that a run writes, the label last. --overwrite touches these names and no others.
+MADE_BY_US = (
+    "scores.json", "scores.safetensors", "table.parquet", CURVE, MAPS,
     "study.json", "conditions.parquet", "cells.parquet", "screen.parquet", "screen_tests.parquet",
     EFFECTS, VERDICT, PICTURE,
-)  # fmt: skip
-LAGS, TRAINING = "lags.csv", "training.png"
-EMERGENCE = (
     "emergence.json", "emergence.safetensors", "emergence.parquet", LAGS, TRAINING,
-)  # fmt: skip
-CODES = ("codes.json", "codes.safetensors")
-PROFILE = ("profile.json", "profile.parquet", "profile.png")
-UNSEEN = (
+    "codes.json", "codes.safetensors", "profile.json", "profile.parquet", "profile.png",
     "unseen.json", "unseen.safetensors", "loss.parquet", "unseen.png", "summary.csv",
-    "by_pair.csv", "losses.csv", "pairs.csv", "change.csv",
+    "by_pair.csv", "losses.csv", "pairs.csv", "change.csv", TABLE, PAGE, CHECKPOINT, RUN_FILE,
 )  # fmt: skip
-# Everything that a run writes. --overwrite touches these names and no others.
-MADE_BY_US = (
-    *SCORES,
-    *STUDY,
-    *EMERGENCE,
-    *PROFILE,
-    *UNSEEN,
-    CURVE,
-    MAPS,
-    TABLE,
-    PAGE,
-    CHECKPOINT,
-    RUN_FILE,
-)
 _SET_ASIDE = ".replaced"
 _PROGRAM = "tl-posheads"
 

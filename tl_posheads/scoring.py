@@ -77,7 +77,7 @@ def score_heads(
         whose dominant dimension is constant.
 
     Memory: one layer of one document at a time; beyond the model's own forward pass some 100 MB on
-    a CPU. ``pairs="all"``: 2 GB.
+    a CPU. ``pairs="all"``: 1.8 GB.
 
     Raises:
         PosheadsError: a model without RoPE or with forgotten hooks; tokens that are too short,

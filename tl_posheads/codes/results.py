@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tl_posheads.codes.basis import QKBasis
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
+from tl_posheads.result import Files
 from tl_posheads.results import HeadScores
-
-_LABEL, _FILE, _TABLE = "codes.json", "codes.safetensors", "table.parquet"
-_OWN = ("values", "which")
-_OF_BASIS = ("vectors", "speeds", "survival", "shifts")
-_FACTS = ("explained", "explained_change", "diagonal", "source", "bias_speed")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,6 +30,13 @@ class CodeScores(HeadScores):
 
     which: Int[Tensor, "layer head"]
     bases: tuple[QKBasis, ...]
+
+    _files = Files("codes", "scores of codes", "score again", version=3, export="table.parquet")
+
+    def _check(self) -> None:
+        super()._check()
+        if not bool(((self.which >= -1) & (self.which < len(self.bases))).all()):
+            raise ValueError("heads of bases that there are none of")
 
     def basis(self, layer: int, head: int) -> QKBasis:
         """The planes of a head.
@@ -81,60 +78,3 @@ class CodeScores(HeadScores):
                 "n_pairs": int(self.n_pairs[layer, head]),
             })  # fmt: skip
         return pd.DataFrame(rows)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``codes.json``, ``codes.safetensors`` and ``table.parquet`` into a folder.
-
-        Each is written whole or not at all.
-
-        Raises:
-            PosheadsError: ``folder`` is a file.
-        """
-        tensors = {name: getattr(self, name).contiguous() for name in _OWN}
-        for i, basis in enumerate(self.bases):
-            tensors |= {f"{name}.{i}": getattr(basis, name).contiguous() for name in _OF_BASIS}
-        about = [
-            {name: None if (x := getattr(basis, name)) != x else x for name in _FACTS}
-            for basis in self.bases
-        ]
-        facts = {
-            "format": "tl_posheads.CodeScores", "version": 2, "bases": about,
-            "document_names": list(self.document_names), "windows": list(self.windows),
-            "provenance": self.provenance,
-        }  # fmt: skip
-        # Bases may share their shifts, which safetensors won't write twice.
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        parts = {_FILE: save_tensors(tensors), _TABLE: table_bytes(self.to_pandas())}
-        return write_labelled(folder, _LABEL, parts, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> CodeScores:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones; scores of an
-                earlier version, which pooled documents.
-        """
-        again = "score again"
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="CodeScores", what="scores of codes", again=again, version=2
-        )
-        with damage_named(f"the scores in {folder} are", again):
-            tensors = load_tensors(parts[_FILE])
-            bases = []
-            for i, about in enumerate(label["bases"]):
-                if about["explained_change"] is None:
-                    about = {**about, "explained_change": float("nan")}
-                parts_of: dict[str, Any] = {x: tensors[f"{x}.{i}"] for x in _OF_BASIS}
-                bases.append(QKBasis(**parts_of, **about))
-            scores = HeadScores.of_values(
-                tensors["values"], label["document_names"], label["windows"], label["provenance"]
-            )
-            return cls(
-                values=scores.values,
-                document_names=scores.document_names,
-                which=tensors["which"],
-                bases=tuple(bases),
-                windows=scores.windows,
-                provenance=scores.provenance,
-            )

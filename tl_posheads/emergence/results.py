@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from scipy import stats
 from torch import Tensor
 
 from tl_posheads.emergence.lead_lag import crossing, lag_of
 from tl_posheads.emergence.measuring import SCORES, Moment
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import damage_named, read_labelled, table_bytes, write_labelled
+from tl_posheads.result import Files, Result
+from tl_posheads.results import count_of
 from tl_posheads.statistics import chance_overlap
-
-_VERSION = 2
-_LABEL, _FILE, _TABLE = "emergence.json", "emergence.safetensors", "emergence.parquet"
 
 
 @dataclass(frozen=True, eq=False)
-class Emergence:
+class Emergence(Result):
     """A training run as seen at some of its steps.
 
     Attributes:
@@ -53,6 +47,12 @@ class Emergence:
     curve: Float[Tensor, "step layer head octave"]
     loss: Float[Tensor, "step doc octave"]
     provenance: dict[str, Any]
+
+    _files = Files("emergence", "emergence studies", "track it again", 2, "emergence.parquet")
+
+    def _check(self) -> None:
+        if not len(self.steps) or not bool((self.steps.diff() > 0).all()):
+            raise ValueError("steps that don't ascend")
 
     @classmethod
     def of(cls, moments: dict[int, Moment], provenance: dict[str, Any]) -> Emergence:
@@ -127,7 +127,7 @@ class Emergence:
             first step (mean over heads and octaves of distance).
 
         Raises:
-            PosheadsError: a reference of other layers and heads.
+            PosheadsError: a reference of other layers and heads, or another kind of ``k``.
         """
         first = self.rho[0] if reference is None else reference.double()
         if first.shape != self.rho.shape[1:]:
@@ -140,18 +140,16 @@ class Emergence:
             both = torch.isfinite(first) & torch.isfinite(self.rho[i])
             mine, theirs = self.rho[i][both], first[both]
             n = len(mine)
-            count = min(n, k if isinstance(k, int) else max(1, round(k * n)))
+            count = count_of(k, n)
             best = (set(x.argsort(descending=True)[:count].tolist()) for x in (mine, theirs))
             overlap = len(set.intersection(*best))
             chance, p = chance_overlap(n, count, count, overlap)
             change = (self.curve[i] - self.curve[0]).abs().nanmean()
-            rows.append(
-                {
-                    "step": step, "k": count, "overlap": overlap, "chance": chance, "p_chance": p,
-                    "rank_correlation": float(stats.spearmanr(mine, theirs).statistic),
-                    "curve_change": float(change),
-                }
-            )  # fmt: skip
+            rows.append({
+                "step": step, "k": count, "overlap": overlap, "chance": chance, "p_chance": p,
+                "rank_correlation": float(stats.spearmanr(mine, theirs).statistic),
+                "curve_change": float(change),
+            })  # fmt: skip
         return pd.DataFrame(rows)
 
     def lead_lag(
@@ -228,40 +226,3 @@ class Emergence:
         from tl_posheads.emergence.figure import figure
 
         return figure(self, self.top(4) if heads is None else list(heads))
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``emergence.safetensors``, ``.parquet`` and ``.json``, each whole or not at all.
-
-        Raises:
-            PosheadsError: ``folder`` is a file.
-        """
-        tensors = {name: getattr(self, name).contiguous() for name in _names()}
-        parts = {_FILE: save_tensors(tensors), _TABLE: table_bytes(self.to_pandas())}
-        facts = {
-            "format": "tl_posheads.Emergence", "version": _VERSION, "provenance": self.provenance,
-        }  # fmt: skip
-        return write_labelled(folder, _LABEL, parts, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Emergence:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones; a study of an
-                earlier version, which measured otherwise.
-        """
-        label, parts = read_labelled(
-            folder,
-            _LABEL,
-            made_by="Emergence",
-            what="an emergence study",
-            again="track it again",
-            version=_VERSION,
-        )
-        with damage_named(f"the study in {folder} is", "track it again"):
-            tensors = load_tensors(parts[_FILE])
-            return cls(**{name: tensors[name] for name in _names()}, provenance=label["provenance"])
-
-
-def _names() -> list[str]:
-    return [f.name for f in fields(Emergence)[:-1]]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
@@ -22,23 +18,13 @@ from tl_posheads.extrapolation.break_point import BreakPoint, break_point
 from tl_posheads.extrapolation.log_bins import log_bins
 from tl_posheads.extrapolation.observing import Head, TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
-from tl_posheads.files import (
-    damage_named,
-    read_labelled,
-    table_bytes,
-    table_of,
-    write_labelled,
-)
+from tl_posheads.result import Files, Result
 from tl_posheads.results import Comparison, HeadScores
 from tl_posheads.statistics import spearman_of_few
 
-FORMAT, VERSION = "tl_posheads.ExtrapolationComparison", 2
-_LABEL, _TENSORS, _TABLES = "comparison.json", "curves.safetensors", ("loss", "tasks")
-_CURVES = ("whole", "n_whole", "within", "n_within")
-
 
 @dataclass(frozen=True, eq=False)
-class ExtrapolationComparison:
+class ExtrapolationComparison(Result):
     """Curves, scores, losses and answers of the same texts under several methods.
 
     ``within`` is what a text showed while query and key stood within the training length,
@@ -59,19 +45,25 @@ class ExtrapolationComparison:
         provenance: how it came about.
     """
 
-    methods: tuple[str, ...]
-    settings: tuple[dict[str, Any], ...]
-    heads: tuple[Head, ...]
+    methods: Annotated[tuple[str, ...], "method"]
+    settings: Annotated[tuple[dict[str, Any], ...], "method"]
+    heads: Annotated[tuple[Head, ...], "head"]
     trained: int
     whole: Float[Tensor, "method doc head distance"]
     n_whole: Int[Tensor, "doc distance"]
     within: Float[Tensor, "method doc head near"]
     n_within: Int[Tensor, "doc near"]
-    scores_within: tuple[HeadScores, ...]
-    scores_whole: tuple[HeadScores, ...]
-    loss: pd.DataFrame
-    tasks: pd.DataFrame
+    scores_within: Annotated[tuple[HeadScores, ...], "method"]
+    scores_whole: Annotated[tuple[HeadScores, ...], "method"]
+    loss: Annotated[pd.DataFrame, "method document position loss"]
+    tasks: Annotated[pd.DataFrame, "method task prompt length logprob exact"]
     provenance: dict[str, Any]
+
+    _files = Files("comparison", "comparisons", "compare again", version=3)
+
+    def _check(self) -> None:
+        if self.trained < 1 or not all(isinstance(s.get("name"), str) for s in self.settings):
+            raise ValueError("a training length below 1, or a method without a name")
 
     def __repr__(self) -> str:
         return (
@@ -273,61 +265,6 @@ class ExtrapolationComparison:
 
         chosen = range(len(self.methods)) if methods is None else map(self._number, methods)
         return figure(self, list(chosen))
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``comparison.json``, ``curves.safetensors`` and two Parquet tables into a folder.
-
-        Each file is written whole or not at all, and the label, the last one, carries the others'
-        checksums.
-        """
-        tensors = {name: getattr(self, name).contiguous() for name in _CURVES}
-        label_scores: dict[str, Any] = {}
-        for kind in ("within", "whole"):
-            for m, scores in enumerate(getattr(self, f"scores_{kind}")):
-                tensors[f"{kind}.{m}"] = scores.values.contiguous()
-                label_scores[f"{kind}.{m}"] = {
-                    "document_names": list(scores.document_names),
-                    "windows": list(scores.windows),
-                    "provenance": scores.provenance,
-                }
-        parts = {_TENSORS: save_tensors(tensors)}
-        parts |= {f"{name}.parquet": table_bytes(getattr(self, name)) for name in _TABLES}
-        facts = {
-            "format": FORMAT, "version": VERSION, "methods": list(self.methods),
-            "settings": list(self.settings), "heads": [list(head) for head in self.heads],
-            "trained": self.trained, "scores": label_scores, "provenance": self.provenance,
-        }  # fmt: skip
-        return write_labelled(folder, _LABEL, parts, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> ExtrapolationComparison:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones; a comparison of
-                an earlier version, whose scores were measured otherwise.
-        """
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="ExtrapolationComparison", what="comparisons",
-            again="compare again", version=VERSION,
-        )  # fmt: skip
-        with damage_named(f"the comparison in {folder} is", "compare again"):
-            tensors = load_tensors(parts[_TENSORS])
-            scores = {
-                kind: tuple(
-                    HeadScores.of_values(tensors[f"{kind}.{m}"], **label["scores"][f"{kind}.{m}"])
-                    for m in range(len(label["methods"]))
-                )
-                for kind in ("within", "whole")
-            }
-            tables = {n: table_of(parts[f"{n}.parquet"]) for n in _TABLES}
-            return cls(
-                methods=tuple(label["methods"]), settings=tuple(label["settings"]),
-                heads=tuple((layer, head) for layer, head in label["heads"]),
-                trained=label["trained"], provenance=label["provenance"],
-                scores_within=scores["within"], scores_whole=scores["whole"],
-                **{name: tensors[name] for name in _CURVES}, **tables,
-            )  # fmt: skip
 
 
 def _padded(rows: Sequence[Tensor], value: float) -> Tensor:

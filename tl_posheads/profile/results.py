@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tl_posheads.errors import PosheadsError
-from tl_posheads.files import damage_named, read_labelled, table_bytes, table_of, write_labelled
 from tl_posheads.profile.settings import POSITIONAL
+from tl_posheads.result import Files, Result
+from tl_posheads.results import count_of
 from tl_posheads.statistics import benjamini_hochberg, chance_overlap
 
-LABEL, TABLE = "profile.json", "profile.parquet"
 _PLACE = ("layer", "head")
 _FEWEST = 3  # heads of a correlation
 
 
 @dataclass(frozen=True, eq=False)
-class HeadProfile:
+class HeadProfile(Result):
     """Measures of every head of a model, the positional score first.
 
     Attributes:
@@ -32,8 +29,10 @@ class HeadProfile:
             ``needles`` how many the model answered.
     """
 
-    table: pd.DataFrame
+    table: Annotated[pd.DataFrame, "layer head positional"]
     provenance: dict[str, Any]
+
+    _files = Files("profile", "profiles", "make them again")
 
     def __repr__(self) -> str:
         return (
@@ -87,22 +86,13 @@ class HeadProfile:
         Raises:
             PosheadsError: a ``k`` that is no count and no share.
         """
-        if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
-            raise PosheadsError(f"overlap({k!r}) was asked; expected a count or a share of heads")
-        is_count = isinstance(k, int | np.integer)
-        if (is_count and k < 1) or (not is_count and not 0 < k <= 1):
-            raise PosheadsError(
-                f"overlap({k!r}) was asked; expected a count of at least 1 or a share above 0 and "
-                "at most 1"
-            )
         rows = []
         for name in self.columns:
             if name == POSITIONAL:
                 continue
             both = self.table[[POSITIONAL, name]].astype(float).dropna().to_numpy()
             n = len(both)
-            count = min(n, int(k) if is_count else max(1, round(float(k) * n)))
-            best, kin = (_highest(column, count) for column in both.T)
+            best, kin = (_highest(column, count_of(k, n)) for column in both.T)
             row = {"measure": name, "n_heads": n, "n_positional": len(best), "n_top": len(kin)}
             shared, chance, p = float("nan"), float("nan"), float("nan")
             if best and kin:
@@ -126,30 +116,6 @@ class HeadProfile:
         from tl_posheads.profile.figure import correlation_figure
 
         return correlation_figure(self, within_layers)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``profile.json`` and ``profile.parquet`` into a folder, each whole or not at all.
-
-        Raises:
-            PosheadsError: ``folder`` is a file.
-        """
-        facts = {
-            "format": "tl_posheads.HeadProfile", "version": 1, "provenance": self.provenance,
-        }  # fmt: skip
-        return write_labelled(folder, LABEL, {TABLE: table_bytes(self.table)}, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> HeadProfile:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
-        """
-        label, parts = read_labelled(
-            folder, LABEL, made_by="HeadProfile", what="a profile", again="make it again"
-        )
-        with damage_named(f"the profile in {folder} is", "make it again"):
-            return cls(table_of(parts[TABLE]), label["provenance"])
 
 
 def _pairwise(values: pd.DataFrame, layer: pd.Series[Any], within: bool) -> pd.DataFrame:

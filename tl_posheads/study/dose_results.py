@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_posheads.files import (
-    damage_named,
-    read_labelled,
-    table_bytes,
-    table_of,
-    write_labelled,
-)
 from tl_posheads.pictures import COLOURS, picture, styled
+from tl_posheads.result import Files, Result
 from tl_posheads.study.controls import Head
 from tl_posheads.study.effects import Effect, paired_effect, rank_tests, spearman
 from tl_posheads.study.results import RESOLUTION
 
-FORMAT = "tl_posheads.DoseResponse"
-_LABEL, _TABLE = "dose.json", "cells.parquet"
-
 
 @dataclass(frozen=True, eq=False)
-class DoseResponse:
+class DoseResponse(Result):
     """Every prompt's answer at every strength, of the heads asked about and of the control draws.
 
     Attributes:
@@ -39,9 +28,16 @@ class DoseResponse:
         provenance: how it came about.
     """
 
-    cells: pd.DataFrame
+    cells: Annotated[pd.DataFrame, "prompt set strength logprob exact clean"]
     sets: list[list[Head]]
     provenance: dict[str, Any]
+
+    _files = Files("dose", "dose responses", "run it again")
+
+    def _check(self) -> None:
+        if {*self.cells["set"]} != {*range(len(self.sets))}:
+            raise ValueError("answers of other sets than the label's")
+        self.effects()  # every prompt at every strength of every set
 
     def __repr__(self) -> str:
         return (
@@ -133,25 +129,3 @@ class DoseResponse:
         ax.set_ylabel("change (nats a token)")
         ax.legend()
         return fig
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``dose.json`` and ``cells.parquet`` into a folder, each whole or not at all."""
-        facts = {
-            "format": FORMAT, "version": 1, "sets": [[list(h) for h in one] for one in self.sets],
-            "provenance": self.provenance,
-        }  # fmt: skip
-        return write_labelled(folder, _LABEL, {_TABLE: table_bytes(self.cells)}, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> DoseResponse:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
-        """
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="DoseResponse", what="dose responses", again="run it again"
-        )
-        with damage_named(f"the dose response in {folder} is", "run it again"):
-            sets = [[(layer, head) for layer, head in one] for one in label["sets"]]
-            return cls(table_of(parts[_TABLE]), sets, label["provenance"])

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import (
-    damage_named,
-    read_labelled,
-    table_bytes,
-    table_of,
-    write_labelled,
-)
+from tl_posheads.result import Files, Result
 from tl_posheads.study.effects import (
     Agreement,
     holm,
@@ -32,17 +24,14 @@ from tl_posheads.study.effects import (
 )
 from tl_posheads.study.power import smallest_detectable
 
-FORMAT = "tl_posheads.AblationStudy"
-TABLES = ("conditions", "cells", "screen", "screen_tests")
 VARIANTS = ("long", "short", "long - short")
 UNABLATED = -1
 # Passes in float32 that should agree differ by less than this, in nats.
 RESOLUTION = 1e-4
-_LABEL = "study.json"
 
 
 @dataclass(frozen=True, eq=False)
-class AblationStudy:
+class AblationStudy(Result):
     """Every prompt's answer under every condition, and what follows from it.
 
     Attributes:
@@ -58,11 +47,18 @@ class AblationStudy:
         provenance: how the study came about, the plan among it.
     """
 
-    conditions: pd.DataFrame
-    cells: pd.DataFrame
-    screen: pd.DataFrame
-    screen_tests: pd.DataFrame
+    conditions: Annotated[pd.DataFrame, "condition kind draw fraction heads"]
+    cells: Annotated[pd.DataFrame, "task variant prompt condition logprob accuracy exact"]
+    screen: Annotated[pd.DataFrame, "task variant prompt layer head effect"]
+    screen_tests: Annotated[pd.DataFrame, "task variant fraction control screen_effect p_screen"]
     provenance: dict[str, Any]
+
+    _files = Files("study", "study results", "run the study again")
+
+    def _check(self) -> None:
+        known = {UNABLATED, *self._heads}
+        if not {*self.cells["condition"]} <= known or "seed" not in self.provenance:
+            raise ValueError("answers under conditions that aren't known, or no seed")
 
     def __repr__(self) -> str:
         n = self.cells.groupby("task")["prompt"].nunique()
@@ -290,31 +286,6 @@ class AblationStudy:
             for variant in VARIANTS
             if self._has(task, variant)
         }
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``study.json`` and a Parquet file for each table into a folder.
-
-        Each file is written whole or not at all, and ``study.json``, the last one, carries the
-        others' checksums: a folder that a crash left between two of them is refused by
-        :meth:`load`.
-        """
-        parts = {f"{name}.parquet": table_bytes(getattr(self, name)) for name in TABLES}
-        facts = {"format": FORMAT, "version": 1, "provenance": self.provenance}
-        return write_labelled(folder, _LABEL, parts, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> AblationStudy:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
-        """
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="AblationStudy", what="study results", again="run it again"
-        )
-        with damage_named(f"the study in {folder} is", "run it again"):
-            tables = {name: table_of(parts[f"{name}.parquet"]) for name in TABLES}
-            return cls(**tables, provenance=label["provenance"])
 
 
 def _detectable(

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tl_posheads.extrapolation.log_bins import bootstrap_counts, interval_of
-from tl_posheads.files import damage_named, read_labelled, table_bytes, table_of, write_labelled
-from tl_posheads.unseen.clamping import JOINT, unseen_pairs
+from tl_posheads.result import Files, Result
+from tl_posheads.unseen.clamping import unseen_pairs
 from tl_posheads.unseen.shares import Bootstrap, Parts
-
-_LABEL, _FILE, _LOSS = "unseen.json", "unseen.safetensors", "loss.parquet"
-_TENSORS = (
-    "bin_start", "bin_end", "bin_octave", "inv_freq", "n_pairs", "bare", "paired", "joint",
-    "single",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class UnseenAngles:
+class UnseenAngles(Result):
     """Dominant dimension past the training length, as it is and with angles held.
 
     ``bare``, ``paired``, ``joint``, ``single`` and ``live`` are sums over the query-key pairs of a
@@ -53,7 +42,7 @@ class UnseenAngles:
         provenance: how it came about.
     """
 
-    heads: list[tuple[int, int]]
+    heads: Annotated[list[tuple[int, int]], "head"]
     trained: int
     bin_start: Int[Tensor, "bin"]
     bin_end: Int[Tensor, "bin"]
@@ -62,12 +51,18 @@ class UnseenAngles:
     n_pairs: Int[Tensor, "doc head bin"]
     bare: Float[Tensor, "doc head bin"]
     paired: Float[Tensor, "doc head bin"]
-    joint: Float[Tensor, "doc head set bin"]
+    joint: Float[Tensor, "doc head set=3 bin"]
     single: Float[Tensor, "doc head pair bin"]
     live: Float[Tensor, "doc head bin"] | None
-    loss: pd.DataFrame
+    loss: Annotated[pd.DataFrame, "condition text octave n loss"]
     seed: int
     provenance: dict[str, Any]
+
+    _files = Files("unseen", "results on unseen angles", "run it again", version=2)
+
+    def _check(self) -> None:
+        if self.trained < 1 or self.seed < 0:
+            raise ValueError("a training length below 1, or a seed below 0")
 
     @cached_property
     def unseen(self) -> np.ndarray:
@@ -222,52 +217,3 @@ class UnseenAngles:
         from tl_posheads.unseen.figure import figure
 
         return figure(self)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``unseen.json``, ``unseen.safetensors`` and ``loss.parquet`` into a folder.
-
-        Each file is written whole or not at all, and the label, the last one, carries the others'
-        checksums.
-
-        Raises:
-            PosheadsError: ``folder`` is a file.
-        """
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        if self.live is not None:
-            tensors["live"] = self.live.contiguous()
-        facts = {
-            "format": "tl_posheads.UnseenAngles", "version": 1,
-            "heads": [list(head) for head in self.heads], "trained": self.trained,
-            "sets": list(JOINT), "seed": self.seed, "provenance": self.provenance,
-        }  # fmt: skip
-        parts = {_FILE: save_tensors(tensors), _LOSS: table_bytes(self.loss)}
-        return write_labelled(folder, _LABEL, parts, facts)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> UnseenAngles:
-        """Read what :meth:`save` wrote, bit for bit.
-
-        Raises:
-            PosheadsError: no such folder, another program's files, or damaged ones.
-        """
-        label, parts = read_labelled(
-            folder, _LABEL, made_by="UnseenAngles", what="results on unseen angles",
-            again="run it again",
-        )  # fmt: skip
-        with damage_named(f"the results in {folder} are", "run it again"):
-            tensors = load_tensors(parts[_FILE])
-            return cls(
-                heads=[(int(layer), int(head)) for layer, head in label["heads"]],
-                trained=int(label["trained"]), live=tensors.get("live"),
-                loss=table_of(parts[_LOSS]), seed=int(label["seed"]),
-                provenance=label["provenance"], **{name: tensors[name] for name in _TENSORS},
-            )  # fmt: skip
-
-    def equals(self, other: UnseenAngles) -> bool:
-        """Whether the numbers are the same, bit for bit; provenance may differ."""
-        both = [(getattr(self, name), getattr(other, name)) for name in _TENSORS]
-        same = all(
-            a.shape == b.shape and torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
-            for a, b in both
-        )
-        return same and self.heads == other.heads and self.loss.equals(other.loss)

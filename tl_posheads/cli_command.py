@@ -1,0 +1,129 @@
+"""A command that fills a folder: what it asks for, how it goes on, what it shows again."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import rundir
+from .cli_options import local_files
+from .errors import PosheadsError
+
+# Options that decide no number. Of --scores the folder's content does, and not its name.
+_UNASKED = "action", "command", "version", "out", "overwrite", "device", "top", "best", "scores"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was typed, and the run in the folder ``args.out`` that it asks for."""
+
+    args: argparse.Namespace
+    request: dict[str, Any]
+    state: rundir.State
+
+    def options(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in names}
+
+    def model(self) -> Any:
+        from .models import load_model
+
+        return load_model(self.args.model, **self.options("cls", "device", "dtype"))
+
+    def texts(self, model: Any, length: int | None = None) -> Any:
+        """Token ids ``[doc, pos]``, by default ``--length`` of them."""
+        from .corpora import load_corpus
+
+        args, length = self.args, length or self.args.length
+        return load_corpus(args.corpus, model, n_docs=args.docs, length=length, seed=args.seed)
+
+    @contextmanager
+    def started(self, *, resumes: bool = True) -> Iterator[Path]:
+        """:func:`rundir.running`; says how to go on when stopped, and that a run is gone on with."""
+        out, hint = self.args.out, " without --overwrite" if self.args.overwrite else ""
+        if resumes and self.state == "resume":
+            print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
+        try:
+            with rundir.running(out, self.request, self.state) as checkpoint:
+                yield checkpoint
+        except KeyboardInterrupt:
+            said = f"what was done is in {out}, and the same command{hint} goes on from there"
+            raise KeyboardInterrupt(f"stopped; {said}") from None
+
+    def save(self, found: Any, files: Mapping[str, Any]) -> None:
+        """Write the result, and ``files``: ``.png`` from a figure, others from a table or text."""
+        from .pictures import png
+
+        found.provenance["request"] = self.request
+        found.save(self.args.out)
+        for name, what in files.items():
+            if name.endswith(".png"):
+                rundir.write_bytes(self.args.out / name, png(what))
+            else:
+                text = what if isinstance(what, str) else what.to_csv(index=False)
+                rundir.write_whole(self.args.out / name, text)
+
+
+def new_command(
+    commands: Any,
+    name: str,
+    run: Callable[[Run], Any],
+    lines: Callable[..., list[str]],
+    result: str,
+    files: Sequence[str],
+    texts: Mapping[str, str],
+    **more: Callable[[Any], Any],
+) -> Callable[..., Any]:
+    """Add a command with the parser's ``texts``; returns what adds its options.
+
+    ``run`` computes, saves and returns a ``tl_posheads.<result>``; its ``lines`` and the names of
+    ``files`` are printed. ``more`` is what the request holds beside what the options say.
+    """
+
+    def action(args: argparse.Namespace) -> None:
+        request = _request(name, args) | {key: value(args) for key, value in more.items()}
+        state = rundir.look(args.out, request, overwrite=args.overwrite)
+        if state == "finished":
+            print(f"{args.out} already holds this run, finished; --overwrite computes it again.\n")
+            found = getattr(import_module("tl_posheads"), result).load(args.out)
+        else:
+            found = run(Run(args, request, state))
+        top = {"top": args.top} if "top" in args else {}
+        tell(lines(found, **top), args.out, files)
+
+    parser = commands.add_parser(name, **texts)
+    parser.set_defaults(action=action)
+    add: Callable[..., Any] = parser.add_argument
+    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
+    add("--overwrite", action="store_true", help="replace another run's results in DIR")
+    return add
+
+
+def tell(lines: Sequence[str], out: Path, files: Sequence[str]) -> None:
+    """Print the lines, and those of the files that are there."""
+    print("\n".join(lines))
+    print(f"\nfiles: {', '.join(str(out / f) for f in files if (out / f).exists()) or out}")
+
+
+def _request(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the numbers, and nothing else: two runs with equal requests are one run."""
+    from .corpora import corpus_provenance
+
+    asked = {key: value for key, value in vars(args).items() if key not in _UNASKED}
+    if name != "score":  # it was the only command once
+        asked["command"] = name
+    if hasattr(args, "scores"):
+        label, hint = args.scores and args.scores / "scores.json", "give a folder that tl-posheads"
+        if label and not label.is_file():
+            raise PosheadsError(f"{args.scores} holds no scores; {hint} score wrote")
+        asked["scores_sha256"] = label and hashlib.sha256(label.read_bytes()).hexdigest()
+    corpus, files = corpus_provenance(args.corpus), local_files(args.model)
+    asked.update(model_files=files, corpus=corpus["name"], corpus_sha256=corpus["sha256"])
+    return dict(json.loads(json.dumps(asked)))  # as run.json gives it back, lists for tuples
