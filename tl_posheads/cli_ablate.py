@@ -92,15 +92,8 @@ def _ablate(run: Run) -> AblationStudy:
         )
     with run.started() as checkpoint:
         options = run.options("fractions", "controls", "mode", "budget", "seed")
-        study = ablation_study(
-            model,
-            scores,
-            tasks=tasks,
-            n_control=args.draws,
-            reference=reference,
-            checkpoint=checkpoint,
-            **options,
-        )
+        options.update(tasks=tasks, n_control=args.draws, reference=reference)
+        study = ablation_study(model, scores, checkpoint=checkpoint, **options)
         verdict = "\n".join(study.verdict().values()) + "\n"
         tables = {rundir.EFFECTS: study.to_pandas(), rundir.VERDICT: verdict}
         run.save(study, {**tables, rundir.PICTURE: study.plot()})

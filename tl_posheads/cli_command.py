@@ -46,7 +46,7 @@ class Run:
 
     @contextmanager
     def started(self, *, resumes: bool = True) -> Iterator[Path]:
-        """:func:`rundir.running`; says how to go on when stopped, and that a run is gone on with."""
+        """:func:`rundir.running`; tells of a run gone on with, and how to go on when stopped."""
         out, hint = self.args.out, " without --overwrite" if self.args.overwrite else ""
         if resumes and self.state == "resume":
             print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
@@ -120,9 +120,10 @@ def _request(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name != "score":  # it was the only command once
         asked["command"] = name
     if hasattr(args, "scores"):
-        label, hint = args.scores and args.scores / "scores.json", "give a folder that tl-posheads"
+        label = args.scores and args.scores / "scores.json"
         if label and not label.is_file():
-            raise PosheadsError(f"{args.scores} holds no scores; {hint} score wrote")
+            wanted = "a folder that tl-posheads score wrote"
+            raise PosheadsError(f"{args.scores} holds no scores; give {wanted}")
         asked["scores_sha256"] = label and hashlib.sha256(label.read_bytes()).hexdigest()
     corpus, files = corpus_provenance(args.corpus), local_files(args.model)
     asked.update(model_files=files, corpus=corpus["name"], corpus_sha256=corpus["sha256"])

@@ -54,7 +54,7 @@ def add_command(commands: Any) -> None:
         help="comma-separated, see below (all)")  # fmt: skip
     add("--needles", metavar="N", type=whole(0), default=6,
         help="questions whose answers the model has to find, for retrieval (6)")  # fmt: skip
-    text = "a folder that score wrote, --scale as it has it, instead of scoring these texts"
+    text = "a folder that score wrote, with the scale it has, instead of scoring these texts"
     add("--scores", metavar="DIR", type=Path, help=text)
     add_scale(add)
     add_model_options(add)

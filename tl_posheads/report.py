@@ -1,4 +1,4 @@
-"""One self-contained page about a run: a map of the heads, the best of them, a histogram.
+"""One self-contained page about a run: a map of the heads, the best of them, how scores spread.
 
 The page loads nothing from anywhere, and its content policy forbids it to: whatever a model's name
 or a corpus' name holds, it is shown as text.
@@ -71,9 +71,10 @@ def write_report(
         curve_section,
         extrapolation_section,
         maps_section,
+        spread_section,
     )
 
-    parts: list[str] = []
+    parts = [spread_section(scores)] if scores.top(1) else []
     scripts: list[str] = []
     if curve is not None:
         parts.append(curve_section(curve))
@@ -132,7 +133,6 @@ def render(scores: HeadScores, parts: Sequence[str] = (), scripts: Sequence[str]
 </header>
 {_map(rows, n_layers, n_heads, limit)}
 {_best(rows)}
-{_histogram(rows)}
 {"".join(parts)}
 {PROSE}
 {_provenance(scores.provenance)}
@@ -313,46 +313,6 @@ def _best_line(rank: int, row: Row, low: float, high: float) -> str:
         f'<td>{window}</td><td><svg class="dot" viewBox="0 0 106 20" width="106" height="20" '
         f'aria-hidden="true">{marks}</svg></td></tr>'
     )
-
-
-def _histogram(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    limit = _limit(rows)
-    bins = 40
-    counts = [0] * bins
-    for row in rows:
-        counts[max(0, min(bins - 1, int((row["rho"] + limit) / (2 * limit) * bins)))] += 1
-    tallest = max(counts)
-    bars = ""
-    for index, count in enumerate(counts):
-        low = -limit + 2 * limit * index / bins
-        height = 180 * count / tallest
-        bars += (
-            f'<rect class="{_class(_step(low + limit / bins, limit))}" x="{40 + 16 * index + 1}" '
-            f'y="{200 - height:.1f}" width="14" height="{height:.1f}"><title>'
-            f"rho {_signed(low, 2)} to {_signed(low + 2 * limit / bins, 2)}: {count}</title></rect>"
-        )
-    ticks = "".join(
-        f'<text x="{40 + 640 * part:.0f}" y="220" text-anchor="middle">'
-        f"{_signed(limit * (2 * part - 1), 2)}</text>"
-        for part in (0, 0.25, 0.5, 0.75, 1)
-    )
-    values = sorted(row["rho"] for row in rows)
-    middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-    said = (
-        f"{len(rows)} heads; lowest {_signed(values[0])}, median {_signed(middle)}, "
-        f"highest {_signed(values[-1])}."
-    )
-    return f"""<section aria-labelledby="histogram-title">
-<h2 id="histogram-title">How the scores are spread</h2>
-<p>{said}</p>
-<div class="scroll" tabindex="0" role="region" aria-label="histogram">
-<svg class="histogram" viewBox="0 0 720 245" role="img" aria-label="Histogram of rho: {said}">
-<text x="36" y="26" text-anchor="end">{tallest}</text><text x="36" y="204" text-anchor="end">0</text>
-<line x1="40" x2="680" y1="200.5" y2="200.5"/>{bars}{ticks}
-<text x="360" y="241" text-anchor="middle">rho (height: number of heads)</text></svg></div>
-</section>"""
 
 
 def _provenance(provenance: Mapping[str, Any]) -> str:

@@ -50,10 +50,6 @@ white-space:nowrap}
 .dot .zero{stroke:var(--line);stroke-width:1.5}
 .dot circle{fill:var(--accent)}
 .dot .rotation,.dot .content{fill:none;stroke:var(--soft);stroke-width:1.5}
-.histogram{display:block;width:100%;min-width:34rem;max-width:45rem;height:auto}
-.histogram rect{stroke:var(--soft);stroke-width:.7}
-.histogram line{stroke:var(--soft)}
-.histogram text{fill:var(--soft);font-size:12px}
 .facts{font-size:.88rem}
 summary{cursor:pointer;max-width:44rem}
 .figure{max-width:100%;height:auto;background:#fff;border-radius:4px}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .curves import DominantDimensionCurve
     from .extrapolation.comparison import ExtrapolationComparison
     from .maps import HeadMaps
+    from .results import HeadScores
     from .study.results import AblationStudy
 
 
@@ -67,6 +68,18 @@ def ablation_section(study: AblationStudy) -> str:
         f"<ul>{verdicts}</ul>{_image(study.plot(), said)}"
         "<details><summary>Every effect: change of the scored tokens' mean log-probability, in "
         f"nats a token</summary>{_table(table[columns], 'effects of ablation')}</details>",
+    )
+
+
+def spread_section(scores: HeadScores) -> str:
+    """How the heads' scores are spread, beside what the rotation alone gives."""
+    rho = scores.rho[scores.rho.isfinite()]
+    said = (
+        f"{len(rho)} heads; lowest {float(rho.min()):+.3f}, median {float(rho.median()):+.3f}, "
+        f"highest {float(rho.max()):+.3f}."
+    )
+    return _section(
+        "spread", "How the scores are spread", f"<p>{said}</p>{_image(scores.plot(), said)}"
     )
 
 
