@@ -77,7 +77,7 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert curve.heads == HeadMaps.load(tmp_path / "s" / "maps").heads == scores.top(3)
     assert run("show", "s", "--top", 3) == (0, out, "")
     page = (tmp_path / "s" / "index.html").read_text()
-    assert page.count('<img class="figure"') == 2
+    assert page.count('<img class="figure"') == 3
     assert page.count("<iframe") == 1
     (tmp_path / "s" / "index.html").unlink()
     assert run("report", "s")[0] == 0

@@ -310,4 +310,4 @@ def test_the_report_shows_a_comparison(found, tmp_path):
     assert "Beyond the training length" in page
     for method in found.methods:
         assert escape(method) in page
-    assert page.count('<img class="figure"') == 1
+    assert page.count('<img class="figure"') == 2

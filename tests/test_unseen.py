@@ -12,7 +12,7 @@ import torch
 
 from tl_posheads import LayerGeometry, PosheadsError
 from tl_posheads.contributions import dimension_contributions, dominant_dimension, rotate_by
-from tl_posheads.remapping import RemappedVectors
+from tl_posheads.remapping import pair_vectors
 from tl_posheads.unseen import UnseenAngles, clamped_dominant, unseen_pairs
 from tl_posheads.unseen.clamping import DistanceBins, clamp_by_bin, one_replaced
 from tl_posheads.unseen.live import clamped
@@ -154,7 +154,7 @@ def test_the_remapped_layer_is_the_direct_clamp():
     i, j = causal(50)
     for pairs in ([2], [0, 3]):
         layer = clamped(GEOMETRY, range(4), pairs, TRAINED)
-        live = RemappedVectors(q, k, layer).dominant_rows(torch.arange(50), slice(0, 50))
+        live = pair_vectors(q, k, layer).dominant_rows(torch.arange(50), slice(0, 50))
         direct = clamped_dominant(q, k, GEOMETRY, pairs, trained=TRAINED, q_pos=i, k_pos=j)
         torch.testing.assert_close(live[:, i, j], direct, atol=1e-9, rtol=0)
 

@@ -9,7 +9,8 @@ The paper masks heads in the attention pattern (Hong et al. 2024, arXiv 2410.087
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,15 +20,7 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
-from tl_posheads.lens import (
-    PassDone,
-    attention,
-    is_native,
-    model_name,
-    own_hooks,
-    require_lens,
-    run_forward,
-)
+from tl_posheads.lens import attention, is_native, model_name, own_hooks, read_pass, require_lens
 
 Head = tuple[int, int]
 Mode = Literal["zero", "mean", "resample"]
@@ -219,27 +212,20 @@ def reference_z(
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     n_positions = 0
 
-    def take(layer: int) -> Callable[..., None]:
-        def hook(z: Float[Tensor, "1 pos head d_head"], hook: Any) -> None:
-            mine = z[0][:, layers[layer]].detach()
-            if mode == "resample":
-                kept[layer].append(mine[:shortest].clone())
-            elif not kept[layer]:
-                kept[layer].append(_summed(mine, per_position, shortest))
-            else:
-                kept[layer][0] += _summed(mine, per_position, shortest)
-            if layer == max(layers):
-                raise PassDone
-
-        return hook
+    def take(layer: int, z: Float[Tensor, "1 pos head d_head"]) -> None:
+        mine = z[0][:, layers[layer]]
+        if mode == "resample":
+            kept[layer].append(mine[:shortest].clone())
+        elif not kept[layer]:
+            kept[layer].append(_summed(mine, per_position, shortest))
+        else:
+            kept[layer][0] += _summed(mine, per_position, shortest)
 
     points = model.hook_dict
-    hooks = [(points[f"blocks.{layer}.attn.hook_z"], take(layer)) for layer in layers]
-    with own_hooks(hooks):
-        for document in documents:
-            n_positions += len(document)
-            with suppress(PassDone):
-                run_forward(model, document[None])
+    readers = [(points[f"blocks.{i}.attn.hook_z"], partial(take, i)) for i in layers]
+    for document in documents:
+        n_positions += len(document)
+        read_pass(model, document[None], readers)
     if mode == "resample":
         return {layer: torch.stack(texts) for layer, texts in kept.items()}
     count = len(documents) if per_position else n_positions

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_posheads.contributions import PairVectors, Scale, evenly, farthest, rows_of
 from tl_posheads.geometry import LayerGeometry
-from tl_posheads.remapping import only_heads, pair_vectors
+from tl_posheads.remapping import pair_vectors
 from tl_posheads.statistics import midranks
 
 Weighting = Literal["pair", "distance"]
@@ -55,8 +55,7 @@ def spearman_of_all(
     found = []
     for start in range(0, geometry.n_heads, step):
         heads = list(range(start, min(start + step, geometry.n_heads)))
-        alone, keys = only_heads(geometry, rot_k, heads)
-        vectors = pair_vectors(rot_q[:, heads], keys, alone, scale=scale)
+        vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
         splits = [-math.inf, *_splits(vectors, n_pos, geometry.window), math.inf]
         sums = torch.zeros(4, len(heads), dtype=torch.float64, device=device)
         for low, high in pairwise(splits):

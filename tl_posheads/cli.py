@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cli_ablate, cli_codes, cli_profile, cli_track, cli_unseen, rundir
-from .cli_command import Run, new_command, tell
+from .cli_command import Run, aligned, new_command, number, tell
 from .cli_options import add_model_options, add_pairs, add_texts, layers, ranges, whole
 from .errors import PosheadsError
 
@@ -260,9 +259,6 @@ def table_lines(scores: HeadScores, top: int) -> list[str]:
     if not rows:
         return []
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None or not math.isfinite(value) else format(value, form)
-
     cells: list[tuple[str, ...]] = [_COLUMNS]
     for row in rows[:top]:
         low, high = number(row["ci_low"], "+.3f"), number(row["ci_high"], "+.3f")
@@ -272,12 +268,8 @@ def table_lines(scores: HeadScores, top: int) -> list[str]:
         rho, p = number(row["rho"], "+.3f"), number(row["p_adjusted"], ".2g")
         place, window = (str(row["layer"]), str(row["head"])), number(row["window"], ".0f")
         cells.append((*place, rho, interval, p, *measured, f"{near} -> {far}", window))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    ]
-    return [f"The {len(cells) - 1} highest positional scores of {len(rows)} heads:", *lines]
+    title = f"The {len(cells) - 1} highest positional scores of {len(rows)} heads:"
+    return [title, *aligned(cells)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

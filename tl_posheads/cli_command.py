@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,19 @@ from .errors import PosheadsError
 
 # Options that decide no number. Of --scores the folder's content does, and not its name.
 _UNASKED = "action", "command", "version", "out", "overwrite", "device", "top", "best", "scores"
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Rows of cells as lines of text: so many columns flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row))
+        for row in cells
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import rundir
-from .cli_command import Run, new_command
+from .cli_command import Run, aligned, new_command, number
 from .cli_options import add_model_options, add_scale, add_texts, names, whole
 from .errors import PosheadsError
 
@@ -97,21 +97,13 @@ def table_lines(profile: HeadProfile, top: int) -> list[str]:
         name = str(row["measure"])
         known = row["overlap"] == row["overlap"]
         cells.append([
-            name, _number(everywhere[name], "+.3f"), _number(within[name], "+.3f"),
-            _number(row["overlap"], ".0f"), str(row["n_top"]) if known else "-",
-            _number(row["chance"], ".1f"), _number(row["p_adjusted"], ".2g"),
+            name, number(everywhere[name], "+.3f"), number(within[name], "+.3f"),
+            number(row["overlap"], ".0f"), str(row["n_top"]) if known else "-",
+            number(row["chance"], ".1f"), number(row["p_adjusted"], ".2g"),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    ]
     out = [
         f"Kin of the positional score over {len(profile.table)} heads, and overlap of the {top} highest:",
-        *lines,
+        *aligned(cells, left=1),
     ]
     if needles.get("n_prompts"):
         out.append(
@@ -119,7 +111,3 @@ def table_lines(profile: HeadProfile, top: int) -> list[str]:
         )
     missing = profile.provenance.get("missing", {})
     return out + [f"{name} has gaps: {why}" for name, why in missing.items()]
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if value != value else format(value, form)

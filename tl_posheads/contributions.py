@@ -242,7 +242,15 @@ class PairVectors:
     ) -> Float[Tensor, "head rows keys"]:
         """D of the queries at ``rows`` against a stretch of keys; float64."""
         contribution, peak = self._rows(rows, keys)
-        return self._weigh(contribution, peak)
+        # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
+        # of a whole number, and the order of those last digits is part of its score.
+        total = torch.zeros(peak.shape, dtype=torch.float64, device=peak.device)
+        moment = torch.zeros_like(total)
+        for m in range(self.n_pairs):
+            weight = contribution(m).sub_(peak).exp_()
+            total += weight
+            moment.add_(weight, alpha=m)
+        return moment.div_(total)
 
     def weight_rows(
         self, rows: Int[Tensor, "rows"], keys: slice
@@ -255,27 +263,17 @@ class PairVectors:
         for m in range(self.n_pairs):
             yield contribution(m).sub_(peak).exp_().div_(total)
 
-    def _rows(self, rows: Tensor, keys: slice) -> tuple[Callable[[int], Tensor], Tensor]:
+    def contribution(self, rows: Int[Tensor, "rows"], keys: slice) -> Callable[[int], Tensor]:
+        """``m`` to the contributions of pair ``m``, ``[head, rows, keys]``, a new array."""
         q, k = self.q[..., rows, None], self.k[..., None, keys]
+        return lambda m: torch.mul(q[0, m], k[0, m]).addcmul_(q[1, m], k[1, m])
 
-        def contribution(m: int) -> Tensor:
-            return torch.mul(q[0, m], k[0, m]).addcmul_(q[1, m], k[1, m])
-
+    def _rows(self, rows: Tensor, keys: slice) -> tuple[Callable[[int], Tensor], Tensor]:
+        contribution = self.contribution(rows, keys)
         peak = contribution(0)
         for m in range(1, self.n_pairs):
             torch.maximum(peak, contribution(m), out=peak)
         return contribution, peak
-
-    def _weigh(self, contribution: Callable[[int], Tensor], peak: Tensor) -> Tensor:
-        # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
-        # of a whole number, and the order of those last digits is part of its score.
-        total = torch.zeros(peak.shape, dtype=torch.float64, device=peak.device)
-        moment = torch.zeros_like(total)
-        for m in range(self.n_pairs):
-            weight = contribution(m).sub_(peak).exp_()
-            total += weight
-            moment.add_(weight, alpha=m)
-        return moment.div_(total)
 
 
 def rows_of(

@@ -20,7 +20,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import model_name, require_clean, require_rotary
-from tl_posheads.remapping import only_heads, pair_vectors
+from tl_posheads.remapping import pair_vectors
 from tl_posheads.result import Files, Result
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
@@ -217,8 +217,7 @@ def mean_by_distance(
         >>> mean.tolist(), n_pairs.tolist()
         ([[0.5, 0.5, 0.5]], [3, 2, 1])
     """
-    alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone, scale=scale)
+    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
     n_pos = rot_q.shape[0]
     rows = evenly(n_pos, n_pos if n_queries is None else n_queries, rot_q.device)
     total = torch.zeros(len(heads), n_pos, dtype=torch.float64, device=rot_q.device)
@@ -251,8 +250,7 @@ def _add_document(
     scale: Scale,
     sums: Sequence[_HeadSums],
 ) -> None:
-    alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, list(heads)], keys, alone, scale=scale)
+    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
     rows = torch.arange(1, rot_q.shape[0], device=rot_q.device)
     n_pos = rot_q.shape[0]
     for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):

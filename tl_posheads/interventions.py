@@ -25,18 +25,9 @@ from tl_posheads.contributions import turn
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import length_matters
-from tl_posheads.lens import (
-    Change,
-    changed,
-    changes_of,
-    model_name,
-    own_hooks,
-    require_rotary,
-    trained_length,
-)
-from tl_posheads.positions import watched_positions
+from tl_posheads.lens import changes_of, model_name, own_hooks, require_rotary
 from tl_posheads.remapping import Region, Remapping, every_pair
-from tl_posheads.rescoring import require_scores, rescored
+from tl_posheads.rescoring import remapped, require_scores
 
 Head = tuple[int, int]
 Pairs = int | range | Sequence[int]
@@ -144,7 +135,6 @@ def edited_rotary(
             geometry = RotaryGeometry.from_model(model, layers=list(members) or None)
         for layer in members:
             _check_layer(model, geometry[layer], edit)
-        positions = stack.enter_context(watched_positions(model))
         points = model.hook_dict
         rotations = [
             (points[f"blocks.{layer}.attn.hook_rot_q"], _on_queries(chosen, geometry[layer], edit))
@@ -152,26 +142,13 @@ def edited_rotary(
             if edit.scale or edit.shift
         ]
         stack.enter_context(own_hooks(rotations))
-        remapped: dict[int, LayerGeometry] = {}
-        handles: list[Any] = []
-        if edit.in_scores:
-            remapped = {
-                layer: replace(geometry[layer], remapping=_remapping(chosen, edit, geometry[layer]))
-                for layer, chosen in members.items()
-            }
-            handles = stack.enter_context(rescored(model, remapped, positions))
-
-        def geometry_inside(layer: LayerGeometry, length: int) -> LayerGeometry:
-            if layer.layer not in remapped:
-                return layer
-            return replace(layer, remapping=remapped[layer.layer].remapping)
-
+        layers = {
+            layer: replace(geometry[layer], remapping=_remapping(chosen, edit, geometry[layer]))
+            for layer, chosen in members.items()
+            if edit.in_scores
+        }
         named = [(layer, head) for layer, chosen in members.items() for head in chosen]
-        change = Change(
-            name=f"edit_rotary({named}, {edit.name})", kind="edit", trained=trained_length(model),
-            geometry=geometry_inside, remapped=remapped, handles=handles,
-        )  # fmt: skip
-        stack.enter_context(changed(model, change))
+        stack.enter_context(remapped(model, layers, f"edit_rotary({named}, {edit.name})"))
         yield model
 
 

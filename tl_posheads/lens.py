@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +148,26 @@ def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None
     options = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
     with torch.no_grad():
         model(tokens.to(device), return_type=None, **options)
+
+
+def read_pass(
+    model: Any, tokens: Tensor, readers: Sequence[tuple[Any, Callable[[Tensor], Any]]]
+) -> None:
+    """One pass whose hook points show their values to ``readers``; it ends when all have seen."""
+    waiting = set(range(len(readers)))
+
+    def hook_of(number: int, read: Callable[[Tensor], Any]) -> Callable[..., None]:
+        def show(value: Tensor, hook: Any) -> None:
+            read(value.detach())
+            waiting.discard(number)
+            if not waiting:
+                raise PassDone
+
+        return show
+
+    hooks = [(point, hook_of(number, read)) for number, (point, read) in enumerate(readers)]
+    with own_hooks(hooks), suppress(PassDone):
+        run_forward(model, tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,16 +19,8 @@ from tl_posheads.contributions import Scale, check_scale, rows_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of, layers_of
-from tl_posheads.lens import (
-    PassDone,
-    attention,
-    model_name,
-    own_hooks,
-    require_clean,
-    require_rotary,
-    run_forward,
-)
-from tl_posheads.remapping import only_heads, pair_vectors
+from tl_posheads.lens import attention, model_name, read_pass, require_clean, require_rotary
+from tl_posheads.remapping import pair_vectors
 from tl_posheads.result import Files, Result
 
 
@@ -158,24 +150,17 @@ def head_maps(
         def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], chosen(layer), scale)
 
-        def reader(layer: int) -> Any:
-            def read(pattern: Tensor, hook: Any) -> None:
-                here = dominant.pop(layer)
-                for i, head in enumerate(chosen(layer)):
-                    whole = pattern[0, head].double()
-                    rows = whole[at], here[i][at]
-                    found[layer, head] = (*_reduced(whole, here[i], step), *rows)
-                if layer == layers[-1]:
-                    raise PassDone
+        def read(layer: int, pattern: Tensor) -> None:
+            here = dominant.pop(layer)
+            for i, head in enumerate(chosen(layer)):
+                whole = pattern[0, head].double()
+                rows = whole[at], here[i][at]
+                found[layer, head] = (*_reduced(whole, here[i], step), *rows)
 
-            return read
-
-        hooks: list[Any] = []
-        for layer in layers:
-            attn: Any = attention(model, layer)
-            hooks.append((attn.hook_pattern, reader(layer)))
-        with rotary_consumer(model, keep_dominant, layers), own_hooks(hooks), suppress(PassDone):
-            run_forward(model, document[None])
+        with rotary_consumer(model, keep_dominant, layers):
+            parts: dict[int, Any] = {layer: attention(model, layer) for layer in layers}
+            readers = [(attn.hook_pattern, partial(read, i)) for i, attn in parts.items()]
+            read_pass(model, document[None], readers)
     pattern, cells, distance, dimension, row_pattern, row_dominant = (
         torch.stack(part).cpu() for part in zip(*(found[place] for place in wanted))
     )
@@ -192,8 +177,7 @@ def _dominant(
     rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: list[int], scale: Scale
 ) -> Float[Tensor, "head q_pos k_pos"]:
     """D of every query-key pair, NaN where there is none."""
-    alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, heads], keys, alone, scale=scale)
+    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
     n_pos = rot_q.shape[0]
     out = torch.full((len(heads), n_pos, n_pos), float("nan"), dtype=torch.float64)
     out = out.to(rot_q.device)

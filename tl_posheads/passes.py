@@ -36,6 +36,23 @@ def unembed_only(model: Any, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def greedy(model: Any, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
+    """The tokens that the model writes after a prompt, at most ``n_new``, up to its end token.
+
+    The lens's own ``generate``, with a cache of keys and values.
+    """
+    end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
+    with torch.no_grad():
+        out = model.generate(
+            prompt[None].to(next(model.parameters()).device),
+            max_new_tokens=n_new, do_sample=False, use_past_kv_cache=True,
+            stop_at_eos=end is not None, return_type="tokens", verbose=False,
+        )  # fmt: skip
+    written: Tensor = out[0, len(prompt) :].cpu()
+    stop = torch.nonzero(written == end).flatten() if end is not None else written[:0]
+    return written[: int(stop[0])] if len(stop) else written
+
+
 def target_logits(
     model: Any, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
 ) -> Float[Tensor, "target d_vocab"]:

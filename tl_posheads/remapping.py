@@ -247,80 +247,46 @@ def pair_vectors(
     rot_k: Float[Tensor, "k_pos kv_head d_head"],
     geometry: LayerGeometry,
     *,
+    heads: Sequence[int] | None = None,
     scale: Scale = "none",
     precision: torch.dtype = torch.float32,
 ) -> PairVectors:
-    """What D is computed from: the text's own vectors, or those of every region."""
-    kind = PairVectors if geometry.remapping is None else RemappedVectors
-    return kind(rot_q, rot_k, geometry, scale=scale, precision=precision)
+    """What D of ``heads`` is computed from: the text's own vectors, or those of every region."""
+    if heads is not None:
+        geometry, rot_k = only_heads(geometry, rot_k, heads)
+        rot_q = rot_q[..., list(heads), :]
+    remapping = geometry.remapping
+    if remapping is None:
+        return PairVectors(rot_q, rot_k, geometry, scale=scale, precision=precision)
+    alone = replace(geometry, kv_head=tuple(range(geometry.n_heads)), remapping=None)
+    own = torch.promote_types(rot_q.dtype, precision)
+    q, k = rot_q.to(own), expand_keys(rot_k, rot_q, geometry).to(own)
+    at = torch.arange(rot_q.shape[0], device=rot_q.device) + remapping.first
+    regions = [
+        PairVectors(*_moved(q, k, at, at, alone, remapping, region), alone, scale=scale)
+        for region in remapping.regions
+    ]
+    return RemappedVectors(remapping, regions)
 
 
 class RemappedVectors(PairVectors):
     """:class:`PairVectors` of a layer that sees other distances: a set for every region."""
 
-    def __init__(
-        self,
-        rot_q: Float[Tensor, "q_pos head d_head"],
-        rot_k: Float[Tensor, "k_pos kv_head d_head"],
-        geometry: LayerGeometry,
-        *,
-        scale: Scale = "none",
-        precision: torch.dtype = torch.float32,
-    ) -> None:
-        remapping = geometry.remapping
-        assert remapping is not None
-        alone = replace(geometry, kv_head=tuple(range(geometry.n_heads)), remapping=None)
-        keys = expand_keys(rot_k, rot_q, geometry)
-        super().__init__(rot_q, keys, alone, scale=scale, precision=precision)
-        precision = torch.promote_types(rot_q.dtype, precision)
-        at = torch.arange(rot_q.shape[0], device=rot_q.device) + remapping.first
-        self.remapping = remapping
-        self.regions = [
-            PairVectors(
-                *_moved(rot_q.to(precision), keys.to(precision), at, at, alone, remapping, region),
-                alone,
-                scale=scale,
-                precision=precision,
-            )
-            for region in remapping.regions
-        ]
+    def __init__(self, remapping: Remapping, regions: Sequence[PairVectors]) -> None:
+        self.remapping, self.regions, self.q = remapping, regions, regions[0].q
+        self.n_pairs, self.n_heads = regions[0].n_pairs, regions[0].n_heads
 
-    def dominant_rows(
-        self, rows: Int[Tensor, "rows"], keys: slice
-    ) -> Float[Tensor, "head rows keys"]:
-        number = self._number(rows[:, None], self._positions(keys))
-        return self._chosen(number, lambda vectors: vectors.dominant_rows(rows, keys))
-
-    def weight_rows(
-        self, rows: Int[Tensor, "rows"], keys: slice
-    ) -> Iterator[Float[Tensor, "head rows keys"]]:
-        number = self._number(rows[:, None], self._positions(keys))
-        each = {
-            r: vectors.weight_rows(rows, keys)
-            for r, vectors in enumerate(self.regions)
-            if bool((number == r).any())
-        }
-        for _ in range(self.n_pairs):
-            out: Tensor | None = None
-            for r, weights in each.items():
-                value = next(weights)
-                out = value if out is None else torch.where(number == r, value, out)
-            assert out is not None
-            yield out
-
-    def _positions(self, keys: slice) -> Tensor:
-        return torch.arange(keys.start, keys.stop, keys.step or 1, device=self.q.device)
-
-    def _number(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    def contribution(self, rows: Int[Tensor, "rows"], keys: slice) -> Callable[[int], Tensor]:
         first = self.remapping.first
-        return self.remapping.region(q_pos + first, k_pos + first)
+        k_pos = torch.arange(keys.start, keys.stop, keys.step or 1, device=rows.device)
+        number = self.remapping.region(rows[:, None] + first, k_pos + first)
+        each = [(number == r, x.contribution(rows, keys)) for r, x in enumerate(self.regions)]
+        each = [(here, of) for here, of in each if bool(here.any())]
 
-    def _chosen(self, number: Tensor, of: Callable[[PairVectors], Tensor]) -> Tensor:
-        out: Tensor | None = None
-        for r, vectors in enumerate(self.regions):
-            here = number == r
-            if bool(here.any()):
-                value = of(vectors)
-                out = value if out is None else torch.where(here, value, out)
-        assert out is not None
-        return out
+        def chosen(m: int) -> Tensor:
+            out = each[0][1](m)
+            for here, of in each[1:]:
+                out = torch.where(here, of(m), out)
+            return out
+
+        return chosen

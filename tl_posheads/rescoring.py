@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_posheads.capture import rotary_hook_points
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
-from tl_posheads.lens import MASKED, attention, instance_method, is_native, model_name, own_hooks
-from tl_posheads.positions import Positions, key_positions
+from tl_posheads.lens import (
+    MASKED,
+    Change,
+    attention,
+    changed,
+    instance_method,
+    is_native,
+    model_name,
+    own_hooks,
+    trained_length,
+)
+from tl_posheads.positions import Positions, key_positions, watched_positions
 from tl_posheads.remapping import only_heads, remapped_scores
 
 
@@ -67,6 +79,27 @@ def rescored(
             for layer, geometry in layers.items()
         ]
         yield stack.enter_context(own_hooks(scores))
+
+
+@contextmanager
+def remapped(model: Any, layers: Mapping[int, LayerGeometry], name: str) -> Iterator[None]:
+    """Inside, ``layers`` see the distances of their remapping: the edit ``name`` is in force."""
+    with ExitStack() as stack:
+        stack.enter_context(rotary_hook_points(model))
+        positions = stack.enter_context(watched_positions(model))
+        handles = stack.enter_context(rescored(model, layers, positions))
+
+        def inside(layer: LayerGeometry, length: int) -> LayerGeometry:
+            if layer.layer not in layers:
+                return layer
+            return replace(layer, remapping=layers[layer.layer].remapping)
+
+        change = Change(
+            name=name, kind="edit", trained=trained_length(model), geometry=inside,
+            remapped=dict(layers), handles=handles,
+        )  # fmt: skip
+        stack.enter_context(changed(model, change))
+        yield
 
 
 def _with_cached(update: Callable[..., Any], seen: dict[str, Tensor]) -> Callable[..., Any]:

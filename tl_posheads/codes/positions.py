@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_posheads.codes.basis import QKBasis, ordered_planes
 from tl_posheads.codes.transport import TransportSums, log_shifts
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lens import PassDone, model_name, own_hooks, run_forward
+from tl_posheads.lens import model_name, own_hooks, read_pass
 from tl_posheads.probe import declared_scale, measured_scale
 
 _POINT = "hook_pos_embed"
@@ -33,15 +33,10 @@ def position_table(model: Any, n: int) -> Float[Tensor, "pos d_model"]:
     point = model.hook_dict.get(_POINT)
     seen: list[Tensor] = []
 
-    def keep(value: Tensor, hook: Any) -> None:
-        seen.append(value.detach())
-        raise PassDone
-
     if point is not None:
         for token in (0, 1):
             tokens = torch.full((1, n), token % int(model.cfg.d_vocab))
-            with own_hooks([(point, keep)]), suppress(PassDone):
-                run_forward(model, tokens)
+            read_pass(model, tokens, [(point, seen.append)])
     if len(seen) != 2 or seen[0].ndim != 3 or not torch.equal(*seen):
         why = "never came" if len(seen) != 2 else "aren't the same for every text"
         raise PosheadsError(
@@ -74,32 +69,27 @@ def capture_moved(
     waiting: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     done: list[int] = []
 
-    def keeper(layer: int, which: str) -> Callable[..., None]:
-        def keep(value: Tensor, hook: Any) -> None:
-            waiting[layer][which] = value.detach()
-            if len(waiting[layer]) < 2:
-                return
-            q, k = (waiting[layer].pop(x)[0] for x in "qk")
-            if q.ndim != 3 or k.ndim != 3 or q.shape[1] % k.shape[1]:
-                return
-            done.append(layer)
-            consumer(layer, q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))
-            if layer == layers[-1]:
-                raise PassDone
-
-        return keep
+    def keep(layer: int, which: str, value: Tensor) -> None:
+        waiting[layer][which] = value
+        if len(waiting[layer]) < 2:
+            return
+        q, k = (waiting[layer].pop(x)[0] for x in "qk")
+        if q.ndim != 3 or k.ndim != 3 or q.shape[1] % k.shape[1]:
+            return
+        done.append(layer)
+        consumer(layer, q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))
 
     def put(value: Tensor, hook: Any) -> Tensor | None:
         return None if at is None else at.expand_as(value).to(value)
 
-    hooks: list[tuple[Any, Callable[..., Any]]] = [(model.hook_dict[_POINT], put)]
-    for layer in layers:
-        for which in "qk":
-            point = model.hook_dict.get(f"blocks.{layer}.attn.hook_{which}")
-            if point is not None:
-                hooks.append((point, keeper(layer, which)))
-    with own_hooks(hooks), suppress(PassDone):
-        run_forward(model, document[None])
+    points = {(i, which): f"blocks.{i}.attn.hook_{which}" for i in layers for which in "qk"}
+    readers = [
+        (model.hook_dict[point], partial(keep, *place))
+        for place, point in points.items()
+        if point in model.hook_dict
+    ]
+    with own_hooks([(model.hook_dict[_POINT], put)]):
+        read_pass(model, document[None], readers)
     missing = sorted(set(layers) - set(done))
     if missing:
         raise PosheadsError(
@@ -117,22 +107,14 @@ def attention_scales(
         PosheadsError: scores that are no multiple of ``q . k``.
     """
     seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
-
-    def keeper(layer: int, name: str) -> Callable[..., None]:
-        def keep(value: Tensor, hook: Any) -> None:
-            seen[layer][name] = value.detach()
-
-        return keep
-
     names = ("q", "k", "attn_scores")
     points = {(i, name): f"blocks.{i}.attn.hook_{name}" for i in layers for name in names}
-    hooks = [
-        (model.hook_dict[point], keeper(*key))
-        for key, point in points.items()
+    readers = [
+        (model.hook_dict[point], partial(seen[layer].__setitem__, name))
+        for (layer, name), point in points.items()
         if point in model.hook_dict
     ]
-    with own_hooks(hooks):
-        run_forward(model, document[None, :_PROBE])
+    read_pass(model, document[None, :_PROBE], readers)
     out = {}
     for layer, found in seen.items():
         q, k = (found[name][0].transpose(0, 1) for name in "qk")

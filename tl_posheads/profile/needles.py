@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lens import PassDone, attention, model_name, own_hooks, run_forward
+from tl_posheads.lens import attention, model_name, read_pass
+from tl_posheads.passes import greedy
 from tl_posheads.profile.retrieval import copied_share, copies_of, recall
 from tl_posheads.tasks.base import Prompt, Task, check_length
 from tl_posheads.tasks.needle import Needle
@@ -45,23 +46,6 @@ def prompts_of(model: Any, needles: int | Task | Sequence[Prompt], seed: int) ->
     return prompts
 
 
-def greedy(model: Any, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
-    """The tokens that the model writes after a prompt, at most ``n_new``, up to its end token.
-
-    The lens's own ``generate``, with a cache of keys and values.
-    """
-    end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
-    with torch.no_grad():
-        out = model.generate(
-            prompt[None].to(next(model.parameters()).device),
-            max_new_tokens=n_new, do_sample=False, use_past_kv_cache=True,
-            stop_at_eos=end is not None, return_type="tokens", verbose=False,
-        )  # fmt: skip
-    written: Tensor = out[0, len(prompt) :].cpu()
-    stop = torch.nonzero(written == end).flatten() if end is not None else written[:0]
-    return written[: int(stop[0])] if len(stop) else written
-
-
 def most_attended(
     model: Any, tokens: Int[Tensor, "pos"], rows: slice
 ) -> Int[Tensor, "layer head row"]:
@@ -72,22 +56,17 @@ def most_attended(
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     n_rows = len(range(*rows.indices(len(tokens))))
     out = torch.full((n_layers, n_heads, n_rows), -1, dtype=torch.long)
-    layers = [layer for layer in range(n_layers) if attention(model, layer) is not None]
 
-    def reader(layer: int) -> Callable[..., None]:
-        def read(pattern: Tensor, hook: Any) -> None:
-            out[layer] = pattern[0, :, rows].argmax(-1).cpu()
-            if layer == layers[-1]:
-                raise PassDone
+    def read(layer: int, pattern: Tensor) -> None:
+        out[layer] = pattern[0, :, rows].argmax(-1).cpu()
 
-        return read
-
-    hooks: list[Any] = []
-    for layer in layers:
-        attn: Any = attention(model, layer)
-        hooks.append((attn.hook_pattern, reader(layer)))
-    with own_hooks(hooks), suppress(PassDone):
-        run_forward(model, tokens[None])
+    parts: dict[int, Any] = {layer: attention(model, layer) for layer in range(n_layers)}
+    readers = [
+        (attn.hook_pattern, partial(read, layer))
+        for layer, attn in parts.items()
+        if attn is not None
+    ]
+    read_pass(model, tokens[None], readers)
     return out
 
 

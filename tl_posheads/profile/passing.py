@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tl_posheads.capture import rotary_consumer
 from tl_posheads.contributions import evenly, expand_keys
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import require_finite
-from tl_posheads.lens import PassDone, attention, own_hooks, run_forward
+from tl_posheads.lens import attention, read_pass
 from tl_posheads.profile.detection import detected_share, detection_patterns
 from tl_posheads.profile.long_context import long_context_share
 from tl_posheads.profile.looking import mean_distance, sink_mass
@@ -99,36 +100,25 @@ def measure_text(
     def keep(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
         shown[layer, "q"], shown[layer, "k"] = rot_q[0], rot_k[0]
 
-    def keep_value(layer: int) -> Callable[..., None]:
-        def read(value: Tensor, hook: Any) -> None:
-            shown[layer, "v"] = value.detach()[0]
+    def keep_value(layer: int, value: Tensor) -> None:
+        shown[layer, "v"] = value[0]
 
-        return read
+    def read(layer: int, pattern: Tensor) -> None:
+        parts = {name: shown.pop((layer, name), None) for name in "qkv"}
+        seen = Layer(geometry[layer], pattern[0], **parts)
+        _measure(seen, layer, detection, wants, settings, window, out)
+        tick()
 
-    def reader(layer: int) -> Callable[..., None]:
-        def read(pattern: Tensor, hook: Any) -> None:
-            parts = {name: shown.pop((layer, name), None) for name in "qkv"}
-            seen = Layer(geometry[layer], pattern.detach()[0], **parts)
-            _measure(seen, layer, detection, wants, settings, window, out)
-            tick()
-            if layer == layers[-1]:
-                raise PassDone
-
-        return read
-
-    hooks: list[Any] = []
+    readers: list[Any] = []
     for layer in layers:
         attn: Any = attention(model, layer)
         value = getattr(attn, "hook_v", None)
         if "utility" in wants and value is not None:
-            hooks.append((value, keep_value(layer)))
-        hooks.append((attn.hook_pattern, reader(layer)))
-    with ExitStack() as stack:
-        if wants & {"long_context", "massive", "utility"} and rotary:
-            stack.enter_context(rotary_consumer(model, keep, rotary))
-        stack.enter_context(own_hooks(hooks))
-        stack.enter_context(suppress(PassDone))
-        run_forward(model, document[None])
+            readers.append((value, partial(keep_value, layer)))
+        readers.append((attn.hook_pattern, partial(read, layer)))
+    rotated = wants & {"long_context", "massive", "utility"} and rotary
+    with rotary_consumer(model, keep, rotary) if rotated else nullcontext():
+        read_pass(model, document[None], readers)
     return out
 
 

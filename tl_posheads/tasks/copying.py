@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import (
-    Prompt,
-    begin,
-    check_fields,
-    check_length,
-    plain,
-    tokenizer_of,
-)
-from tl_posheads.tasks.filler import Filler
+from tl_posheads.tasks.base import Prompt, check_fields, plain
+from tl_posheads.tasks.filler import CorpusTask, Filler
 
 
 @dataclass(frozen=True)
-class Copying:
+class Copying(CorpusTask):
     """A segment of a text occurs again at the end of the prompt, so many tokens later.
 
     Olsson et al., "In-context learning and induction heads", 2022, arXiv 2209.11895, score
@@ -80,31 +73,14 @@ class Copying:
         grid = [round(low * (high / low) ** step) for step in steps]
         return [grid[-1], *grid[:-1]]
 
-    def prompts(self, model: Any) -> list[Prompt]:
-        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
-
-        Args:
-            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
-
-        Raises:
-            PosheadsError: no tokenizer, too long for the model, or a corpus that can't be read or
-                is too small.
-        """
-        tokenizer = tokenizer_of(model)
-        check_length(model, self.length)
-        filler = Filler(self.corpus, tokenizer, self.seed)
-        start, grid = begin(tokenizer), self.distance_grid()
-        found = []
-        for i in range(self.n):
-            distance = grid[i % len(grid)]
-            # One unbroken stretch up to the second occurrence: the first stands in its own text.
-            text = filler.stretch(i, self.length - self.segment - len(start))
-            tokens = start + text
-            first = len(tokens) - distance
-            segment = tokens[first : first + self.segment]
-            short = self._scored(start + segment + segment, self.segment)
-            found.append(self._scored(tokens + segment, distance, short))
-        return found
+    def _prompt(self, filler: Filler, i: int, frame: list[int]) -> Prompt:
+        distance = self.distance_grid()[i % self.distances]
+        # One unbroken stretch up to the second occurrence: the first stands in its own text.
+        tokens = frame + filler.stretch(i, self.length - self.segment - len(frame))
+        first = len(tokens) - distance
+        segment = tokens[first : first + self.segment]
+        short = self._scored(frame + segment + segment, self.segment)
+        return self._scored(tokens + segment, distance, short)
 
     def _scored(self, tokens: list[int], distance: int, short: Prompt | None = None) -> Prompt:
         second = len(tokens) - self.segment

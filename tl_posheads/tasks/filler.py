@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tl_posheads.corpora import _streamed, _text, _tokenise
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import encode
+from tl_posheads.tasks.base import Prompt, begin, check_length, encode, tokenizer_of
 
 T = TypeVar("T")
 
@@ -108,3 +109,40 @@ def _units(text: str, ends: tuple[str, ...] = _ENDS) -> list[str]:
     for unit in re.split(ends[0], text):
         found += _units(unit, ends[1:]) if len(unit) > _UNIT else [unit] if unit else []
     return found
+
+
+class CorpusTask(ABC):
+    """A task of texts of a corpus; a subclass is a dataclass with these fields."""
+
+    length: int
+    n: int
+    seed: int
+    corpus: str
+
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of the prompts, taken in turn."""
+        return (self.length,)
+
+    def _frame(self, tokenizer: Any) -> Any:
+        """What every prompt stands in: behind BOS, where there is one."""
+        return begin(tokenizer)
+
+    @abstractmethod
+    def _prompt(self, filler: Filler, i: int, frame: Any) -> Prompt:
+        """The i-th prompt, with its short control."""
+
+    def prompts(self, model: Any) -> list[Prompt]:
+        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
+
+        Args:
+            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
+
+        Raises:
+            PosheadsError: no tokenizer, too long for the model, too short for the question, or
+                a corpus that can't be read or is too small.
+        """
+        tokenizer = tokenizer_of(model)
+        check_length(model, max(self._lengths()))
+        frame = self._frame(tokenizer)
+        filler = Filler(self.corpus, tokenizer, self.seed)
+        return [self._prompt(filler, i, frame) for i in range(self.n)]

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
-import torch
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.passes import greedy
 from tl_posheads.tasks.base import Prompt, check_length, tokenizer_of
 
 
@@ -48,19 +48,9 @@ def generate_answers(
         asked.append((prompt.tokens, first, end, n_new))
     rows = []
     for index, (tokens, first, end, n_new) in enumerate(asked):
-        with torch.no_grad():
-            out = model.generate(
-                tokens[None, :first].to(next(model.parameters()).device),
-                max_new_tokens=n_new,
-                do_sample=False,
-                use_past_kv_cache=True,
-                stop_at_eos=tokenizer.eos_token_id is not None,
-                return_type="tokens",
-                verbose=False,
-            )
         answer, generated = (
             tokenizer.decode(ids, skip_special_tokens=True).strip()
-            for ids in (tokens[first:end], out[0, first:].cpu())
+            for ids in (tokens[first:end], greedy(model, tokens[:first], n_new))
         )
         exact = re.match(re.escape(answer) + r"(?!\w)", generated) is not None
         rows.append({"prompt": index, "answer": answer, "generated": generated, "exact": exact})

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar
 
-from tl_posheads.tasks.base import Prompt, check_fields, encode
+from tl_posheads.tasks.base import Prompt, encode
 from tl_posheads.tasks.filler import Filler
 from tl_posheads.tasks.framing import Frame
-from tl_posheads.tasks.questions import (
-    Question,
-    QuestionTask,
-    depth_grid,
-    join,
-    too_short,
-)
+from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid, join, too_short
 
 _INTRO = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 _DATA = "JSON data:\n"
@@ -58,10 +52,6 @@ class KeyValue(QuestionTask):
     short_length: int = 128
     instruct: bool | None = None
     name: ClassVar[str] = "key_value"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self, depths=1)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         key, value = _uuid(rng), _uuid(rng)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import check_fields
 from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
 
 _ADJECTIVES = (
@@ -68,7 +67,6 @@ class MultiKey(QuestionTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, depths=1, n_keys=2)
         most = len(_ADJECTIVES) * len(_NOUNS)
         if self.n_keys > most:
             raise PosheadsError(f"n_keys={self.n_keys} was given; expected at most {most}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import check_fields
 from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
 
 _INTRO = (
@@ -91,7 +90,6 @@ class Needle(QuestionTask):
                 "(512, 1024)"
             )
         super().__post_init__()
-        check_fields(self, depths=1)
 
     def _lengths(self) -> tuple[int, ...]:
         return tuple(self.lengths)

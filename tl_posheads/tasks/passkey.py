@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tl_posheads.tasks.base import check_fields
 from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
 
 _INTRO = (
@@ -49,10 +48,6 @@ class Passkey(QuestionTask):
     short_length: int = 128
     instruct: bool | None = None
     name: ClassVar[str] = "passkey"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self, depths=1)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         key = rng.randint(10000, 99999)

@@ -15,19 +15,17 @@ from tl_posheads.passes import target_logprobs
 from tl_posheads.tasks.base import (
     Prompt,
     Task,
-    begin,
     check_fields,
     check_length,
     check_short,
     plain,
     plain_window,
-    tokenizer_of,
 )
-from tl_posheads.tasks.filler import Filler
+from tl_posheads.tasks.filler import CorpusTask, Filler
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(CorpusTask):
     """Ordinary long texts, all tokens of whose last part are scored.
 
     Press et al., "Train short, test long", 2021, arXiv 2108.12409, and many since measure long
@@ -67,26 +65,11 @@ class Perplexity:
                 f"last={self.last!r} was given; expected a share above 0 and at most 1"
             )
 
-    def prompts(self, model: Any) -> list[Prompt]:
-        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
-
-        Args:
-            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
-
-        Raises:
-            PosheadsError: no tokenizer, too long for the model, or a corpus that can't be read or
-                is too small.
-        """
-        tokenizer = tokenizer_of(model)
-        check_length(model, self.length)
-        filler, start = Filler(self.corpus, tokenizer, self.seed), begin(tokenizer)
+    def _prompt(self, filler: Filler, i: int, frame: list[int]) -> Prompt:
         first = max(1, self.length - max(1, round(self.last * self.length)))
-        found = []
-        for i in range(self.n):
-            tokens = start + filler.stretch(i, self.length - len(start))
-            short = plain_window(tokens, start, self.short_length)
-            found.append(plain(tokens, first, short, first=first))
-        return found
+        tokens = frame + filler.stretch(i, self.length - len(frame))
+        short = plain_window(tokens, frame, self.short_length)
+        return plain(tokens, first, short, first=first)
 
 
 def loss_by_position(

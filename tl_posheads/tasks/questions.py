@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -12,15 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import (
-    Prompt,
-    check_fields,
-    check_length,
-    check_short,
-    encode,
-    tokenizer_of,
-)
-from tl_posheads.tasks.filler import Filler
+from tl_posheads.tasks.base import Prompt, check_fields, check_short, encode
+from tl_posheads.tasks.filler import CorpusTask, Filler
 from tl_posheads.tasks.framing import Frame
 
 
@@ -138,13 +131,13 @@ def depth_grid(depths: int) -> list[float]:
     return [k / (depths - 1) for k in order]
 
 
-class QuestionTask(ABC):
+_LEAST = {"depths": 1, "n_keys": 2, "hops": 1, "chains": 1}  # of fields that some tasks have
+
+
+class QuestionTask(CorpusTask):
     """A task of questions; a subclass is a dataclass with these fields and says what is asked."""
 
     name: ClassVar[str]
-    n: int
-    seed: int
-    corpus: str
     short_length: int
     instruct: bool | None
 
@@ -153,35 +146,19 @@ class QuestionTask(ABC):
         if hasattr(self, "length"):
             check_fields(self, length=2)
         check_short(self.short_length, min(self._lengths()))
+        check_fields(self, **{name: m for name, m in _LEAST.items() if hasattr(self, name)})
 
     @abstractmethod
     def _question(self, i: int, rng: random.Random) -> Question:
         """What the i-th prompt asks."""
 
-    def _lengths(self) -> tuple[int, ...]:
-        """Tokens of the prompts, taken in turn."""
-        return (self.length,)
+    def _frame(self, tokenizer: Any) -> Frame:
+        return Frame(tokenizer, self.instruct)
 
-    def prompts(self, model: Any) -> list[Prompt]:
-        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
-
-        Args:
-            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
-
-        Raises:
-            PosheadsError: no tokenizer, too long for the model, too short for the question, or
-                a corpus that can't be read or is too small.
-        """
-        tokenizer = tokenizer_of(model)
-        check_length(model, max(self._lengths()))
-        frame = Frame(tokenizer, self.instruct)
-        filler = Filler(self.corpus, tokenizer, self.seed)
-        found = []
-        for i in range(self.n):
-            question = self._question(i, random.Random(f"{self.seed} {self.name} {i}"))
-            prompt, short = self._pair(frame, filler, i, question)
-            found.append(replace(prompt, short=short))
-        return found
+    def _prompt(self, filler: Filler, i: int, frame: Frame) -> Prompt:
+        question = self._question(i, random.Random(f"{self.seed} {self.name} {i}"))
+        prompt, short = self._pair(frame, filler, i, question)
+        return replace(prompt, short=short)
 
     def _pair(
         self, frame: Frame, filler: Filler, i: int, question: Question

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import ClassVar
 
-from tl_posheads.tasks.base import check_fields
 from tl_posheads.tasks.questions import Question, QuestionTask
 
 
@@ -48,10 +47,6 @@ class VariableTracking(QuestionTask):
     short_length: int = 128
     instruct: bool | None = None
     name: ClassVar[str] = "variable_tracking"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self, hops=1, chains=1)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         n_names = self.hops + 1

@@ -223,8 +223,9 @@ def bare_by_bin(
 
     Also of layers that see other distances (``geometry.remapping``).
     """
-    alone, keys = only_heads(geometry, rot_k, heads)
-    vectors = pair_vectors(rot_q[:, heads], keys, alone, scale=scale, precision=torch.float64)
+    vectors = pair_vectors(
+        rot_q, rot_k, geometry, heads=heads, scale=scale, precision=torch.float64
+    )
     device, n_pos = rot_q.device, rot_q.shape[0]
     of, inside = bins.of.to(device), bins.reference.to(device)
     n_bins = len(bins.start)

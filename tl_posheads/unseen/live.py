@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,8 @@ from tl_posheads.lens import (
     require_rotary,
     trained_length,
 )
-from tl_posheads.positions import watched_positions
 from tl_posheads.remapping import Region, Remapping, every_pair
-from tl_posheads.rescoring import require_scores, rescored
+from tl_posheads.rescoring import remapped, require_scores
 from tl_posheads.unseen.clamping import check_pairs, unseen_pairs
 
 Head = tuple[int, int]
@@ -117,7 +116,7 @@ def clamp_rotary(
             if held is None:
                 held = torch.nonzero(unseen_pairs(here.inv_freq, known)).flatten().tolist()
             layers[layer] = clamped(here, chosen, held, known)
-        with clamping(model, layers, name=f"clamp_rotary(pairs={wanted}, trained={known})"):
+        with remapped(model, layers, name=f"clamp_rotary(pairs={wanted}, trained={known})"):
             yield model
 
 
@@ -139,27 +138,6 @@ def require_room(model: Any) -> None:
             "text's length; load it with rope_parameters of type 'default'"
         )
     require_scores(model, "clamping pairs")
-
-
-@contextmanager
-def clamping(model: Any, layers: Mapping[int, LayerGeometry], name: str) -> Iterator[None]:
-    """Inside, ``layers`` see the distances of their :func:`clamped` geometry."""
-    with ExitStack() as stack:
-        stack.enter_context(rotary_hook_points(model))
-        positions = stack.enter_context(watched_positions(model))
-        handles = stack.enter_context(rescored(model, layers, positions))
-
-        def inside(layer: LayerGeometry, length: int) -> LayerGeometry:
-            if layer.layer not in layers:
-                return layer
-            return replace(layer, remapping=layers[layer.layer].remapping)
-
-        change = Change(
-            name=name, kind="edit", trained=trained_length(model), geometry=inside,
-            remapped=dict(layers), handles=handles,
-        )  # fmt: skip
-        stack.enter_context(changed(model, change))
-        yield
 
 
 @contextmanager

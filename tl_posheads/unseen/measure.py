@@ -26,6 +26,7 @@ from tl_posheads.inputs import by_content, digest_of, documents_of, length_matte
 from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.passes import target_logprobs
 from tl_posheads.provenance import model_facts, versions
+from tl_posheads.rescoring import remapped
 from tl_posheads.unseen.clamping import (
     JOINT,
     ClampSums,
@@ -34,7 +35,7 @@ from tl_posheads.unseen.clamping import (
     clamp_by_bin,
     unseen_pairs,
 )
-from tl_posheads.unseen.live import clamped, clamping, hiding, require_room
+from tl_posheads.unseen.live import clamped, hiding, require_room
 from tl_posheads.unseen.results import UnseenAngles
 
 Head = tuple[int, int]
@@ -269,7 +270,7 @@ class _Reader:
             if name == "hidden":
                 stack.enter_context(hiding(self.model, layers, self.bins.trained))
             elif layers:
-                stack.enter_context(clamping(self.model, layers, name=f"clamp of {name}"))
+                stack.enter_context(remapped(self.model, layers, name=f"clamp of {name}"))
             looks = name in ("bare", "unseen")
             watch = rotary_consumer(self.model, consumer, list(self.members))
             stack.enter_context(watch if looks else nullcontext())
