@@ -29,7 +29,7 @@ from tl_posheads.contributions import (
     split_pairs,
 )
 from tl_posheads.errors import PosheadsError
-from tl_posheads.geometry import LayerGeometry
+from tl_posheads.geometry import LayerGeometry, share_keys
 from tl_posheads.statistics import correlation, draws_for, midranks
 
 MEASURES = ("rho", "rotation", "content", "d_near", "d_far", "n_pairs")
@@ -143,6 +143,8 @@ def draw_pairs(
         at = np.searchsorted(share, generator.random(n) * share[-1], side="right")
         distance = apart[np.minimum(at, len(apart) - 1)]
         q_pos = distance + (generator.random(n) * (n_pos - distance)).astype(np.int64)
+        order = np.argsort(q_pos)  # neighbours in memory are read together
+        q_pos, distance = q_pos[order], distance[order]
     return Pairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance)), weights
 
 
@@ -311,14 +313,19 @@ def _products(
     step = max(1, at_once // (geometry.n_heads * geometry.n_pairs))
     precision = torch.promote_types(rot_q.dtype, torch.float32)
     factor = scale_factor(scale, geometry)
+    # Where neighbours share a key, as everywhere but by hand, no key is copied for each of them.
+    neighbours = geometry.kv_head == share_keys(rot_q.shape[1], rot_k.shape[1])
     for start in range(0, len(pairs.q_pos), step):
         chunk = slice(start, start + step)
         some = Pairs(*(x[chunk] for x in pairs))
         q, k = rot_q.index_select(0, some.q_pos), rot_k.index_select(0, some.k_pos)
-        k = expand_keys(k, q, geometry)
+        if neighbours:
+            q, k = q.unflatten(1, (k.shape[1], -1)), k[:, :, None]
+        else:
+            q, k = q[:, :, None], expand_keys(k, q, geometry)[:, :, None]
         (q1, q2), (k1, k2) = (split_pairs(x.to(precision), geometry) for x in (q, k))
-        real = (q1 * k1).addcmul_(q2, k2)
-        imag = (q2 * k1).addcmul_(q1, k2, value=-1)
+        real = (q1 * k1).addcmul_(q2, k2).flatten(1, 2)
+        imag = (q2 * k1).addcmul_(q1, k2, value=-1).flatten(1, 2)
         if factor != 1:
             real, imag = real.mul_(factor), imag.mul_(factor)
         yield chunk, _Product(real, imag, some, geometry)
