@@ -18,7 +18,7 @@ test: .venv/.stamp-test
 
 # That, the slow tests with notebooks and browser, and what touches the lens again with its 3.9 line.
 test-all: test .venv-tl3/.stamp-test
-	$(call PYTEST,.venv) -m slow
+	$(call PYTEST,.venv) -m slow --dist load
 	$(call PYTEST,.venv-tl3) -m lens
 
 lint: .venv/.stamp-lint
