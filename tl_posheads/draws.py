@@ -122,6 +122,9 @@ def draw_pairs(
 ) -> tuple[Pairs, Float[Tensor, "n"] | None]:
     """Pairs ``nearest`` to ``longest`` tokens apart, drawn with replacement; all if no more than n.
 
+    Distances are drawn one from each of ``n`` equal shares of the pairs, so that what D does with
+    distance adds nothing to the error of drawing; only how D varies at one distance does.
+
     Returns:
         The pairs and their weights; None is 1 each.
 
@@ -140,7 +143,8 @@ def draw_pairs(
             weights = torch.as_tensor(np.repeat(1 / there, there))
     else:
         share = np.cumsum(there if weighting == "pair" else np.ones_like(there))
-        at = np.searchsorted(share, generator.random(n) * share[-1], side="right")
+        within = (np.arange(n) + generator.random(n)) / n
+        at = np.searchsorted(share, within * share[-1], side="right")
         distance = apart[np.minimum(at, len(apart) - 1)]
         q_pos = distance + (generator.random(n) * (n_pos - distance)).astype(np.int64)
         order = np.argsort(q_pos)  # neighbours in memory are read together

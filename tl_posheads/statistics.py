@@ -119,16 +119,16 @@ def spearman_of_few(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> tup
 
 
 def draws_for(error: float) -> int:
-    """Independent draws that give Spearman's rho a standard error of at most ``error``.
+    """Pairs, drawn evenly over distances, that give Spearman's rho a standard error of ``error``.
 
-    The standard error is 1/sqrt(n) for independent ranks and less for ranks that agree. Where D
-    depends on the distance but not monotonously it can be larger: 1.34/sqrt(n) where D falls and
-    rises again like a V, the worst found. Hence 2/error**2.
+    The standard error is 1/sqrt(n) where D doesn't depend on the distance, and less where it does
+    (:func:`tl_posheads.draws.draw_pairs`). The largest of SmolLM2's heads is 1.22/sqrt(n); 1.34
+    would be that of a head whose D rises or falls with distance at random. Hence 1.5/error**2.
 
     >>> draws_for(0.01)
-    20000
+    15000
     """
-    return math.ceil(2 / error**2 - 1e-6)
+    return math.ceil(1.5 / error**2 - 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
