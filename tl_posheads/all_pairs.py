@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_posheads.contributions import PairVectors, Scale, evenly, farthest, rows_of
 from tl_posheads.geometry import LayerGeometry
 from tl_posheads.remapping import pair_vectors
-from tl_posheads.statistics import midranks
+from tl_posheads.statistics import ordered_midranks
 
 Weighting = Literal["pair", "distance"]
 
@@ -106,10 +106,14 @@ def _add_range(
     weight, y = by_distance[:, torch.cat(distances) - 1]
     middle = sums[0] + at_low[0] / 2
     even = None if bool((by_distance[0] == 1).all()) else weight
+    y = weight * y
+    sums[1] += middle * at_low[0]
+    sums[2] += middle**2 * at_low[0]
+    sums[3] += middle * at_low[1]
     # Head by head: ranking takes ten times the memory of what is ranked.
-    rank = torch.stack([midranks(head, even) for head in torch.cat(values, 1)])
-    rank += (sums[0] + at_low[0])[:, None]
-    sums[1] += middle * at_low[0] + rank @ weight
-    sums[2] += middle**2 * at_low[0] + (rank * rank) @ weight
-    sums[3] += middle * at_low[1] + rank @ (weight * y)
+    for sum_, d in zip(sums.T, torch.cat(values, 1), strict=True):
+        order, rank = ordered_midranks(d, even)
+        rank += sum_[0] + at_low[0]
+        own = torch.ones_like(rank) if even is None else even[order]
+        sum_[1:] += torch.stack([rank @ own, rank.square() @ own, rank @ y[order]])
     sums[0] += at_low[0] + weight.sum()

@@ -30,6 +30,14 @@ def midranks(
         >>> midranks(torch.tensor([3.0, 1.0, 3.0]))
         tensor([2.0000, 0.5000, 2.0000], dtype=torch.float64)
     """
+    order, middle = ordered_midranks(values, weights)
+    return torch.empty_like(middle).scatter_(-1, order, middle)
+
+
+def ordered_midranks(
+    values: Float[Tensor, "... n"], weights: Float[Tensor, "n"] | None = None
+) -> tuple[Int[Tensor, "... n"], Float[Tensor, "... n"]]:
+    """The order of the values along the last axis, and :func:`midranks` in that order."""
     order = _argsort(values)
     ordered = values.gather(-1, order)
     n = values.shape[-1]
@@ -41,12 +49,12 @@ def midranks(
     first = torch.where(starts, at, 0).cummax(-1).values
     last = torch.where(ends, at, n).flip(-1).cummin(-1).values.flip(-1)
     if weights is None:
-        middle = (first + last + 1).double() / 2
+        middle = (first + last + 1).double().div_(2)
     else:
         upto = weights.double()[order].cumsum(-1)
         below = torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], -1)
         middle = (below.gather(-1, first) + upto.gather(-1, last)) / 2
-    return torch.empty_like(middle).scatter_(-1, order, middle)
+    return order, middle
 
 
 def _argsort(values: Tensor) -> Tensor:
