@@ -223,10 +223,12 @@ class TestCache:
     def gguf(self, tmp_path, monkeypatch) -> Path:
         """A stand-in whose conversion is recorded and instant."""
         monkeypatch.setenv("TL_POSHEADS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(gguf_cache, "_check_gguf", lambda path: None)
+        monkeypatch.setattr(gguf_cache, "_read", lambda path: None)
+        monkeypatch.setattr(gguf_cache, "require_known_tokenizer", lambda reader, name: None)
+        monkeypatch.setattr(gguf_cache, "file_rope", lambda reader, name: None)
         self.converted = []
 
-        def convert(path: Path, folder: Path) -> None:
+        def convert(path: Path, reader, rope, folder: Path) -> None:
             self.converted.append(path)
             (folder / "config.json").write_text("{}")
 
@@ -245,7 +247,7 @@ class TestCache:
         assert len(self.converted) == 2
 
     def test_a_stopped_conversion_leaves_nothing(self, gguf, monkeypatch):
-        def stopped(path: Path, folder: Path) -> None:
+        def stopped(path: Path, reader, rope, folder: Path) -> None:
             (folder / "config.json").write_text("{}")
             raise KeyboardInterrupt
 
@@ -257,10 +259,10 @@ class TestCache:
     def test_a_second_run_that_was_faster_wins(self, gguf, monkeypatch):
         convert = gguf_cache._convert
 
-        def overtaken(path: Path, folder: Path) -> None:
+        def overtaken(path: Path, reader, rope, folder: Path) -> None:
             monkeypatch.setattr(gguf_cache, "_convert", convert)
             gguf_cache.converted(path)
-            convert(path, folder)
+            convert(path, reader, rope, folder)
 
         monkeypatch.setattr(gguf_cache, "_convert", overtaken)
         folder = gguf_cache.converted(gguf)

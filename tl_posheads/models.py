@@ -5,17 +5,20 @@ Weights are never folded or centred: the numbers are those of the checkpoint as 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.gguf_cache import converted, first_line, quiet
+from tl_posheads.gguf_cache import converted, first_line, quiet, require_complete
+from tl_posheads.lengths import declared_length
 
 # registry name -> (package that ships it, file inside, how to get it)
 REGISTRY = {
@@ -69,9 +72,11 @@ def load_model(
         A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``.
 
     Raises:
-        PosheadsError: the name leads nowhere, the file is damaged, the class doesn't exist in
-            the installed version, or device or dtype can't be had; ``n_devices`` or ``device_map``
-            beside ``device`` or ``cls="hooked"``; a ``revision`` of what is on the disk.
+        PosheadsError: the name leads nowhere, the file is damaged or lacks weights, a GGUF file
+            says something of positions or tokenizer that isn't understood, the class doesn't exist
+            in the installed version, or device or dtype can't be had; ``n_devices`` or
+            ``device_map`` beside ``device`` or ``cls="hooked"``; a ``revision`` of what is on the
+            disk.
 
     Example:
         >>> load_model("missing/model.gguf")
@@ -96,6 +101,8 @@ def load_model(
             f"{'device' if device is not None else 'cls=' + repr(cls)}; only a TransformerBridge "
             "is spread over devices, and it says itself which"
         )
+    from tl_posheads.passes import settle_cache  # imports torch
+
     device, dtype = _device(device), _dtype(dtype)
     source, readable = _resolve(os.fspath(name_or_path))
     if revision is not None:
@@ -113,9 +120,9 @@ def load_model(
         tokenizer = _tokenizer(source, **at)
         hf_model = None
         if _is_causal_lm(config) and not spread:
-            hf_model = _from_pretrained(
-                "AutoModelForCausalLM", source, dtype=dtype, attn_implementation="eager", **at
-            )
+            options = dict(dtype=dtype, attn_implementation="eager", output_loading_info=True)
+            hf_model, loaded = _from_pretrained("AutoModelForCausalLM", source, **options, **at)
+            require_complete(loaded, readable)
             hf_model = hf_model.eval().to(device)
         model = None
         if cls != "bridge" and not spread and hooked_available():
@@ -129,9 +136,13 @@ def load_model(
                     ) from None
         if model is None:
             where = {**(spread or {"device": str(device)}), **at}
-            model = _bridge(source, config, hf_model, tokenizer, dtype, where)
+            # Loads the weights itself where there is no hf_model.
+            with _complete_loads(readable):
+                model = _bridge(source, config, hf_model, tokenizer, dtype, where)
     model.cfg.model_name = readable
-    return model.eval()
+    model.eval()
+    settle_cache(model)
+    return model
 
 
 class _NotConvertible(Exception):
@@ -245,6 +256,23 @@ def _from_pretrained(auto: str, source: str, **options: Any) -> Any:
         ) from None
 
 
+@contextlib.contextmanager
+def _complete_loads(readable: str) -> Iterator[None]:
+    """Whatever transformers loads meanwhile, for the lens, lacks no weight."""
+    from transformers import PreTrainedModel
+
+    own = PreTrainedModel.__dict__["from_pretrained"]
+
+    def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
+        options["output_loading_info"] = True
+        model, loaded = own.__func__(cls, *args, **options)
+        require_complete(loaded, readable)
+        return model
+
+    with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained)):
+        yield
+
+
 def _tokenizer(source: str, **options: Any) -> Any:
     from transformers import PreTrainedTokenizerBase
 
@@ -273,6 +301,8 @@ def _bridge(
         return TransformerBridge.boot_transformers(
             source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, **where
         )
+    except PosheadsError:
+        raise
     # each adapter has its own way to fail; all mean the same to the user
     except Exception as error:
         spread = "" if "device" in where else f" with {where}"
@@ -307,6 +337,9 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
                 name, hf_cfg=hf_model.config.to_dict(), device=str(device), dtype=dtype
             )
             state = loading.get_pretrained_state_dict(name, cfg, hf_model, dtype=dtype)
+        if cfg.positional_embedding_type == "rotary":
+            # The lens caps it for many families; tables of rotations grow as they are needed.
+            cfg.n_ctx = declared_length(hf_model.config) or cfg.n_ctx
         cfg.tokenizer_name = source
         with warnings.catch_warnings():
             # The user's choice where both exist; this module knows that 4.0 drops it.
@@ -317,6 +350,7 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
             fold_value_biases=False,
         )  # fmt: skip
         model = model.to(device).eval()
+        model.generation_config = hf_model.generation_config  # the end tokens of chats, for one
         gap, allowed = _disagreement(model, hf_model), 1e-3 if dtype.itemsize >= 4 else 0.5
     # a converter meets an unforeseen config with KeyError, AttributeError, shape errors, ...
     except Exception as error:
