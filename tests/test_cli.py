@@ -15,7 +15,15 @@ import torch
 from scipy import stats
 from scores_by_hand import head_scores
 
-from tl_posheads import HeadScores, load_corpus, load_model, score_heads, scoring
+from tl_posheads import (
+    HeadScores,
+    load_corpus,
+    load_model,
+    models,
+    rundir,
+    score_heads,
+    scoring,
+)
 from tl_posheads.cli import _COLUMNS, main, table_lines
 from tl_posheads.cli_options import add_pairs, layers
 from tl_posheads.contributions import Scale
@@ -210,6 +218,64 @@ def test_another_runs_results_are_kept_until_overwrite(run, tmp_path):
         assert code == 2
         assert "not ours to touch" in err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_one_folder_has_one_run_at_a_time(run, tmp_path):
+    assert run(*SCORE, "--best", 0, "--out", "s")[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+    with rundir.locked(tmp_path / "s"):
+        for words in ((*SCORE, "--seed", 1, "--overwrite", "--out", "s"), ("report", "s")):
+            code, _, err = run(*words)
+            assert code == 2
+            assert err.count("\n") == 1
+            assert "another tl-posheads is at work in s; wait for it" in err
+        assert run("show", "s")[0] == 0
+        assert run(*SCORE, "--best", 0, "--out", "s")[0] == 0  # finished: it is only shown
+    assert {p: p.read_bytes() for p in (tmp_path / "s").iterdir()} == before
+
+
+def test_an_overwrite_that_fails_or_is_stopped_keeps_the_results_before(run, tmp_path, monkeypatch):
+    assert run(*SCORE, "--best", 0, "--out", "s")[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+    count, passes = scoring.capture_rotary, []
+
+    def fails(problem):
+        def call(*args, **kwargs):
+            passes.append(1)
+            if len(passes) == 3:
+                raise problem
+            return count(*args, **kwargs)
+
+        return call
+
+    other = (*SCORE, "--best", 0, "--seed", 1, "--out", "s")
+    for problem, expected in ((OSError("disk full"), 2), (KeyboardInterrupt(), 130)):
+        passes.clear()
+        monkeypatch.setattr(scoring, "capture_rotary", fails(problem))
+        assert run(*other, "--overwrite")[0] == expected
+        assert {p: p.read_bytes() for p in before} == before
+        assert run("show", "s")[0] == 0
+    code, _, err = run(*other)
+    assert code == 0, err
+    assert "Going on" in err
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == sorted(p.name for p in before)
+    assert json.loads((tmp_path / "s" / "run.json").read_text())["request"]["seed"] == 1
+
+
+def test_a_corpus_that_changes_while_the_model_loads_is_refused(run, place, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text((place / "text.txt").read_text())
+    real = models.load_model
+
+    def changes(*args, **kwargs):
+        text.write_text("w4 " + text.read_text())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(models, "load_model", changes)
+    code, _, err = run("score", "PLACE/llama", "--corpus", text, *SCORE[4:], "--out", "s")
+    assert code == 2
+    assert "text.txt was changed while the model was loaded" in err
+    assert not (tmp_path / "s").exists()
 
 
 BAD = [

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import subprocess
 import sys
 import types
@@ -252,3 +254,79 @@ def test_provenance_imports_nothing_heavy():
         "sys.exit(' '.join({'torch', 'transformers', 'transformer_lens'} & set(sys.modules)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestWhatCantBeRead:
+    """A corpus is the whole of its folder, or what is left out is said, or it is refused."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "a.txt").write_text("first")
+        (tmp_path / "sub" / "b.txt").write_text("second")
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["sub", "sub/b.txt"])
+    def test_no_permission(self, folder, name, monkeypatch):
+        def denies(real):
+            def call(path, *args, **options):
+                if str(path) == str(folder / name):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return real(path, *args, **options)
+
+            return call
+
+        # Permissions that are taken away don't stop an administrator, whom tests may run as.
+        monkeypatch.setattr("os.scandir", denies(os.scandir))
+        monkeypatch.setattr("io.open", denies(io.open))
+        with pytest.raises(PosheadsError, match=f"{name} can't be read .Permission denied"):
+            corpus_provenance(folder)
+
+    def test_broken_link(self, folder):
+        (folder / "sub" / "c.md").symlink_to(folder / "nowhere.md")
+        with pytest.raises(PosheadsError, match=r"sub/c\.md can't be read .No such file"):
+            corpus_provenance(folder)
+
+    def test_file_that_vanishes(self, folder, monkeypatch):
+        real = corpora._file
+        monkeypatch.setattr(
+            corpora, "_file", lambda path: (folder / "sub/b.txt").unlink(True) or real(path)
+        )
+        with pytest.raises(PosheadsError, match=r"sub/b\.txt can't be read"):
+            corpus_provenance(folder)
+
+    def test_pipe(self, folder):
+        os.mkfifo(folder / "sub" / "c.txt")  # reading it would wait for ever
+        with pytest.raises(PosheadsError, match=r"sub/c\.txt is no ordinary file"):
+            corpus_provenance(folder)
+
+    def test_links_to_files_are_read_and_those_to_folders_said(self, folder):
+        (folder / "sub" / "c.txt").symlink_to(folder / "a.txt")
+        (folder / "sub" / "up").symlink_to(folder)  # followed, it would never end
+        with pytest.warns(UserWarning, match="sub/up is a link to a folder, .* left out"):
+            assert corpora._text(str(folder)) == "first\n\nsecond\n\nfirst"
+
+    @pytest.mark.parametrize(
+        ("data", "why"),
+        [
+            (b"\0" * 999, "0x00 at character 0"),
+            (b"text, then\0", "0x00 at character 10"),
+            ("text".encode("utf-16-le"), "0x00 at character 1"),
+            ("text".encode("utf-16"), "isn't UTF-8"),
+            ("text".encode("utf-32"), "isn't UTF-8"),
+            ("日本語".encode("iso2022_jp"), "0x1b at character 0"),
+            ("日本語".encode("shift_jis"), "isn't UTF-8"),
+            (b"\x7fELF\x01\x01", "0x7f at character 0"),
+            (b"\x89PNG\r\n\x1a\n", "isn't UTF-8"),
+            (b"PK\x03\x04", "0x03 at character 2"),
+        ],
+    )
+    def test_no_text(self, folder, data, why):
+        (folder / "sub" / "c.txt").write_bytes(data)
+        for name in (folder, folder / "sub" / "c.txt"):
+            with pytest.raises(PosheadsError, match=f"c.txt .*{why}"):
+                corpus_provenance(name)
+
+    def test_ends_of_lines_and_pages_are_text(self, folder):
+        (folder / "a.txt").write_bytes("a\tb\r\nc\x0cd\x0be\rf ü".encode())
+        assert corpora._text(str(folder)).startswith("a\tb\nc\x0cd\x0be\rf ü")

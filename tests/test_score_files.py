@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from test_results import scores
 
 from tl_posheads import HeadScores, PosheadsError
-from tl_posheads.files import write_bytes
+from tl_posheads.files import facts_sha256, write_bytes
 
 
 def test_save_and_load_round_trip_bit_for_bit(tmp_path):
@@ -73,16 +73,19 @@ def relabelled(folder, **changes):
     """Change the label, and say that every part is what it should be."""
     label = json.loads((folder / "scores.json").read_text())
     label.update(changes)
-    label["sha256"] = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in label["sha256"]
+    sums = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in {*label.pop("sha256")} - {"scores.json"}
     }
-    (folder / "scores.json").write_text(json.dumps(label))
+    sums["scores.json"] = facts_sha256(label)
+    (folder / "scores.json").write_text(json.dumps({**label, "sha256": sums}))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         dict(document_names=["a"] * 7),
+        dict(document_names=["a", *map(str, range(6)), "a"]),
         dict(document_names=list(range(8))),
         dict(document_names=None),
         dict(windows=[None] * 3),
@@ -173,4 +176,4 @@ def test_label_is_plain_json(tmp_path):
     scores().save(tmp_path)
     label = json.loads((tmp_path / "scores.json").read_text())
     assert (label["format"], label["version"]) == ("tl_posheads.HeadScores", 2)
-    assert set(label["sha256"]) == {"scores.safetensors", "table.parquet"}
+    assert set(label["sha256"]) == {"scores.json", "scores.safetensors", "table.parquet"}

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import write_bytes
+from tl_posheads.files import is_leftover, read_bytes, write_bytes
 
 _PLAN = "plan.json"
 
 
 class Checkpoint:
-    """A folder of finished units, each a safetensors file.
+    """A folder of finished units, each a safetensors file with a checksum over it and the plan.
 
     Args:
         folder: made if missing; None keeps nothing.
@@ -36,29 +37,50 @@ class Checkpoint:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise PosheadsError(f"the checkpoint {folder} is a file; give a folder")
-        text = json.dumps(plan, sort_keys=True)
+        self._plan = json.dumps(plan, sort_keys=True).encode()
         label = self.folder / _PLAN
         if label.exists():
-            if label.read_text(encoding="utf-8") != text:
-                raise PosheadsError(
-                    f"the checkpoint in {folder} belongs to another run (model, texts or options "
-                    "differ); remove it or give another folder"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+            self._require_own(label)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not all(map(is_leftover, self.folder.iterdir())):
             raise PosheadsError(f"{folder} is not empty and holds no checkpoint; give another one")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(label, text.encode())
+        write_bytes(label, self._plan)
+
+    def _require_own(self, label: Path) -> None:
+        try:
+            own = read_bytes(label) == self._plan
+        except (OSError, ValueError) as problem:
+            raise PosheadsError(
+                f"the checkpoint's {label} can't be read ({problem}); remove {label.parent}"
+            ) from problem
+        if not own:
+            raise PosheadsError(
+                f"the checkpoint in {label.parent} belongs to another run (model, texts or options "
+                "differ); remove it or give another folder"
+            )
 
     def read(self, unit: str) -> dict[str, Tensor] | None:
-        """A finished unit's tensors; None where it isn't, or its file can't be read."""
+        """A finished unit's tensors; None where it isn't.
+
+        One whose file can't be read, is damaged, or belongs to another plan is None, too, with a
+        warning: it has to be done again.
+        """
         if self.folder is None:
             return None
         try:
-            tensors: dict[str, Tensor] = load_tensors(
-                (self.folder / f"{unit}.safetensors").read_bytes()
+            data = read_bytes(self.folder / f"{unit}.safetensors")
+            tensors: dict[str, Tensor] = load_tensors(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            if header["__metadata__"]["sha256"] != self._digest(unit, tensors):
+                raise ValueError("its checksum differs")
+        except FileNotFoundError:
+            return None
+        except Exception as problem:  # readers of damaged files raise all kinds of errors
+            warnings.warn(
+                f"{unit} in the checkpoint {self.folder} is damaged ({problem}); it is done again",
+                stacklevel=2,
             )
-        except (OSError, SafetensorError):
             return None
         return tensors
 
@@ -66,4 +88,10 @@ class Checkpoint:
         """Keep a unit: the whole of it or, if stopped in between, nothing."""
         if self.folder is not None:
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            write_bytes(self.folder / f"{unit}.safetensors", save_tensors(whole))
+            metadata = {"sha256": self._digest(unit, whole)}
+            write_bytes(self.folder / f"{unit}.safetensors", save_tensors(whole, metadata))
+
+    def _digest(self, unit: str, tensors: Mapping[str, Tensor]) -> str:
+        """Over the plan, too: two runs that begin at once in one folder don't mix."""
+        parts = (self._plan, unit.encode(), save_tensors(dict(tensors)))
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()

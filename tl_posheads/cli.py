@@ -166,7 +166,7 @@ def _check_layers(layers: Sequence[int] | None, model: Any) -> None:
 def _score(run: Run) -> HeadScores:
     from .scoring import score_heads
 
-    args, out = run.args, run.args.out
+    args = run.args
     if args.skip_first > args.length - 2:
         raise PosheadsError(
             f"--skip-first {args.skip_first} leaves no pair of tokens in texts of {args.length};"
@@ -175,45 +175,51 @@ def _score(run: Run) -> HeadScores:
     model = run.model()
     _check_layers(args.layers, model)
     tokens = run.texts(model)
-    with run.started() as checkpoint:
+    with run.started() as folder:
         facts = {**run.request, "model_class": type(model).__name__}
         options = run.options("layers", "pairs", "weighting", "scale", "skip_first", "seed")
         scores = score_heads(
-            model, tokens, checkpoint=checkpoint, progress=True, provenance=facts, **options
-        )
-        scores.save(out)
-        rundir.write_whole(out / rundir.TABLE, scores.to_pandas().to_csv(index=False))
+            model, tokens, checkpoint=folder / rundir.CHECKPOINT, progress=True,
+            provenance=facts, **options,
+        )  # fmt: skip
+        scores.save(folder)
+        rundir.write_whole(folder / rundir.TABLE, scores.to_pandas().to_csv(index=False))
         if args.best and bool(scores.rho.isfinite().any()):
-            _save_best(run, model, tokens, scores.top(args.best))
-        _write_page(out, scores)
+            _save_best(run, folder, model, tokens, scores.top(args.best))
+        _write_page(folder, scores)
     return scores
 
 
-def _save_best(run: Run, model: Any, tokens: Any, heads: list[tuple[int, int]]) -> None:
+def _save_best(
+    run: Run, folder: Path, model: Any, tokens: Any, heads: list[tuple[int, int]]
+) -> None:
     """What the page shows of the best heads: curves over all texts, attention in the first one."""
     from . import dominant_dimension_curve, head_maps
 
-    out, options = run.args.out, run.options("scale", "skip_first")
+    options = run.options("scale", "skip_first")
     maps = head_maps(model, tokens[0][:_SHOWN], heads, max_cells=_CELLS, scale=run.args.scale)
-    maps.save(out / rundir.MAPS)
+    maps.save(folder / rundir.MAPS)
     # Heads of different geometry have no curve in common; the best one has.
     for some in (heads, heads[:1]):
         with suppress(PosheadsError):
             curve = dominant_dimension_curve(model, tokens, heads=some, **options)
-            curve.save(out / rundir.CURVE)
+            curve.save(folder / rundir.CURVE)
             return
+
+
+def _require_finished(folder: Path) -> None:
+    if not folder.is_dir():
+        raise PosheadsError(f"{folder} is no folder; give one that tl-posheads score wrote")
+    if rundir.was_stopped(folder):
+        raise PosheadsError(
+            f"the run in {folder} was stopped before it finished; the same score command goes on"
+        )
 
 
 def _finished_scores(folder: Path) -> HeadScores:
     from .results import HeadScores
 
-    if not folder.is_dir():
-        raise PosheadsError(f"{folder} is no folder; give one that tl-posheads score wrote")
-    run = rundir.read_run(folder)
-    if run is not None and not run.get("finished"):
-        raise PosheadsError(
-            f"the run in {folder} was stopped before it finished; the same score command goes on"
-        )
+    _require_finished(folder)
     return HeadScores.load(folder)
 
 
@@ -224,13 +230,14 @@ def _show(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from . import AblationStudy, ExtrapolationComparison
 
-    scores = _finished_scores(args.dir)
     more: dict[str, Any] = {}
     if args.ablation is not None:
         more["ablation"] = AblationStudy.load(args.ablation)
     if args.extrapolation is not None:
         more["extrapolation"] = ExtrapolationComparison.load(args.extrapolation)
-    _write_page(args.dir, scores, **more)
+    _require_finished(args.dir)
+    with rundir.locked(args.dir):  # so that the page is about the scores beside it
+        _write_page(args.dir, _finished_scores(args.dir), **more)
     print(f"wrote {args.dir / rundir.PAGE}")
 
 

@@ -90,13 +90,14 @@ def _ablate(run: Run) -> AblationStudy:
         reference = load_corpus(
             args.corpus, model, n_docs=4, length=args.length, seed=args.seed + 1
         )
-    with run.started() as checkpoint:
+    with run.started() as folder:
         options = run.options("fractions", "controls", "mode", "budget", "seed")
         options.update(tasks=tasks, n_control=args.draws, reference=reference)
-        study = ablation_study(model, scores, checkpoint=checkpoint, **options)
+        options["checkpoint"] = folder / rundir.CHECKPOINT
+        study = ablation_study(model, scores, **options)
         verdict = "\n".join(study.verdict().values()) + "\n"
         tables = {rundir.EFFECTS: study.to_pandas(), rundir.VERDICT: verdict}
-        run.save(study, {**tables, rundir.PICTURE: study.plot()})
+        run.save(study, folder, {**tables, rundir.PICTURE: study.plot()})
     return study
 
 

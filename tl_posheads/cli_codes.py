@@ -47,9 +47,9 @@ def _codes(run: Run) -> CodeScores:
 
     args, model = run.args, run.model()
     tokens = run.texts(model)
-    with run.started(resumes=False):
+    with run.started(resumes=False) as folder:
         scores = score_any_code(model, tokens, skip_first=args.skip_first, scale=args.scale)
-        run.save(scores, {rundir.TABLE: scores.to_pandas()})
+        run.save(scores, folder, {rundir.TABLE: scores.to_pandas()})
     return scores
 
 

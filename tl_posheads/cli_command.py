@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -53,10 +53,15 @@ class Run:
 
     def texts(self, model: Any, length: int | None = None) -> Any:
         """Token ids ``[doc, pos]``, by default ``--length`` of them."""
-        from .corpora import load_corpus
+        from .corpora import corpus_provenance, load_corpus
 
         args, length = self.args, length or self.args.length
-        return load_corpus(args.corpus, model, n_docs=args.docs, length=length, seed=args.seed)
+        tokens = load_corpus(args.corpus, model, n_docs=args.docs, length=length, seed=args.seed)
+        if corpus_provenance(args.corpus)["sha256"] != self.request["corpus_sha256"]:
+            raise PosheadsError(
+                f"{args.corpus} was changed while the model was loaded; run the command again"
+            )
+        return tokens
 
     @contextmanager
     def started(self, *, resumes: bool = True) -> Iterator[Path]:
@@ -65,24 +70,26 @@ class Run:
         if resumes and self.state == "resume":
             print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
         try:
-            with rundir.running(out, self.request, self.state) as checkpoint:
-                yield checkpoint
+            with rundir.running(out, self.request, self.state) as folder:
+                yield folder
         except KeyboardInterrupt:
+            if not resumes:
+                raise
             said = f"what was done is in {out}, and the same command{hint} goes on from there"
             raise KeyboardInterrupt(f"stopped; {said}") from None
 
-    def save(self, found: Any, files: Mapping[str, Any]) -> None:
+    def save(self, found: Any, folder: Path, files: Mapping[str, Any]) -> None:
         """Write the result, and ``files``: ``.png`` from a figure, others from a table or text."""
         from .pictures import png
 
         found.provenance["request"] = self.request
-        found.save(self.args.out)
+        found.save(folder)
         for name, what in files.items():
             if name.endswith(".png"):
-                rundir.write_bytes(self.args.out / name, png(what))
+                rundir.write_bytes(folder / name, png(what))
             else:
                 text = what if isinstance(what, str) else what.to_csv(index=False)
-                rundir.write_whole(self.args.out / name, text)
+                rundir.write_whole(folder / name, text)
 
 
 def new_command(
@@ -103,12 +110,18 @@ def new_command(
 
     def action(args: argparse.Namespace) -> None:
         request = _request(name, args) | {key: value(args) for key, value in more.items()}
-        state = rundir.look(args.out, request, overwrite=args.overwrite)
-        if state == "finished":
-            print(f"{args.out} already holds this run, finished; --overwrite computes it again.\n")
-            found = getattr(import_module("tl_posheads"), result).load(args.out)
-        else:
-            found = run(Run(args, request, state))
+        with ExitStack() as held:
+            # What is finished is only read, by as many as like. Before the lock is had, another
+            # process may finish the run.
+            if rundir.look(args.out, request, overwrite=args.overwrite) != "finished":
+                held.enter_context(rundir.locked(args.out))
+            state = rundir.look(args.out, request, overwrite=args.overwrite)
+            if state == "finished":
+                again = "--overwrite computes it again"
+                print(f"{args.out} already holds this run, finished; {again}.\n")
+                found = getattr(import_module("tl_posheads"), result).load(args.out)
+            else:
+                found = run(Run(args, request, state))
         top = {"top": args.top} if "top" in args else {}
         tell(lines(found, **top), args.out, files)
 

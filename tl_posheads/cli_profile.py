@@ -65,13 +65,14 @@ def add_command(commands: Any) -> None:
 def _profile(run: Run) -> HeadProfile:
     from . import HeadScores, profile_heads, score_heads
 
-    folder, model = run.args.scores, run.model()
+    given, model = run.args.scores, run.model()
     tokens, options = run.texts(model), run.options("scale", "seed")
-    with run.started() as checkpoint:
-        if folder is None:
-            scores = score_heads(model, tokens, checkpoint=checkpoint, **options)
+    with run.started() as folder:
+        if given is None:
+            kept = folder / rundir.CHECKPOINT
+            scores = score_heads(model, tokens, checkpoint=kept, **options)
         else:
-            scores = HeadScores.load(folder)
+            scores = HeadScores.load(given)
         options.update(run.options("measures", "needles"))
         found = profile_heads(model, tokens, scores=scores, **options)
         files = {rundir.TABLE: found.to_pandas()}
@@ -79,7 +80,7 @@ def _profile(run: Run) -> HeadProfile:
             files[PICTURE] = found.plot()
         except PosheadsError as problem:  # nothing to draw; the table is there all the same
             print(f"no picture: {problem}", file=sys.stderr)
-        run.save(found, files)
+        run.save(found, folder, files)
     return found
 
 

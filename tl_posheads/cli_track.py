@@ -88,14 +88,15 @@ def _checkpoints(args: argparse.Namespace) -> Mapping[int, Any]:
 def _track(run: Run) -> Emergence:
     from .emergence.tracker import track_emergence
 
-    args, checkpoints = run.args, _checkpoints(run.args)
+    checkpoints = _checkpoints(run.args)
     first = min(checkpoints)
     model = checkpoints[first]()
     tokens, sources = run.texts(model), {**checkpoints, first: model}
-    with run.started() as kept:
-        found = track_emergence(sources, tokens, folder=kept, scale=args.scale, seed=args.seed)
+    with run.started() as folder:
+        kept, options = folder / rundir.CHECKPOINT, run.options("scale", "seed")
+        found = track_emergence(sources, tokens, folder=kept, **options)
         lags = {rundir.LAGS: found.lead_lag()} if len(found.steps) >= 3 else {}
-        run.save(found, {**lags, rundir.TRAINING: found.plot()})
+        run.save(found, folder, {**lags, rundir.TRAINING: found.plot()})
     return found
 
 

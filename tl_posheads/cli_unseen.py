@@ -6,7 +6,6 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from . import rundir
 from .cli_command import Run, new_command
 from .cli_options import add_model_options, add_scale, add_texts, whole
 from .errors import PosheadsError
@@ -93,11 +92,11 @@ def _unseen(run: Run) -> UnseenAngles:
     require_rotary(model)
     with None_()(model):
         tokens = run.texts(model, length=int(args.factor * trained_of(model, args.trained)))
-    with rundir.running(args.out, run.request, run.state):
+    with run.started(resumes=False) as folder:
         options = run.options("trained", "heads", "factor", "scale", "live", "seed")
         found = unseen_angles(model, tokens, n_queries=args.queries, **options)
         tables = {f"{name}.csv": getattr(found, name)() for name in TABLES}
-        run.save(found, {**tables, PICTURE: found.plot()})
+        run.save(found, folder, {**tables, PICTURE: found.plot()})
     return found
 
 

@@ -6,12 +6,15 @@ import hashlib
 import importlib.util
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lengths import context_length
+from tl_posheads.tokenizer import begin, tokenizer_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 PYTHON_DOCS = "python-docs"
 SUFFIXES = (".txt", ".md", ".rst")
 _BETWEEN = "\n\n"
+# ASCII's control characters but for tabs, line and page ends: binary files that happen to be UTF-8,
+# UTF-16 without its mark, encodings of escape sequences.
+_CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f]")
 # A text with more characters than this for each token asked for is sampled before it is
 # tokenised; gigabytes would take minutes and nearly all tokens would be thrown away.
 _ENOUGH_CHARACTERS = 64
@@ -59,19 +65,20 @@ def load_corpus(
 
     Args:
         name_or_path: ``python-docs`` (the text that ships with every Python), a text file, a
-            folder of them (``.txt``, ``.md``, ``.rst``, below it too, hidden ones left out), or
-            a hub data set's id, ``id`` or ``id:configuration``, whose ``text`` column is
-            streamed through ``datasets``.
+            folder of them (``.txt``, ``.md``, ``.rst``, below it too, hidden ones left out;
+            links to folders are left out with a warning), or a hub data set's id, ``id`` or
+            ``id:configuration``, whose ``text`` column is streamed through ``datasets``.
         model: anything with ``.tokenizer``; its special tokens' names in the text stay text.
         n_docs: rows of the result. length: tokens of each, BOS included.
-        prepend_bos: put the tokenizer's BOS token first, if it has one.
+        prepend_bos: put the checkpoint's BOS token first, if it has one.
         seed: moves each document within its n_docs-th part of the corpus.
 
     Returns:
         LongTensor [doc, pos] on the CPU.
 
     Raises:
-        PosheadsError: no such corpus, an empty one, a file that isn't UTF-8, too little text.
+        PosheadsError: no such corpus, an empty one, a file or folder in it that can't be read, a
+            file that isn't plain text in UTF-8, too little text.
 
     Example:
         >>> load_corpus("python-docs", None, length=0)
@@ -82,14 +89,11 @@ def load_corpus(
         raise PosheadsError(f"n_docs={n_docs} was given; expected 1 or more documents")
     if length < 2:
         raise PosheadsError(f"length={length} was given; expected 2 or more tokens")
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise PosheadsError("the model has no tokenizer; set model.tokenizer, or pass tokens")
+    tokenizer = tokenizer_of(model)
     _check_context(model, length)
     import torch
 
-    bos = tokenizer.bos_token_id if prepend_bos else None
-    start = [] if bos is None else [bos]
+    start = begin(tokenizer) if prepend_bos else []
     body = length - len(start)
     name = os.fspath(name_or_path)
     text = _text(name)
@@ -118,7 +122,7 @@ def _what_to_lower(n_tokens: int, n_docs: int, n_start: int) -> str:
 
 
 def _check_context(model: Any, length: int) -> None:
-    n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    n_ctx = context_length(model)
     if not n_ctx or length <= n_ctx:
         return
     # HookedTransformer keeps a table of n_ctx rotations; the Bridge's models go on.
@@ -180,7 +184,8 @@ def _text(name: str) -> str | None:
                 raise PosheadsError(f"{path} is empty; expected a file with text")
             return text
     except OSError as error:
-        raise PosheadsError(f"{path} can't be read ({error.strerror}); check it") from None
+        what = error.filename or path
+        raise PosheadsError(f"{what} can't be read ({error.strerror}); check it") from None
     id_, _, _ = name.partition(":")
     if name.startswith((".", "/", "~")) or id_.count("/") > 1 or "\\" in name:
         raise PosheadsError(f"there is no file or folder {name!r}; check the path")
@@ -190,14 +195,14 @@ def _text(name: str) -> str | None:
 
 
 def _folder(path: Path) -> str:
-    found = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    texts = [text for text in map(_file, found) if text.strip()]
+    found = []
+    for place, folders, files in os.walk(path, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in filter(os.path.islink, (os.path.join(place, name) for name in folders)):
+            warnings.warn(f"{link} is a link to a folder, whose texts are left out", stacklevel=4)
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    chosen = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
+    texts = [text for text in map(_file, chosen) if text.strip()]
     if not texts:
         raise PosheadsError(
             f"the folder {path} has no text; expected files ending in {', '.join(SUFFIXES)}"
@@ -205,8 +210,12 @@ def _folder(path: Path) -> str:
     return _BETWEEN.join(texts)
 
 
+def _refuse(error: OSError) -> NoReturn:
+    raise error
+
+
 def _file(path: Path) -> str:
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise PosheadsError(f"{path} is no ordinary file; expected a file with text")
     data = path.read_bytes()
     try:
@@ -216,6 +225,12 @@ def _file(path: Path) -> str:
             f"{path} isn't UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}); "
             "convert it to UTF-8"
         ) from None
+    if control := _CONTROL.search(text):
+        raise PosheadsError(
+            f"{path} holds the control character 0x{ord(control[0]):02x} at character "
+            f"{control.start()}, so it is a binary file or in another encoding; leave it out, or "
+            "convert it to plain text in UTF-8"
+        )
     # A byte order mark and the line ends of one system are no part of the text.
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 

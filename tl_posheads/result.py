@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import stat
 import types
 import typing
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, contiguous_format
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.files import table_bytes, write_labelled
+from tl_posheads.files import facts_sha256, read_bytes, table_bytes, write_labelled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,9 +45,10 @@ class Result:
     """Base of frozen dataclasses that are saved in a folder.
 
     Type hints say where fields go and what may stand there: tensors in a safetensors file, tables
-    (``Annotated`` with the columns they have, unless empty) in Parquet files, all else in the
-    label, as JSON (lists ``Annotated`` with the dimension that they are as long as). Dataclasses in
-    them are taken apart alike.
+    (``Annotated`` with the columns they have, unless empty, and these columns' kinds as
+    :func:`pandas.api.types.infer_dtype` names them) in Parquet files, all else in the label, as
+    JSON (lists ``Annotated`` with the dimension that they are as long as; whole numbers count
+    something or are indices, and none is below 0). Dataclasses in them are taken apart alike.
     """
 
     _files: ClassVar[Files]
@@ -88,9 +88,12 @@ class Result:
         own, name, folder = cls._files, cls.__name__, Path(folder)
         label = folder / f"{own.stem}.json"
         try:
-            facts = json.loads(_content(label, largest=2**26))
-            if not isinstance(facts, dict) or facts.pop("format", "") != f"tl_posheads.{name}":
+            facts = json.loads(read_bytes(label, largest=2**26))
+            if not isinstance(facts, dict) or facts.get("format") != f"tl_posheads.{name}":
                 raise PosheadsError(f"{label} was not written by {name}.save; give {own.what}")
+            sha256 = facts.pop("sha256", None)
+            own_sha256 = facts_sha256(facts)
+            del facts["format"]
             if (version := facts.pop("version", None)) != own.version:
                 old = isinstance(version, int) and version < own.version
                 advice = f"they were measured otherwise: {own.again}"
@@ -98,7 +101,11 @@ class Result:
                     f"{folder} holds {own.what} of format version {_short(version)}, but this "
                     f"tl_posheads reads {own.version}; {advice if old else 'install a newer one'}"
                 )
-            parts = cls._read(folder, facts.pop("sha256", None))
+            if not isinstance(sha256, dict):
+                raise ValueError("its label has no checksums")
+            if sha256.pop(label.name, None) != own_sha256:
+                raise ValueError(f"the checksum of {label.name} differs")
+            parts = cls._read(folder, sha256)
             found: Self = _together(cls, facts, "", parts)
             if parts:
                 raise ValueError(f"{_short(sorted(parts))} were not asked for")
@@ -116,15 +123,15 @@ class Result:
             ) from problem
 
     @classmethod
-    def _read(cls, folder: Path, sha256: Any) -> dict[str, Any]:
+    def _read(cls, folder: Path, sha256: dict[str, Any]) -> dict[str, Any]:
         """Tensors and tables by the fields that they belong to."""
         own, parts = cls._files, dict[str, Any]()
         tables = {own.of(x): x for x, hint in _hints(cls).items() if _kind(hint) is pd.DataFrame}
         known = {f"{own.stem}.safetensors", *tables, own.export}
-        if not isinstance(sha256, dict) or not sha256.keys() <= known:
-            raise ValueError("its label has no checksums, or those of other files")
+        if not sha256.keys() <= known:
+            raise ValueError("its label has checksums of other files")
         for file, digest in sha256.items():
-            data = _content(folder / file)
+            data = read_bytes(folder / file)
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"the checksum of {file} differs")
             if file in tables:
@@ -132,13 +139,6 @@ class Result:
             elif file != own.export:
                 parts |= load_tensors(data)
         return parts
-
-
-def _content(path: Path, largest: float = float("inf")) -> bytes:
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
-        raise ValueError(f"{path.name} is no file, or too large")
-    return path.read_bytes()
 
 
 def _short(value: object) -> str:
@@ -205,9 +205,14 @@ def _together(hint: Any, value: Any, at: str, parts: dict[str, Any]) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     fits = value in args if origin is typing.Literal else isinstance(value, origin or kind)
-    if not fits or (kind is int and (value is True or value is False or abs(value) >= 2**63)):
+    if not fits or (kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)):
         shown = f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else _short(value)
         raise ValueError(f"{name} is {shown}, not {getattr(kind, '__name__', kind)}")
-    if kind is pd.DataFrame and len(value) and (lacks := {*note.split()} - {*value}):
-        raise ValueError(f"{name} has no columns {sorted(lacks)}")
+    if kind is pd.DataFrame and len(value):
+        for column, _, expected in (word.partition(":") for word in note.split()):
+            if column not in value:
+                raise ValueError(f"{name} has no column {column}")
+            found = pd.api.types.infer_dtype(value[column], skipna=False)
+            if expected and found != expected:
+                raise ValueError(f"{column} of {name} is {found}, not {expected}")
     return value

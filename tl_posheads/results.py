@@ -83,8 +83,13 @@ class HeadScores(Result):
     def _check(self) -> None:
         if len(self.values) != len(MEASURES) or any(w is not None and w < 1 for w in self.windows):
             raise ValueError("other measures, or windows that are no numbers of tokens")
+        if len({*self.document_names}) < len(self.document_names):
+            raise ValueError("a document twice")
         if bool((self.values[:3].abs() > 1 + 1e-9).any()):
             raise ValueError("a correlation beyond 1")
+        n_pairs = self.by_document("n_pairs").nan_to_num(0.0)
+        if bool(self.values.isinf().any()) or not bool(((n_pairs >= 0) & (n_pairs < 2**53)).all()):
+            raise ValueError("values that are not finite, or no number of query-key pairs")
 
     @classmethod
     def from_rows(

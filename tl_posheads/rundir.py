@@ -1,7 +1,8 @@
-"""The folder that a ``tl-posheads`` run fills: whose it is, what may be removed, what goes on.
+"""The folder that a ``tl-posheads`` run fills: whose it is, who may write there, what goes on.
 
-``run.json`` is the folder's label. It is there before anything is computed, so that a run that was
-stopped can be told from another run's results, and nothing is removed from a folder without it.
+A run fills ``.unfinished`` in its folder and is moved out of it when it is finished. Until then the
+results that are there stay. ``run.json`` is the label of both: there before anything is computed,
+so that a run that was stopped can be told from another's, and nothing is removed without it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from .errors import PosheadsError
-from .files import write_bytes
+from .files import is_leftover, read_bytes, write_bytes
 
 CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"
@@ -24,7 +27,7 @@ PAGE = "index.html"
 CURVE, MAPS = "curve", "maps"
 EFFECTS, VERDICT, PICTURE = "effects.csv", "verdict.txt", "effects.png"
 LAGS, TRAINING = "lags.csv", "training.png"
-# Everything that a run writes, the label last. --overwrite touches these names and no others.
+# Everything that a run leaves, the label last. --overwrite touches these names and no others.
 MADE_BY_US = (
     "scores.json", "scores.safetensors", "table.parquet", CURVE, MAPS,
     "study.json", "conditions.parquet", "cells.parquet", "screen.parquet", "screen_tests.parquet",
@@ -32,12 +35,12 @@ MADE_BY_US = (
     "emergence.json", "emergence.safetensors", "emergence.parquet", LAGS, TRAINING,
     "codes.json", "codes.safetensors", "profile.json", "profile.parquet", "profile.png",
     "unseen.json", "unseen.safetensors", "loss.parquet", "unseen.png", "summary.csv",
-    "by_pair.csv", "losses.csv", "pairs.csv", "change.csv", TABLE, PAGE, CHECKPOINT, RUN_FILE,
+    "by_pair.csv", "losses.csv", "pairs.csv", "change.csv", TABLE, PAGE, RUN_FILE,
 )  # fmt: skip
-_SET_ASIDE = ".replaced"
+_UNFINISHED, _LOCK = ".unfinished", ".tl-posheads.lock"
 _PROGRAM = "tl-posheads"
 
-State = Literal["new", "resume", "finished", "replace"]
+State = Literal["new", "resume", "finished"]
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -60,20 +63,26 @@ def read_run(out: Path) -> dict[str, Any] | None:
         PosheadsError: the file can't be read, or another program wrote it.
     """
     try:
-        run = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        run = json.loads(read_bytes(out / RUN_FILE, largest=2**26))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise PosheadsError(
             f"{out / RUN_FILE} can't be read as the label of a run ({problem}); "
             "choose another --out"
         ) from problem
-    is_ours = isinstance(run, dict) and run.get("program") == _PROGRAM
-    if not (is_ours and isinstance(run.get("request"), dict)):
+    kinds = {"program": str, "finished": bool, "request": dict}
+    fits = isinstance(run, dict) and all(isinstance(run.get(k), kinds[k]) for k in kinds)
+    if not fits or run["program"] != _PROGRAM:
         raise PosheadsError(
             f"{out / RUN_FILE} was not written by tl-posheads; choose another --out"
         )
     return dict(run)
+
+
+def was_stopped(out: Path) -> bool:
+    """Whether ``out`` holds a run that was begun and no finished one."""
+    return read_run(out) is None and read_run(out / _UNFINISHED) is not None
 
 
 def look(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> State:
@@ -84,29 +93,70 @@ def look(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Stat
     """
     if out.exists() and not out.is_dir():
         raise PosheadsError(f"--out {out} is a file; give a folder, new or empty")
-    if not out.exists() or not any(out.iterdir()):
+    begun, finished = read_run(out / _UNFINISHED), read_run(out)
+    if begun is None and finished is None:
+        if others := sorted(path.name for path in _not_ours(out)):
+            raise PosheadsError(
+                f"--out {out} is not empty ({', '.join(others[:3])}) and holds no {RUN_FILE}, so "
+                "its files are not ours to touch; choose another --out"
+            )
         return "new"
-    run = read_run(out)
-    if run is None and (out / _SET_ASIDE / RUN_FILE).is_file():
-        # Killed between setting the old run aside and writing the new label.
-        if overwrite:
-            return "replace"
-        raise PosheadsError(f"an --overwrite of {out} was cut off; pass --overwrite once more")
-    if run is None:
-        raise PosheadsError(
-            f"--out {out} is not empty and holds no {RUN_FILE}, so its files are not ours to touch;"
-            " choose another --out"
-        )
     if overwrite:
-        return "replace"
-    old = run["request"]
+        return "new"
+    # What is begun again beside finished results is gone on with.
+    if begun is not None and begun["request"] == request:
+        return "resume"
+    if finished is not None and finished["request"] == request:
+        return "finished"
+    old = (finished or begun or {})["request"]
     differs = [key for key in {**request, **old} if old.get(key) != request.get(key)]
-    if differs:
+    raise PosheadsError(
+        f"--out {out} holds another run's results (differs in: {', '.join(differs)});"
+        " choose another --out or pass --overwrite"
+    )
+
+
+def _not_ours(out: Path) -> list[Path]:
+    """What is in a folder without a label and can't be what a kill left."""
+    begun, ours = out / _UNFINISHED, {*MADE_BY_US, CHECKPOINT}
+    left = [path for path in out.iterdir() if path.name != _LOCK] if out.exists() else []
+    if begun.is_dir() and not begun.is_symlink():
+        left.remove(begun)
+        left += [path for path in begun.iterdir() if path.name not in ours]
+    return [path for path in left if not is_leftover(path)]
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other processes out of ``out``; finish moving results where a kill cut that off.
+
+    Leaves no folder behind that it made and nothing was put in.
+
+    Raises:
+        PosheadsError: another process is at work there.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
         raise PosheadsError(
-            f"--out {out} holds another run's results (differs in: {', '.join(differs)});"
-            " choose another --out or pass --overwrite"
-        )
-    return "finished" if run.get("finished") else "resume"
+            f"another tl-posheads is at work in {out}; wait for it, or choose another --out"
+        ) from None
+    try:
+        begun = read_run(out / _UNFINISHED)
+        if begun is not None and begun["finished"]:
+            _move(out / _UNFINISHED, out)
+        yield
+    finally:
+        # While it is held: one who waits for a lock whose file is gone doesn't get it.
+        with suppress(OSError):
+            (out / _LOCK).unlink()
+        lock.release()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _remove(path: Path) -> None:
@@ -116,53 +166,50 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _move_ours(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    # MADE_BY_US ends with the label: cut off half-way, the folder is still known as ours.
+def _move(begun: Path, out: Path) -> None:
+    """Put a finished run in the place of another; cut off, it can be called again.
+
+    The label goes last both times: while ``out`` has one, what it holds is the old run's.
+    """
+    if (out / RUN_FILE).exists():
+        for name in MADE_BY_US:
+            _remove(out / name)
     for name in MADE_BY_US:
-        if os.path.lexists(source / name):
-            _remove(target / name)
-            os.replace(source / name, target / name)
+        if os.path.lexists(begun / name):
+            _remove(out / name)
+            os.replace(begun / name, out / name)
+    _remove(begun)
 
 
-def _label(out: Path, request: dict[str, Any], *, finished: bool) -> None:
+def _label(folder: Path, request: dict[str, Any], *, finished: bool) -> None:
     run = {"program": _PROGRAM, "finished": finished, "request": request}
-    write_whole(out / RUN_FILE, json.dumps(run, indent=2) + "\n")
+    write_whole(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
 
 
 @contextmanager
 def running(out: Path, request: dict[str, Any], state: State) -> Iterator[Path]:
-    """Label ``out``, run the body, mark the folder finished.
+    """Run the body, which fills the folder it gets, and put what it made into ``out``.
 
-    The body gets the checkpoint folder's path. What ``--overwrite`` replaces is set aside until the
-    new run is finished, and comes back if the new run fails. A run that is interrupted stays, to be
-    gone on with; a new one that failed before it had computed anything leaves nothing behind.
+    Results that are in ``out`` stay until then. What was computed before a failure or a stop
+    stays in ``.unfinished``, to be gone on with; a run that computed nothing leaves nothing. The
+    caller holds the lock.
     """
-    aside, checkpoint, existed = out / _SET_ASIDE, out / CHECKPOINT, out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    if state == "replace":
-        if (aside / RUN_FILE).exists():  # what --overwrite replaced before, still unfinished
-            for name in MADE_BY_US:
-                _remove(out / name)
-        else:
-            _move_ours(out, aside)
-    if state != "resume":
-        _label(out, request, finished=False)
+    begun = out / _UNFINISHED
+    checkpoint = begun / CHECKPOINT
+    if state == "new":
+        _remove(begun)
+        begun.mkdir()
+        _label(begun, request, finished=False)
+    else:  # without what it was saving when it was stopped
+        for path in begun.iterdir():
+            if path.name not in (RUN_FILE, CHECKPOINT):
+                _remove(path)
     try:
-        yield checkpoint
-        _label(out, request, finished=True)
-    except Exception:
-        computed = checkpoint.is_dir() and any(checkpoint.iterdir())
-        if state == "replace":
-            for name in MADE_BY_US:
-                _remove(out / name)
-            _move_ours(aside, out)
-            aside.rmdir()
-        elif state == "new" and not computed:
-            for name in MADE_BY_US:
-                _remove(out / name)
-            if not existed:
-                out.rmdir()
+        yield begun
+    except BaseException:
+        if not (checkpoint.is_dir() and any(checkpoint.iterdir())):
+            _remove(begun)
         raise
     _remove(checkpoint)
-    _remove(aside)
+    _label(begun, request, finished=True)
+    _move(begun, out)

@@ -37,6 +37,9 @@ class CodeScores(HeadScores):
         super()._check()
         if not bool(((self.which >= -1) & (self.which < len(self.bases))).all()):
             raise ValueError("heads of bases that there are none of")
+        speeds = [basis.speeds for basis in self.bases]
+        if any(len(x) % 2 or not bool((x >= 0).all()) for x in speeds):
+            raise ValueError("a basis without two directions to a plane, or slower than still")
 
     def basis(self, layer: int, head: int) -> QKBasis:
         """The planes of a head.

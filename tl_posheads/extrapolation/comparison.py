@@ -55,8 +55,11 @@ class ExtrapolationComparison(Result):
     n_within: Int[Tensor, "doc near"]
     scores_within: Annotated[tuple[HeadScores, ...], "method"]
     scores_whole: Annotated[tuple[HeadScores, ...], "method"]
-    loss: Annotated[pd.DataFrame, "method document position loss"]
-    tasks: Annotated[pd.DataFrame, "method task prompt length logprob exact"]
+    loss: Annotated[pd.DataFrame, "method:string document:integer position:integer loss:floating"]
+    tasks: Annotated[
+        pd.DataFrame,
+        "method:string task:string prompt:integer length:integer logprob:floating exact:boolean",
+    ]
     provenance: dict[str, Any]
 
     _files = Files("comparison", "comparisons", "compare again", version=3)
@@ -64,6 +67,20 @@ class ExtrapolationComparison(Result):
     def _check(self) -> None:
         if self.trained < 1 or not all(isinstance(s.get("name"), str) for s in self.settings):
             raise ValueError("a training length below 1, or a method without a name")
+        if len({*self.methods}) < len(self.methods) or not self.heads:
+            raise ValueError("a method twice, or no heads")
+        if not {*self.loss["method"], *self.tasks["method"]} <= {*self.methods}:
+            raise ValueError("losses or answers of methods that aren't listed")
+        for m in range(len(self.methods)):
+            self._factor(m)
+        scores = [*self.scores_within, *self.scores_whole]
+        if len({s.rho.shape for s in scores}) != 1 or len({s.document_names for s in scores}) != 1:
+            raise ValueError("scores of different heads or documents")
+        n_layers, n_heads = scores[0].rho.shape
+        if not all(layer < n_layers and head < n_heads for layer, head in self.heads):
+            raise ValueError("curves of heads that have no scores")
+        if bool((self.n_whole < 0).any()) or bool((self.n_within < 0).any()):
+            raise ValueError("less than no pair")
 
     def __repr__(self) -> str:
         return (

@@ -29,10 +29,20 @@ class HeadProfile(Result):
             ``needles`` how many the model answered.
     """
 
-    table: Annotated[pd.DataFrame, "layer head positional"]
+    table: Annotated[pd.DataFrame, "layer:integer head:integer positional:floating"]
     provenance: dict[str, Any]
 
     _files = Files("profile", "profiles", "make them again")
+
+    def _check(self) -> None:
+        if self.table.duplicated([*_PLACE]).any() or (self.table[[*_PLACE]] < 0).any(axis=None):
+            raise ValueError("a head twice, or of a number below 0")
+        for name in self.columns:
+            if self.table[name].dtype.kind not in "fiub":
+                raise ValueError(f"{name} is no measure")
+        missing, needles = (self.provenance.get(x) or {} for x in ("missing", "needles"))
+        if not isinstance(missing, dict) or not isinstance(needles, dict):
+            raise ValueError("what is missing and the needles are told otherwise")
 
     def __repr__(self) -> str:
         return (

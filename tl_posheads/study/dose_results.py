@@ -28,15 +28,26 @@ class DoseResponse(Result):
         provenance: how it came about.
     """
 
-    cells: Annotated[pd.DataFrame, "prompt set strength logprob exact clean"]
+    cells: Annotated[
+        pd.DataFrame,
+        "prompt:integer set:integer strength:floating logprob:floating exact:boolean "
+        "clean:floating",
+    ]
     sets: list[list[Head]]
     provenance: dict[str, Any]
 
     _files = Files("dose", "dose responses", "run it again")
 
     def _check(self) -> None:
-        if {*self.cells["set"]} != {*range(len(self.sets))}:
+        keys = ["set", "prompt", "strength"]
+        if not all(self.sets) or {*self.cells["set"]} != {*range(len(self.sets))}:
             raise ValueError("answers of other sets than the label's")
+        if len(self.sets) < 2 or self.cells.duplicated(keys).any():
+            raise ValueError("no draws, or an answer twice")
+        if not np.isfinite(self.cells["strength"]).all():
+            raise ValueError("a strength that is no number")
+        if not isinstance(self.provenance.get("pairs", []), list):
+            raise ValueError("pairs that are no list")
         self.effects()  # every prompt at every strength of every set
 
     def __repr__(self) -> str:

@@ -47,18 +47,49 @@ class AblationStudy(Result):
         provenance: how the study came about, the plan among it.
     """
 
-    conditions: Annotated[pd.DataFrame, "condition kind draw fraction heads"]
-    cells: Annotated[pd.DataFrame, "task variant prompt condition logprob accuracy exact"]
-    screen: Annotated[pd.DataFrame, "task variant prompt layer head effect"]
-    screen_tests: Annotated[pd.DataFrame, "task variant fraction control screen_effect p_screen"]
+    conditions: Annotated[
+        pd.DataFrame,
+        "condition:integer kind:string draw:integer fraction:floating heads:string",
+    ]
+    cells: Annotated[
+        pd.DataFrame,
+        "task:string variant:string prompt:integer condition:integer logprob:floating "
+        "accuracy:floating exact:boolean",
+    ]
+    screen: Annotated[
+        pd.DataFrame,
+        "task:string variant:string prompt:integer layer:integer head:integer effect:floating",
+    ]
+    screen_tests: Annotated[
+        pd.DataFrame,
+        "task:string variant:string fraction:floating control:string screen_effect:floating "
+        "p_screen:floating n_screen_draws:integer",
+    ]
     provenance: dict[str, Any]
 
     _files = Files("study", "study results", "run the study again")
 
     def _check(self) -> None:
-        known = {UNABLATED, *self._heads}
-        if not {*self.cells["condition"]} <= known or "seed" not in self.provenance:
-            raise ValueError("answers under conditions that aren't known, or no seed")
+        seed, ids = self.provenance.get("seed"), [UNABLATED, *self._heads]
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError("no seed")
+        if len(ids) != len(self.conditions) + 1 or not all(map(_are_heads, self._heads.values())):
+            raise ValueError("two conditions of one number, or heads that are none")
+        draws = self.conditions.pivot_table("draw", "kind", "fraction", "count", fill_value=0)
+        if not (draws.loc["top"] == 1).all() or not draws.gt(0).all(axis=None):
+            raise ValueError("fractions without their top heads or a control")
+        if not draws.eq(draws.iloc[:, 0], axis=0).all(axis=None):
+            raise ValueError("more draws of a control at one fraction than at another")
+        for (_, variant), rows in self.cells.groupby(["task", "variant"]):
+            n = rows.groupby(["prompt", "condition"]).size().unstack(fill_value=0)
+            if variant not in VARIANTS or {*n.columns} != {*ids} or not n.eq(1).all(axis=None):
+                raise ValueError("prompts without one answer under every condition")
+        if len(self.screen):
+            screen = self.screen.assign(place=[*zip(self.screen["layer"], self.screen["head"])])
+            places = {head for heads in self._heads.values() for head in heads}
+            for _, rows in screen.groupby(["task", "variant"]):
+                if not places <= {*rows["place"]} or rows.duplicated(["prompt", "place"]).any():
+                    raise ValueError("a screen without the heads ablated, or with one twice")
 
     def __repr__(self) -> str:
         n = self.cells.groupby("task")["prompt"].nunique()
@@ -286,6 +317,12 @@ class AblationStudy(Result):
             for variant in VARIANTS
             if self._has(task, variant)
         }
+
+
+def _are_heads(heads: list[tuple[int, int]]) -> bool:
+    numbers = [number for head in heads for number in head]
+    fits = all(type(number) is int and number >= 0 for number in numbers)
+    return bool(heads) and fits and len({*heads}) == len(heads)
 
 
 def _detectable(

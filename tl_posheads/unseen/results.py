@@ -54,7 +54,9 @@ class UnseenAngles(Result):
     joint: Float[Tensor, "doc head set=3 bin"]
     single: Float[Tensor, "doc head pair bin"]
     live: Float[Tensor, "doc head bin"] | None
-    loss: Annotated[pd.DataFrame, "condition text octave n loss"]
+    loss: Annotated[
+        pd.DataFrame, "condition:string text:integer octave:integer n:integer loss:floating"
+    ]
     seed: int
     provenance: dict[str, Any]
 
@@ -63,6 +65,18 @@ class UnseenAngles(Result):
     def _check(self) -> None:
         if self.trained < 1 or self.seed < 0:
             raise ValueError("a training length below 1, or a seed below 0")
+        ascends = bool((self.bin_start.diff() > 0).all()) and bool((self.bin_start > 0).all())
+        if not ascends or not bool((self.bin_end > self.bin_start).all()) or not self.heads:
+            raise ValueError("bins that don't ascend, or no heads")
+        if bool((self.bin_octave.abs() > 63).any()) or bool((self.n_pairs < 0).any()):
+            raise ValueError("octaves beyond all distances, or less than no pair")
+        if len(self.loss):
+            keys = ["condition", "octave", "text"]
+            octaves = {*self.loss.loc[self.loss["condition"] == "bare", "octave"]}
+            octaves &= {*range(-63, 64)}
+            inside = self.loss["text"].between(0, self.bare.shape[0] - 1).all()
+            if not inside or {*self.loss["octave"]} - octaves or self.loss.duplicated(keys).any():
+                raise ValueError("losses of other texts, without the bare model's, or twice")
 
     @cached_property
     def unseen(self) -> np.ndarray:
