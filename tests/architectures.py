@@ -1,21 +1,26 @@
-"""Small randomly initialised models of every architecture that the README's table claims.
+"""Small randomly initialised models of every architecture that the documented table claims.
 
 Each is built from a transformers config and booted as a TransformerBridge, offline. Weights are
-scaled up so that scores differ by more than rounding.
+scaled up so that scores differ by more than rounding. As a script it prints the table.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
+
+from tl_posheads.passes import settle_cache
 
 N_VOCAB = 97
 BASE = dict(
@@ -81,6 +86,171 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek-V2": ("DeepseekV2", {**BASE, **MLA, "topk_method": "greedy"}),
 }  # fmt: skip
 
+HEAD = {**BASE, "head_dim": 8}
+MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+           shared_expert_intermediate_size=16)  # fmt: skip
+SSM = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2,
+           mamba_chunk_size=16)  # fmt: skip
+HALF = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
+DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+             linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+             rope_parameters=HALF)  # fmt: skip
+MULTIPLIED = {**BASE, "attention_multiplier": 0.1}
+GLM = {**HEAD, "partial_rotary_factor": 0.5}
+CONVOLUTION = {**BASE, **MOE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+              image_size=28, patch_size=14, num_channels=3, projection_dim=16)  # fmt: skip
+AUDIO = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
+             num_mel_bins=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+             num_attention_heads=2)  # fmt: skip
+VQ = dict(embed_dim=16, codebook_size=8, base_channels=32, channel_multiplier=[1],
+          num_res_blocks=1, attn_resolutions=[], latent_channels=16)  # fmt: skip
+
+
+def seeing(text: str, vision: str | None = None, **others: Any) -> dict[str, Any]:
+    """Configuration of a model that sees pictures; it is given text alone."""
+    kinds = {"model_type": text}, {} if vision is None else {"model_type": vision}
+    whole = dict(text_config=BASE | kinds[0], vision_config=VISION | kinds[1])
+    return whole | dict(image_token_index=96) | others
+
+
+def hearing(text: str, audio: str) -> dict[str, Any]:
+    kinds = {"model_type": text}, {"model_type": audio}
+    return dict(text_config=BASE | kinds[0], audio_config=AUDIO | kinds[1], audio_token_id=96)
+
+
+# The long tail: name -> (family, config, layers with RoPE of the two)
+MORE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "Apertus": ("Apertus", BASE, (0, 1)),
+    "Arcee": ("Arcee", BASE, (0, 1)),
+    "AudioFlamingo 3": ("AudioFlamingo3", hearing("qwen2", "audioflamingo3_encoder"), (0, 1)),
+    "Bamba": ("Bamba", {**BASE, **SSM, "attn_layer_indices": [1]}, (1,)),
+    "BitNet": ("BitNet", BASE, (0, 1)),
+    "Cohere 2": ("Cohere2", {**BASE, **WINDOWED}, (0,)),
+    "Emu3": (
+        "Emu3",
+        dict(text_config=BASE, vq_config=VQ, vocabulary_map={"<image>": 96}),
+        (0, 1),
+    ),
+    "Ernie 4.5": ("Ernie4_5", HEAD, (0, 1)),
+    "Ernie 4.5, MoE": ("Ernie4_5_Moe", {**BASE, **MOE, "moe_num_experts": 4, "moe_k": 2}, (0, 1)),
+    "EXAONE 4": ("Exaone4", {**BASE, **WINDOWED}, (0,)),
+    "Falcon-H1": ("FalconH1", {**HEAD, **SSM, "mamba_d_ssm": 64}, (0, 1)),
+    "FlexOlmo": ("FlexOlmo", {**BASE, **MOE}, (0, 1)),
+    "Gemma": ("Gemma", HEAD, (0, 1)),
+    "Gemma 3 with pictures": (
+        "Gemma3",
+        dict(
+            text_config={**HEAD, "query_pre_attn_scalar": 8, **WINDOWED, "rope_parameters": THETAS},
+            vision_config=VISION,
+        ),
+        (0, 1),
+    ),
+    "GLM": ("Glm", GLM, (0, 1)),
+    "GLM-4": ("Glm4", GLM, (0, 1)),
+    "GLM-4 MoE": ("Glm4Moe", {**BASE, **MLA, "head_dim": 8}, (0, 1)),
+    "GLM-4 MoE Lite": (
+        "Glm4MoeLite",
+        {**BASE, **MLA, "mlp_layer_types": ["dense", "sparse"]},
+        (0, 1),
+    ),
+    "GLM-ASR": ("GlmAsr", hearing("llama", "glmasr_encoder"), (0, 1)),
+    "gpt-oss": ("GptOss", {**HEAD, **MOE, **WINDOWED, "rope_parameters": YARN}, (0, 1)),
+    "Granite": ("Granite", MULTIPLIED, (0, 1)),
+    "Granite MoE": ("GraniteMoe", {**MULTIPLIED, **MOE}, (0, 1)),
+    "Granite hybrid": (
+        "GraniteMoeHybrid",
+        {**MULTIPLIED, **MOE, **SSM, "layer_types": ["mamba", "attention"],
+         "position_embedding_type": "rope", "shared_intermediate_size": 32},
+        (1,),
+    ),
+    "Idefics 3": ("Idefics3", seeing("llama", scale_factor=1, image_token_id=96), (0, 1)),
+    "Jais 2": ("Jais2", BASE, (0, 1)),
+    "LFM2": ("Lfm2", CONVOLUTION, (1,)),
+    "LFM2 MoE": ("Lfm2Moe", CONVOLUTION, (1,)),
+    "LLaVA": ("Llava", seeing("llama", "clip_vision_model"), (0, 1)),
+    "LLaVA-NeXT": ("LlavaNext", seeing("llama", "clip_vision_model"), (0, 1)),
+    "LLaVA-OneVision": (
+        "LlavaOnevision",
+        seeing("qwen2", "siglip_vision_model", video_token_index=95),
+        (0, 1),
+    ),
+    "MiniMax-M2": ("MiniMaxM2", {**HEAD, **MOE, "rotary_dim": 4}, (0, 1)),
+    "Ministral 3": ("Ministral3", HEAD, (0, 1)),
+    "Mistral 3 with pictures": ("Mistral3", seeing("mistral", "pixtral"), (0, 1)),
+    "MusicFlamingo": ("MusicFlamingo", hearing("qwen2", "musicflamingo_encoder"), (0, 1)),
+    "Nemotron": ("Nemotron", HEAD, (0, 1)),
+    "OLMo": ("Olmo", BASE, (0, 1)),
+    "OLMo 3": ("Olmo3", {**BASE, **WINDOWED}, (0, 1)),
+    "OLMoE": ("Olmoe", {**BASE, **MOE}, (0, 1)),
+    "Qwen2 MoE": ("Qwen2Moe", {**BASE, **MOE}, (0, 1)),
+    "Qwen2-Audio": ("Qwen2Audio", hearing("qwen2", "qwen2_audio_encoder"), (0, 1)),
+    "Qwen3 MoE": ("Qwen3Moe", {**HEAD, **MOE}, (0, 1)),
+    "Qwen3-Next": ("Qwen3Next", {**HEAD, **MOE, **DELTA}, (1,)),
+    "Qwen3.5": ("Qwen3_5", {**HEAD, **DELTA}, (1,)),
+    "Qwen3.5 MoE": ("Qwen3_5Moe", {**HEAD, **MOE, **DELTA}, (1,)),
+    "Seed-OSS": ("SeedOss", HEAD, (0, 1)),
+    "SmolLM3": ("SmolLM3", {**BASE, "no_rope_layers": [1, 0]}, (0,)),
+    "Starcoder 2, sliding window": ("Starcoder2", {**BASE, "sliding_window": 16}, (0, 1)),
+    "VaultGemma": ("VaultGemma", {**HEAD, "query_pre_attn_scalar": 8, **WINDOWED}, (0, 1)),
+    "Youtu": ("Youtu", {**BASE, **MLA}, (0, 1)),
+}  # fmt: skip
+
+# name -> (family, config, why, in words that the error has)
+NEVER = "TransformerLens does not offer them"
+SPARSE = "keys chosen by their content (sparse attention)"
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "AFMoE": ("Afmoe", {**HEAD, **MOE, "num_dense_layers": 1, **WINDOWED}, NEVER),
+    "CodeGen": ("CodeGen", {**GPT, "rotary_dim": 4}, "attention in TransformerLens keeps its rotated queries to itself"),
+    "DeepSeek-V4": ("DeepseekV4", {**BASE, **MLA}, SPARSE),
+    "Gemma 4": ("Gemma4", {**HEAD, **WINDOWED}, NEVER),
+    "GLM-5 (DSA)": (
+        "GlmMoeDsa",
+        {**BASE, **MLA, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
+         "mlp_layer_types": ["dense", "sparse"]},
+        SPARSE,
+    ),
+    "HRM-Text": ("HrmText", BASE, "no single row of blocks in TransformerLens"),
+    "HunYuan, dense": ("HunYuanDenseV1", HEAD, "normalises its queries and keys after their rotation"),
+    "JetMoe": ("JetMoe", {**BASE, **MOE, "kv_channels": 8}, NEVER),
+    "Laguna": ("Laguna", {**HEAD, **MOE}, NEVER),
+    "Llama 4": (
+        "Llama4",
+        {**HEAD, "intermediate_size_mlp": 48, "attention_chunk_size": 16, "num_local_experts": 2},
+        "sees only keys of its own chunk of the text",
+    ),
+    "ModernBERT decoder": ("ModernBertDecoder", {**BASE, "num_key_value_heads": None}, NEVER),
+    "Muse Glimmer": ("MuseGlimmer", dict(text_config=HEAD, vision_config=VISION), NEVER),
+    "NanoChat": ("NanoChat", BASE, NEVER),
+    "OLMo hybrid": ("OlmoHybrid", {**BASE, **DELTA}, NEVER),
+    "Phi-3.5-MoE": ("Phimoe", {**BASE, **MOE}, NEVER),
+    "RecurrentGemma": (
+        "RecurrentGemma",
+        {**HEAD, "lru_width": 32, "attention_window_size": 16,
+         "block_types": ["recurrent", "attention"]},
+        "TransformerLens shows no attention in layers",
+    ),
+    "Zamba 2": (
+        "Zamba2",
+        {**BASE, "mamba_d_state": 8, "mamba_d_conv": 4, "n_mamba_heads": 4, "mamba_ngroups": 1,
+         "mamba_headdim": 16, "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"],
+         "use_mem_rope": True, "chunk_size": 16, "attention_hidden_size": 64,
+         "attention_head_dim": 16, "use_shared_attention_adapter": False},
+        "no position embedding that TransformerLens knows of",
+    ),
+}  # fmt: skip
+# With RoPE, but built from nothing that the tests have.
+UNTESTED = {
+    "its code is not in transformers": (
+        "Baichuan, BD3LM, Dream, EXAONE 3, Gidd, InternLM 2, LLaDA, LLaDA 2, OpenELM, Ouro, "
+        "Qwen 1, Raven"
+    ),
+    "needs torchvision or timm": (
+        "Gemma 3n, GLM-4V, Qwen2.5-VL, Qwen3-VL, Qwen3-VL MoE, Qwen3.5 with pictures"
+    ),
+    "has an encoder beside the decoder, so that its layers have no numbers": "T5Gemma, T5Gemma 2",
+}
+
 # name -> (family, config, what its positions are)
 OTHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "GPT-2": ("GPT2", GPT, "learned"),
@@ -115,16 +285,21 @@ def build(family: str, config: dict[str, Any], *, seed: int = 0, boost: float = 
     """The transformers model, random weights times ``boost`` in the projections."""
     torch.manual_seed(seed)
     options = {key: value for key, value in config.items() if value is not None}
-    cls = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    head = {"T5": "ForConditionalGeneration", "GPT2": "LMHeadModel"}.get(family, "ForCausalLM")
-    hf_model = getattr(transformers, f"{family}{head}")(getattr(transformers, cls)(**options))
+    whole = "text_config" in config or family == "T5"  # with pictures or sound, or an encoder
+    head = {"GPT2": "LMHeadModel"}.get(
+        family, "ForConditionalGeneration" if whole else "ForCausalLM"
+    )
+    cls = getattr(transformers, f"{family}Config")
+    cls = cls if whole else getattr(transformers, f"{family}TextConfig", cls)
+    hf_model = getattr(transformers, f"{family}{head}")(cls(**options))
     with torch.no_grad():
         for name, weight in hf_model.named_parameters():
             if weight.ndim == 2 and "embed" not in name:
                 weight.mul_(boost)
             elif weight.ndim == 1 and "norm" in name.lower():
                 weight.add_(0.1 * torch.randn_like(weight))
-    hf_model.config.architectures = [type(hf_model).__name__]
+    # The hub's Phi-3.5-MoE is spelt otherwise than its class in transformers.
+    hf_model.config.architectures = [type(hf_model).__name__.replace("Phimoe", "PhiMoE")]
     if family not in ("Mamba", "T5"):
         # The Bridge of 3.9 doesn't ask for it, and transformers' default shows no scores.
         hf_model.set_attn_implementation("eager")
@@ -132,14 +307,37 @@ def build(family: str, config: dict[str, Any], *, seed: int = 0, boost: float = 
 
 
 def bridge(hf_model: Any, name: str = "tiny") -> TransformerBridge:
-    return TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tiny_tokenizer(), device="cpu"
-    )
+    # For models of pictures the lens would have pip install torchvision, then and there.
+    with mock.patch("subprocess.check_call", side_effect=OSError("nothing is installed here")):
+        model = TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=tiny_tokenizer(), device="cpu"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*reads no cache")
+        settle_cache(model)
+    return model
+
+
+def rotary_hf(name: str) -> Any:
+    family, config = (ROTARY | MORE)[name][:2]
+    return build(family, config)
 
 
 def rotary_model(name: str) -> TransformerBridge:
-    family, config = ROTARY[name]
-    return bridge(build(family, config), f"tiny-{family}")
+    return bridge(rotary_hf(name), f"tiny-{(ROTARY | MORE)[name][0]}")
+
+
+def rotary_layers(name: str) -> tuple[int, ...]:
+    """Of layers 0 and 1, those that turn queries and keys."""
+    return MORE[name][2] if name in MORE else (0, 1)
+
+
+def refused_model(name: str) -> TransformerBridge | None:
+    """None where the installed lens doesn't know it."""
+    family, config, _ = REFUSED[name]
+    hf_model = build(family, config)
+    known = hf_model.config.architectures[0] in SUPPORTED_ARCHITECTURES
+    return bridge(hf_model, f"tiny-{family}") if known else None
 
 
 def other_model(name: str) -> TransformerBridge:
@@ -150,3 +348,21 @@ def other_model(name: str) -> TransformerBridge:
 BUILDERS: dict[str, Callable[[], TransformerBridge]] = {
     name: partial(rotary_model, name) for name in ROTARY
 }
+
+
+def table() -> str:
+    """Every architecture that the Bridge 4 loads with RoPE, as the documentation shows it."""
+    rows: dict[str, list[str]] = {}
+    for name in (*ROTARY, *MORE):
+        still = "" if rotary_layers(name) == (0, 1) else ", layers without RoPE or attention as NaN"
+        rows.setdefault(f"scored{still}", []).append(name)
+    for name, (_, _, reason) in REFUSED.items():
+        whose = "rotated queries and keys never come: " if reason == NEVER else ""
+        rows.setdefault(f"refused: {whose}{reason}", []).append(name)
+    rows |= {f"not tested: {why}": [names] for why, names in UNTESTED.items()}
+    head = ["| on the Bridge 4 | architectures |", "|---|---|"]
+    return "\n".join(head + [f"| {what} | {'; '.join(names)} |" for what, names in rows.items()])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tl_posheads import PosheadsError, capture_rotary, hook_names, rotary_hook_points, score_heads
+from tl_posheads.passes import reads_cache
 
 pytestmark = pytest.mark.lens
 
@@ -82,6 +83,8 @@ def test_edited_keys_are_edited_in_the_kv_cache_too(name):
     """Token by token with a cache gives what one pass gives, under an edit of every key."""
     model = architectures.rotary_model(name)
     hf_model = model.original_model
+    if not reads_cache(model):
+        pytest.skip("the lens doesn't read the cache of this transformers")
 
     def louder(value, hook):
         return value * 1.7
@@ -144,6 +147,16 @@ def test_capture_hands_over_what_the_cache_holds_and_stops_early(model):
         assert torch.equal(k, cache[f"blocks.{layer}.attn.hook_rot_k"])
         assert not q.requires_grad
     assert_same(before, state(model))
+
+
+def test_a_hybrids_layers_without_attention_are_left_out():
+    model, got = architectures.rotary_model("LFM2"), []
+    capture_rotary(model, TOKENS, lambda layer, q, k: got.append(layer))
+    assert got == [1]
+    with pytest.raises(PosheadsError, match="layer 0 of tiny-Lfm2 has no rotary attention"):
+        capture_rotary(model, TOKENS, lambda *_: None, layers=[0, 1])
+    with pytest.raises(PosheadsError, match=r"no attention in layers \[0\] of tiny-Lfm2"):
+        score_heads(model, TOKENS, layers=[0], progress=False)
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])

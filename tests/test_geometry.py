@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import architectures
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.models.llama import modeling_llama
 
 from tl_posheads import (
     LayerGeometry,
@@ -18,6 +22,7 @@ from tl_posheads import (
     dimension_contributions,
     dominant_dimension,
     dominant_dimension_curve,
+    extrapolation,
     head_maps,
     rotary_hook_points,
     score_heads,
@@ -66,14 +71,25 @@ EXPECTED = dict.fromkeys(("Llama", "Qwen2", "Qwen3", "OLMo 2", "Falcon"), LLAMA)
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(architectures.ROTARY))
+@pytest.fixture(
+    scope="module",
+    params=[
+        *architectures.ROTARY,
+        "gpt-oss",  # sinks
+        "LFM2",  # convolutions, and layers without attention
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in architectures.MORE
+            if name not in ("gpt-oss", "LFM2")
+        ),
+    ],
+)
 def case(request):
     """Name, model, and whether the installed lens computes what transformers does."""
     name = request.param
-    family, config = architectures.ROTARY[name]
     tokens = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = architectures.build(family, config)(tokens).logits
+        theirs = architectures.rotary_hf(name)(tokens).logits
         model = architectures.rotary_model(name)
         is_right = torch.allclose(model(tokens), theirs, atol=1e-3)
     return name, model, is_right
@@ -87,11 +103,26 @@ def observe(model, tokens, names):
 
     with rotary_hook_points(model):
         model.run_with_hooks(
-            tokens, fwd_hooks=[(f"blocks.{i}.attn.{n}", keep) for i in (0, 1) for n in names]
+            tokens,
+            fwd_hooks=[
+                (point, keep)
+                for i in (0, 1)
+                for n in names
+                if (point := f"blocks.{i}.attn.{n}") in model.hook_dict
+            ],
         )
     return lambda layer, name: next(
         value for key, value in seen.items() if key.endswith(f"{layer}.attn.{name}")
     )
+
+
+def their_rotations(model, layer):
+    """Frequencies and scale that transformers computed for this kind of layer."""
+    kinds = getattr(model.original_model.config.get_text_config(), "layer_types", None)
+    for module in model.original_model.modules():
+        for prefix in ("", f"{kinds[layer]}_" if kinds else ""):
+            if (inv_freq := getattr(module, f"{prefix}inv_freq", None)) is not None:
+                yield inv_freq, getattr(module, f"{prefix}attention_scaling", 1.0)
 
 
 def test_geometry_and_scores_of_every_architecture(case):
@@ -99,8 +130,8 @@ def test_geometry_and_scores_of_every_architecture(case):
     if not lens_is_right:
         # The Bridge of 3.9 turns other coordinates than Cohere does, and gives DeepSeek no causal
         # mask: its logits are not the models' own.
-        reason = {"Cohere": "does not turn its queries", "DeepSeek-V2": "see later tokens",
-                  "DeepSeek-V3": "see later tokens"}[name]  # fmt: skip
+        reason = {"Cohere": "does not turn its queries", "Cohere 2": "does not turn its queries",
+                  "DeepSeek-V2": "see later tokens", "DeepSeek-V3": "see later tokens"}[name]  # fmt: skip
         with pytest.raises(PosheadsError, match=reason):
             RotaryGeometry.from_model(model)
         return
@@ -115,11 +146,22 @@ def test_geometry_and_scores_of_every_architecture(case):
             np.testing.assert_allclose(g.inv_freq, inv_freq, rtol=1e-4, atol=1e-8)
             assert g.rotation_scale == pytest.approx(scale, rel=1e-5)
             assert g.attention_scale == pytest.approx(attention_scale, rel=1e-6)
+    rotary = [layer for layer in (0, 1) if geometry[layer].n_pairs]
+    assert rotary == list(architectures.rotary_layers(name))
+    if name in architectures.MORE:
+        for layer in rotary:
+            g = geometry[layer]
+            assert any(
+                len(g.inv_freq) == len(inv_freq)
+                and torch.allclose(g.inv_freq.float(), inv_freq, rtol=1e-4, atol=1e-8)
+                and g.rotation_scale == pytest.approx(scale, rel=1e-5)
+                for inv_freq, scale in their_rotations(model, layer)
+            )
     tokens = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
     names = ["hook_rot_q", "hook_rot_k", "hook_attn_scores"]
-    is_latent = name.startswith("DeepSeek")
+    is_latent = "MLA" in type(model.blocks[1].attn).__name__
     get = observe(model, tokens, names + (["hook_q", "hook_k"] if is_latent else []))
-    for layer in (0, 1):
+    for layer in rotary:
         g, scores = geometry[layer], get(layer, "hook_attn_scores")
         q, k = get(layer, "hook_rot_q"), get(layer, "hook_rot_k")
         ours = dimension_contributions(q, k, g, scale="attention").sum(-1)
@@ -169,10 +211,13 @@ def test_rho_of_every_architecture_equals_numpy_and_scipy(case):
     get = observe(model, tokens, ["hook_rot_q", "hook_rot_k"])
     captured = {}
     capture_rotary(model, tokens, lambda layer, *both: captured.update({layer: both}))
-    for layer in (0, 1):
+    for layer in range(2):
+        if layer not in architectures.rotary_layers(name):
+            assert scores.rho[layer].isnan().all()
+            continue
         # Fused attention rounds otherwise than the lens's, and ranks see every last digit.
-        for x, name in zip(captured[layer], ("hook_rot_q", "hook_rot_k"), strict=True):
-            torch.testing.assert_close(x[0], get(layer, name)[0], atol=1e-5, rtol=1e-4)
+        for x, hook in zip(captured[layer], ("hook_rot_q", "hook_rot_k"), strict=True):
+            torch.testing.assert_close(x[0], get(layer, hook)[0], atol=1e-5, rtol=1e-4)
         q, k = (x[0].double().numpy() for x in captured[layer])
         g = geometry[layer]
         for head in range(4):
@@ -241,6 +286,24 @@ def test_smollm2_has_the_theta_that_its_configuration_denies(smollm2):
     assert geometry[7].kv_head == (0, 0, 0, 1, 1, 1, 2, 2, 2)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in architectures.REFUSED]
+)
+def test_what_the_lens_or_the_method_lacks_is_refused_for_that_reason(name):
+    model = architectures.refused_model(name)
+    if model is None:
+        pytest.skip(f"this lens doesn't load {name}")
+    tokens = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    for action in (RotaryGeometry.from_model, lambda m: score_heads(m, tokens, progress=False)):
+        with pytest.raises(PosheadsError, match=re.escape(architectures.REFUSED[name][2])):
+            action(model)
+
+
+def test_the_documented_table_is_the_tested_one():
+    page = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
+    assert architectures.table() in page.read_text()
+
+
 @pytest.mark.parametrize("name", list(architectures.OTHER))
 def test_other_positions_are_refused_by_name(name):
     family, _, positions = architectures.OTHER[name]
@@ -253,6 +316,74 @@ def test_other_positions_are_refused_by_name(name):
     for action in (RotaryGeometry.from_model, lambda m: score_heads(m, torch.ones(1, 9).long())):
         with pytest.raises(PosheadsError, match=f"tiny-{family} uses .*{positions}.* not RoPE"):
             action(model)
+
+
+def test_layers_that_are_not_there_are_refused():
+    model = architectures.rotary_model("Llama")
+    tokens = torch.arange(3, 12)[None]
+    for layers in ([], [2], [-1]):
+        refused = pytest.raises(PosheadsError, match=r"layers=\[.*layers 0 to 1")
+        with refused:
+            RotaryGeometry.from_model(model, layers=layers)
+        with refused:
+            capture_rotary(model, tokens, lambda *_: None, layers=layers)
+        with refused:
+            score_heads(model, tokens, layers=layers, progress=False)
+
+
+def test_a_model_that_runs_its_layers_twice_is_refused():
+    model = architectures.rotary_model("Llama")
+    block = model.blocks[0]
+    once = block.forward
+
+    def twice(x, **kwargs):
+        return once(once(x, **{**kwargs, "past_key_values": None}), **kwargs)
+
+    block.__dict__["forward"] = twice
+    with pytest.raises(PosheadsError, match="layer 0 of tiny-Llama runs more than once"):
+        RotaryGeometry.from_model(model)
+
+
+def test_a_mask_with_gaps_is_no_window(monkeypatch):
+    """Every query sees its own key and every other one of those before; the last, half of them."""
+
+    def every_other(inputs_embeds, **kwargs):
+        at = torch.arange(inputs_embeds.shape[1])
+        apart = at[:, None] - at
+        mask = torch.zeros(apart.shape).masked_fill((apart < 0) | (apart % 2 == 1), -torch.inf)
+        return mask[None, None]
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", every_other)
+    with pytest.raises(PosheadsError, match="layer 0 of tiny-Llama sees exactly the last 32 keys"):
+        RotaryGeometry.from_model(architectures.rotary_model("Llama"))
+
+
+@pytest.mark.parametrize("head", [0, 3])
+def test_scores_far_below_what_fp16_holds_are_no_mask(head):
+    """A constant on all of a head's scores, -1.3e5 as in Pythia, changes nothing."""
+    tokens = torch.randint(3, 90, (2, 64), generator=torch.Generator().manual_seed(1))
+    method, found = extrapolation.SelfExtend(4, 16), []
+    for constant in (0.0, 600.0):
+        hf_model = architectures.build(*architectures.ROTARY["GPT-NeoX, Pythia"]).double()
+        joint = hf_model.gpt_neox.layers[1].attention.query_key_value
+        q, k = 24 * head + 4, 24 * head + 12  # of eight coordinates, the first that doesn't turn
+        with torch.no_grad():
+            joint.weight[[q, k]] = 0
+            joint.bias[[q, k]] = torch.tensor([constant, -constant]).double()
+        model = TransformerBridge.boot_transformers(
+            "tiny-GPTNeoX", hf_model=hf_model, tokenizer=architectures.tiny_tokenizer(),
+            device="cpu", dtype=torch.float64,
+        )  # fmt: skip
+        g = RotaryGeometry.from_model(model)[1]
+        assert (g.window, g.attention_scale) == (None, pytest.approx(8**-0.5, rel=1e-6))
+        with torch.no_grad():
+            plain = model(tokens)
+            with method(model):
+                found.append((score_heads(model, tokens, progress=False).rho, model(tokens)))
+        assert (found[-1][1] - plain).abs().max() > 0.1
+    # transformers takes the softmax in float32, where -1.3e5 has two digits after the point.
+    torch.testing.assert_close(found[1][1], found[0][1], atol=5e-3, rtol=0)
+    torch.testing.assert_close(found[1][0], found[0][0], atol=5e-3, rtol=0)
 
 
 def test_what_is_no_lens_model_is_refused():

@@ -102,18 +102,18 @@ def test_auto_draws_what_the_error_asks_for(llama):
     off = []
     for seed in range(25):
         drawn = ph.score_heads(llama, documents, target_se=0.05, seed=seed, progress=False)
-        assert drawn.n_pairs.unique().tolist() == [800]
+        assert drawn.n_pairs.unique().tolist() == [600]
         off.append(drawn.rho - truth.rho)
     # 25 draws tell a standard error to a seventh of it.
     spread = torch.stack(off).pow(2).mean(0).sqrt()
     assert float(spread.max()) < 0.05 * 1.4
     assert float(spread.median()) < 0.05
     assert float(spread.min()) > 0.01
-    plain = ph.score_heads(llama, documents, pairs=400, progress=False)
+    plain = ph.score_heads(llama, documents, pairs=300, progress=False)
     again = ph.score_heads(llama, documents, pairs="auto", target_se=0.05, progress=False)
     same(plain, again)
-    assert again.provenance["draws"] == 400
-    assert (again.provenance["pairs"], plain.provenance["pairs"]) == ("auto", 400)
+    assert again.provenance["draws"] == 300
+    assert (again.provenance["pairs"], plain.provenance["pairs"]) == ("auto", 300)
 
 
 def test_scale_is_of_the_models_scores(llama):

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
-from tl_posheads.lens import attention, is_native, model_name, own_hooks, read_pass, require_lens
+from tl_posheads.lens import (
+    attention,
+    is_native,
+    model_name,
+    own_hooks,
+    read_pass,
+    require_lens,
+    require_own_biases,
+)
+from tl_posheads.positions import TextPositions
 
 Head = tuple[int, int]
 Mode = Literal["zero", "mean", "resample"]
@@ -94,10 +103,12 @@ def ablation_hooks(
         mode: ``"zero"``; ``"mean"``, the head's mean over ``reference``; ``"resample"``, what the
             head wrote at the same position in a text of ``reference``, the seed's choice for
             every row of the batch.
-        reference: texts, run here and now: their mean does not change with later hooks.
+        reference: texts, run here and now: their mean does not change with later hooks. Without
+            padding: a list holds texts of unequal length.
         per_position: the mean over texts at each position, not one mean over all positions.
-        positions: those to ablate, a slice or a list, counted from the text's start also when a
-            KV cache holds a part of it; None is all.
+        positions: those to ablate, a slice or a list; None is all. Positions are those of the
+            text, here as in ``per_position`` and ``"resample"``: 0 is its first token, whatever
+            padding stands before it in its row and also when a KV cache holds a part of it.
         on: ``"z"``, or ``"pattern"``, which sets the head's attention weights to zero (with mode
             ``"zero"`` alone; z is then zero too).
         seed: of the choice of texts in ``"resample"``.
@@ -110,8 +121,8 @@ def ablation_hooks(
 
     Raises:
         PosheadsError: heads that don't exist or come twice; a mode, positions or reference that
-            don't fit. From the hooks, before the first layer: a text longer than a reference
-            that is used position by position.
+            don't fit; a padded reference; mode ``"zero"`` where value biases are folded. From the
+            hooks, in the first layer: a text too long for a reference used position by position.
 
     Example:
         >>> hooks = ablation_hooks(model, [(7, 8)])             # doctest: +SKIP
@@ -124,6 +135,8 @@ def ablation_hooks(
     if not pairs:
         return []
     layers = by_layer(pairs)
+    if mode == "zero":
+        require_own_biases(model, layers, "zero-ablation")
     native = next((layer for layer in layers if is_native(attention(model, layer))), None)
     placed = keep is not None or per_position or mode == "resample"
     if native is not None and (on == "pattern" or placed):
@@ -132,24 +145,29 @@ def ablation_hooks(
             f"{what} was asked of {model_name(model)}, whose attention in TransformerLens shows "
             "its pattern only afterwards; use on='z' without positions, mode 'zero' or 'mean'"
         )
-    if on == "pattern":
-        return [
-            (f"blocks.{layer}.attn.hook_pattern", _zero_pattern(members, keep))
-            for layer, members in layers.items()
-        ]
-    values: dict[int, Tensor | None] = dict.fromkeys(layers)
+    windowed = _windowed(model)
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+    if on == "pattern":
+        for layer, members in layers.items():
+            at = None if keep is None else TextPositions(windowed)
+            if at is not None:
+                hooks.append((f"blocks.{layer}.attn.hook_attn_scores", at.read))
+            hooks.append((f"blocks.{layer}.attn.hook_pattern", _zero_pattern(members, keep, at)))
+        return hooks
+    values: dict[int, Tensor | None] = dict.fromkeys(layers)
     if mode != "zero":
         documents = documents_of(model, reference, None, 0)
         shortest = min(len(document) for document in documents)
         values |= reference_z(model, layers, documents, mode, per_position)
         if per_position or mode == "resample":
-            hooks.append(("hook_embed", _refuse_longer_than(shortest)))
+            names = (f"blocks.{i}.attn.hook_attn_scores" for i in range(model.cfg.n_layers))
+            first = next(name for name in names if name in model.hook_dict)
+            hooks.append((first, _refuse_longer_than(shortest, TextPositions(windowed))))
     for layer, members in layers.items():
-        start = _Start(_windowed(model))
-        if placed:
-            hooks.append((f"blocks.{layer}.attn.hook_pattern", start.read))
-        hook = replacing(members, values[layer], keep=keep, start=start, seed=seed)
+        at = TextPositions(windowed) if placed else None
+        if at is not None:
+            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", at.read))
+        hook = replacing(members, values[layer], keep=keep, at=at, seed=seed)
         hooks.append((f"blocks.{layer}.attn.hook_z", hook))
     return hooks
 
@@ -239,22 +257,6 @@ def _summed(z: Float[Tensor, "pos head d_head"], per_position: bool, shortest: i
     return wide[:shortest] if per_position else wide.sum(0)
 
 
-class _Start:
-    """The position of a pass's first token: its KV cache's length, read off the pattern."""
-
-    def __init__(self, windowed: bool) -> None:
-        self.position = self.seen = 0
-        self.windowed = windowed
-
-    def read(self, pattern: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> None:
-        n_q, n_k = pattern.shape[-2:]
-        self.position = n_k - n_q
-        if self.windowed and self.position:
-            # The cache of a windowed layer forgets; what passed before has to be counted.
-            self.position = max(self.position, self.seen)
-        self.seen = self.position + n_q
-
-
 def _windowed(model: Any) -> bool:
     config = getattr(getattr(model, "original_model", None), "config", None)
     return bool(getattr(config, "sliding_window", None) or getattr(model.cfg, "window_size", None))
@@ -265,29 +267,36 @@ def replacing(
     values: Tensor | None,
     *,
     keep: Callable[[Tensor], Tensor] | None = None,
-    start: _Start | None = None,
+    at: TextPositions | None = None,
     seed: int = 0,
 ) -> Callable[..., Tensor]:
-    """A hook on ``hook_z`` that puts ``values``, as :func:`reference_z` gives them, or zero."""
+    """A hook on ``hook_z`` that puts ``values``, as :func:`reference_z` gives them, or zero.
+
+    Without ``at``, a text begins with every row of every pass.
+    """
     members = list(heads)
 
     def hook(z: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
-        first = start.position if start is not None else 0
-        at = torch.arange(first, first + z.shape[1], device=z.device)
+        where = torch.arange(z.shape[1]).expand(z.shape[:2]) if at is None else at.q
+        where = where.to(z.device)  # [batch, pos], negative in padding
         new = torch.zeros((), dtype=z.dtype, device=z.device)
         if values is not None:
-            if values.ndim > 2 and first + z.shape[1] > values.shape[-3]:
-                raise too_short(first + z.shape[1], values.shape[-3])
             new = values.to(z)
-            if values.ndim == 3:
-                new = new[at]
-            elif values.ndim == 4:
-                new = new[chosen_text(len(new), z.shape[0], seed).to(z.device)][:, at]
+            if values.ndim > 2:
+                if int(where.max()) >= values.shape[-3]:
+                    raise too_short(int(where.max()) + 1, values.shape[-3])
+                # Padding gets what position 0 gets; nobody sees it.
+                row = where.clamp_min(0)
+                if values.ndim == 4:
+                    text = chosen_text(len(new), z.shape[0], seed).to(z.device)
+                    new = new[text[:, None], row]
+                else:
+                    new = new[row]
         index = torch.tensor(members, device=z.device)
         mine = z[:, :, index]
         new = new.expand_as(mine)
         if keep is not None:
-            new = torch.where(rearrange(keep(at), "pos -> 1 pos 1 1"), new, mine)
+            new = torch.where(rearrange(keep(where), "batch pos -> batch pos 1 1"), new, mine)
         # Not in place: others may hold the tensor, and autograd may need it.
         return z.index_copy(2, index, new)
 
@@ -300,27 +309,27 @@ def chosen_text(n_docs: int, n_rows: int, seed: int) -> Int[Tensor, "row"]:
 
 
 def _zero_pattern(
-    heads: Sequence[int], keep: Callable[[Tensor], Tensor] | None
+    heads: Sequence[int], keep: Callable[[Tensor], Tensor] | None, at: TextPositions | None
 ) -> Callable[..., Tensor]:
     members = list(heads)
 
     def hook(pattern: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
-        n_q, n_k = pattern.shape[-2:]
         out = pattern.clone()
-        if keep is None:
+        if keep is None or at is None:
             out[:, members] = 0
         else:
-            rows = torch.nonzero(keep(torch.arange(n_k - n_q, n_k, device=pattern.device)))[:, 0]
-            out[:, torch.tensor(members, device=out.device)[:, None], rows] = 0
+            here = rearrange(keep(at.q), "batch pos -> batch 1 pos 1")
+            out[:, members] = out[:, members].masked_fill(here, 0)
         return out
 
     return hook
 
 
-def _refuse_longer_than(length: int) -> Callable[..., None]:
-    def hook(embedded: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-        if embedded.shape[1] > length:
-            raise too_short(embedded.shape[1], length)
+def _refuse_longer_than(length: int, at: TextPositions) -> Callable[..., None]:
+    def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> None:
+        at.read(scores, hook)
+        if int(at.q.max()) >= length:
+            raise too_short(int(at.q.max()) + 1, length)
 
     return hook
 

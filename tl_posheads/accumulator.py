@@ -31,6 +31,11 @@ class ScoreAccumulator:
     ``rotary_hook_points(model)``. Every row of a batch is a document of its own. A document that
     comes twice counts once.
 
+    Where the frequencies depend on a text's length, give texts of the length that the geometry was
+    measured at, and run the passes inside a context of :mod:`tl_posheads.extrapolation`
+    (``None_()`` leaves the model as it is): outside, transformers goes on with those of the longest
+    text so far.
+
     Args:
         geometry: of the model.
         layers: those to measure (all that have RoPE).
@@ -192,9 +197,17 @@ class ScoreAccumulator:
 
         Raises:
             PosheadsError: NaN or infinity, by layer and head; a text too short for its
-                ``skip_first``.
+                ``skip_first``, or of another length than that of the geometry, where it matters.
         """
-        first = self.settings.skip_first
+        first, length = self.settings.skip_first, self.geometry.length
+        lengths = {run.stop - run.start for run in self._runs(rot_q, attention_mask)}
+        if length is not None and lengths != {length}:
+            raise PosheadsError(
+                f"texts of {sorted(lengths)} tokens were given, but the geometry is that of "
+                f"{length}, and the frequencies of {self.geometry.model_name} depend on the "
+                "length; measure it with RotaryGeometry.from_model(model, length=...) and give "
+                "texts of that length, or use score_heads"
+            )
         geometry = self.geometry[layer].after(first)
         for i, run in enumerate(self._runs(rot_q, attention_mask)):
             q, k = rot_q[i, run][first:], rot_k[i, run][first:]

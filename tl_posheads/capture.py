@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.fused import fused_attention
+from tl_posheads.fused import attention_replaced, fused_attention
+from tl_posheads.inputs import layers_of
+from tl_posheads.lengths import own_frequencies
 from tl_posheads.lens import (
     PassDone,
     attention,
@@ -66,25 +68,27 @@ def _joint_projection(attn: Any) -> Iterator[None]:
 def _gptj(attn: Any) -> Iterator[None]:
     """GPT-J's attention stays transformers' own: hook where it hands over rotated q and k."""
     inner, cached = attn.original_component, False
-    attend = inner._attn
 
     def use_hooked_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         nonlocal cached
-        cached = kwargs.get("layer_past") is not None
-        if cached:
-            kwargs = {**kwargs, "layer_past": _HookedCache(kwargs["layer_past"], attn.hook_rot_k)}
-        return args, kwargs
+        given = [name for name in ("cache", "layer_past") if kwargs.get(name) is not None]
+        cached = bool(given)
+        hooked = {name: _HookedCache(kwargs[name], attn.hook_rot_k) for name in given}
+        return args, {**kwargs, **hooked}
 
     def attend_and_hook(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         key = key if cached else attn.hook_rot_k(key)
         return attend(attn.hook_rot_q(query), key, *args, **kwargs)
 
-    handle = inner.register_forward_pre_hook(use_hooked_cache, with_kwargs=True)
-    try:
-        with instance_method(inner, "_attn", attend_and_hook):
-            yield
-    finally:
-        handle.remove()
+    with ExitStack() as stack:
+        handle = inner.register_forward_pre_hook(use_hooked_cache, with_kwargs=True)
+        stack.callback(handle.remove)
+        if hasattr(inner, "_attn"):
+            attend = inner._attn
+            stack.enter_context(instance_method(inner, "_attn", attend_and_hook))
+        else:  # from transformers 5.24 on
+            attend = stack.enter_context(attention_replaced(inner, attend_and_hook))
+        yield
 
 
 def _seam(attn: Any) -> Any:
@@ -92,8 +96,14 @@ def _seam(attn: Any) -> Any:
     names = {cls.__name__ for cls in type(attn).__mro__}
     if "JointQKVPositionEmbeddingsAttentionBridge" in names:
         return _joint_projection(attn)
-    if type(getattr(attn, "original_component", None)).__name__ == "GPTJAttention":
+    inner = type(getattr(attn, "original_component", None)).__name__
+    if inner == "GPTJAttention":
         return _gptj(attn)
+    if inner.startswith("HunYuan"):
+        raise PosheadsError(
+            "HunYuan normalises its queries and keys after their rotation, so that attention does "
+            "not multiply what RoPE turned; choose another model"
+        )
     if "CodeGenAttentionBridge" in names:
         raise PosheadsError(
             "CodeGen's attention in TransformerLens keeps its rotated queries to itself, so they "
@@ -159,13 +169,18 @@ def capture_rotary(
         model: HookedTransformer or TransformerBridge with RoPE.
         tokens: on any device.
         consumer: gets the model's own tensors, without gradient; it must not change them.
-        layers: those wanted; all by default. The consumer is called in ascending order.
+        layers: those wanted, by default all that have attention. The consumer is called in
+            ascending order.
         attention_mask: 1 for tokens, 0 for padding.
 
     Raises:
-        PosheadsError: no RoPE; a layer whose rotated queries never came.
+        PosheadsError: no RoPE; layers that the model doesn't have; a layer without attention, or
+            whose rotated queries never came.
     """
-    wanted = sorted(set(range(model.cfg.n_layers) if layers is None else layers))
+    require_rotary(model)
+    wanted = layers_of(model, layers)
+    if layers is None:
+        wanted = [layer for layer in wanted if attention(model, layer) is not None]
 
     def until_last(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
         consumer(layer, rot_q, rot_k)
@@ -173,7 +188,8 @@ def capture_rotary(
             raise PassDone
 
     whole = nullcontext() if attention_mask is not None else fused_attention(model)
-    with rotary_consumer(model, until_last, wanted), whole, suppress(PassDone):
+    own = own_frequencies(model)
+    with own, rotary_consumer(model, until_last, wanted), whole, suppress(PassDone):
         run_forward(model, tokens, attention_mask)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.precision import widened
 
 Scale = Literal["none", "attention"]
 """Contributions as ``q . k`` has them, or times the factor on the model's scores."""
@@ -95,12 +96,14 @@ def turn(
     """Multiply every pair, read as a complex number, by ``cos + i sin``.
 
     Coordinates past ``rotary_dim`` stay. Where ``cos`` is 1 and ``sin`` is 0, the pair stays too,
-    bit for bit.
+    bit for bit. In float32 at least: what has half precision is rounded to it once, at the end.
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = split_pairs(x, geometry)
-    rest = x[..., geometry.rotary_dim :]
-    return join_pairs(first * cos - second * sin, second * cos + first * sin, rest, geometry)
+    wide = widened(x)
+    cos, sin = cos.to(wide.dtype), sin.to(wide.dtype)
+    first, second = split_pairs(wide, geometry)
+    rest = wide[..., geometry.rotary_dim :]
+    turned = join_pairs(first * cos - second * sin, second * cos + first * sin, rest, geometry)
+    return turned.to(x.dtype)
 
 
 def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:
@@ -163,7 +166,7 @@ def dimension_contributions(
         True
     """
     factor = scale_factor(scale, geometry)
-    keys = expand_keys(rot_k, rot_q, geometry)
+    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
     axes = "... q_pos head pair, ... k_pos head pair -> ... head q_pos k_pos pair"
     q1, q2 = split_pairs(rot_q, geometry)
     k1, k2 = split_pairs(keys, geometry)
@@ -177,7 +180,7 @@ def unrotated_contribution(
     geometry: PairGeometry,
 ) -> Float[Tensor, "*batch head q_pos k_pos"]:
     """The part of ``q . k`` that comes from coordinates RoPE leaves alone (partial rotary)."""
-    keys = expand_keys(rot_k, rot_q, geometry)
+    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
     rest = slice(geometry.rotary_dim, None)
     axes = "... q_pos head rest, ... k_pos head rest -> ... head q_pos k_pos"
     return einsum(rot_q[..., rest], keys[..., rest], axes)
@@ -200,7 +203,7 @@ def dominant_dimension(
     return weights @ torch.arange(contributions.shape[-1], device=weights.device).double()
 
 
-_CHUNK = 1 << 19  # elements of D at a time: its arrays then stay near the cache
+_CHUNK = 1 << 18  # elements of D at a time: its arrays then stay near the cache
 
 
 class PairVectors:

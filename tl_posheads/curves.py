@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tl_posheads.inputs import documents_of, layers_of
 from tl_posheads.lens import model_name, require_clean, require_rotary
 from tl_posheads.remapping import pair_vectors
 from tl_posheads.result import Files, Result
+from tl_posheads.scoring import geometry_by_length
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 
@@ -38,7 +40,8 @@ class DominantDimensionCurve(Result):
         quantiles: of the dominant dimension, at ``levels``; exact to 1/16 of a dimension.
         levels: the quantiles' levels.
         allocation: mean softmax weight of every pair; over pairs it sums to 1.
-        wavelengths: tokens per full turn of every pair.
+        wavelengths: tokens per full turn of every pair; in the longest text, where they depend on
+            the length.
         scale: of the contributions, as in ``dimension_contributions``.
     """
 
@@ -57,6 +60,9 @@ class DominantDimensionCurve(Result):
     def _check(self) -> None:
         if not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"quantiles at {self.levels}")
+        ascends = bool((self.distance.diff() > 0).all()) and bool((self.distance > 0).all())
+        if not self.heads or not ascends or bool((self.n_pairs < 0).any()):
+            raise ValueError("no heads, distances that don't ascend from 1, or less than no pair")
 
     def plot(self, *, trained: int | None = None) -> Any:
         """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
@@ -171,18 +177,20 @@ def dominant_dimension_curve(
         sums = {
             place: _HeadSums(longest - skip_first, geometry[place[0]].n_pairs) for place in wanted
         }
+        geometry_of = geometry_by_length(model, geometry, layers)
         bar = tqdm(total=len(documents) * len(layers), desc="curves", disable=not progress)
 
-        def consumer(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+        def consumer(own: RotaryGeometry, layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             chosen = sorted({head for at, head in wanted if at == layer})
             q, k = rot_q[0, skip_first:], rot_k[0, skip_first:]
-            here = geometry[layer].after(skip_first)
+            here = own[layer].after(skip_first)
             _add_document(q, k, here, chosen, scale, [sums[layer, h] for h in chosen])
             bar.update(1)
 
         with bar:
             for document in documents:
-                capture_rotary(model, document[None], consumer, layers=layers)
+                own = geometry_of(len(document))
+                capture_rotary(model, document[None], partial(consumer, own), layers=layers)
     return _curve(wanted, [sums[place] for place in wanted], geometry, levels, scale)
 
 

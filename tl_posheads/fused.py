@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tl_posheads.lens import attention, changes_of, instance_method
+from tl_posheads.lens import attention, changes_of, instance_method, model_name, own_hooks
+from tl_posheads.precision import MOST_ROUNDED, rounding_of
 from tl_posheads.remapping import only_heads, remapped_attention
 
 
@@ -22,7 +27,8 @@ def fused_attention(model: Any) -> Iterator[bool]:
 
     Only where the result is the same: nobody watches scores or pattern, and the lens's attention
     is one that can be handed over (Llama's kind on the Bridge, rotary HookedTransformer; no
-    softcap, sinks or local window on the latter). Elsewhere nothing changes. ``hook_rot_q`` and
+    softcap, sinks or local window on the latter). Elsewhere nothing changes, but for a warning
+    where scores are too large for the half precision they are kept in. ``hook_rot_q`` and
     ``hook_rot_k`` fire as ever. Only for whole texts in one pass, without padding and without a KV
     cache.
 
@@ -41,7 +47,8 @@ def fused_attention(model: Any) -> Iterator[bool]:
             kinds = [None]
         remapped |= change.remapped
     if not layers or any(kind is None for kind in kinds) or _watched(layers, ours):
-        yield False
+        with _rounding_watched(model, found):
+            yield False
         return
     with ExitStack() as stack:
         if kinds[0] == "bridge":
@@ -51,6 +58,35 @@ def fused_attention(model: Any) -> Iterator[bool]:
             over = _handed_over if kind == "bridge" else _fused_hooked
             stack.enter_context(over(attn, remapped.get(layer)))
         yield True
+
+
+@contextmanager
+def _rounding_watched(model: Any, layers: Mapping[int, Any]) -> Iterator[None]:
+    """Inside, a warning says so once where eager attention in half precision rounds large scores.
+
+    The kernels never do, so that a pass without them is another's beside one with them.
+    """
+    if next(model.parameters()).dtype.itemsize > 2:
+        yield
+        return
+    told = False
+
+    def look(layer: int, scores: Tensor, hook: Any) -> None:
+        nonlocal told
+        rounded = 0.0 if told else rounding_of(scores, scores.dtype)
+        if rounded >= MOST_ROUNDED:
+            told = True
+            warnings.warn(
+                f"attention of {model_name(model)} can't run through fused kernels here, and "
+                f"keeps scores of layer {layer} in {scores.dtype}, which rounds them by up to "
+                f"{rounded:.2g} nats; load the model in float32, or leave no hook on its scores "
+                "and patterns",
+                stacklevel=2,
+            )
+
+    points = {i: getattr(attn, "hook_attn_scores", None) for i, attn in layers.items()}
+    with own_hooks([(p, partial(look, i)) for i, p in points.items() if p is not None]):
+        yield
 
 
 _NAME = "tl_posheads"
@@ -80,8 +116,9 @@ def _kind(model: Any, attn: Any) -> str | None:
         same = (
             getattr(inner, "attn_logit_softcapping", None) is None
             and getattr(inner, "sinks", None) is None
-            # 3.9 rotates Cohere's coordinates unlike transformers; handed over, it would change.
-            and not type(inner).__name__.startswith("Cohere")
+            # 3.9 rotates Cohere's coordinates, and normalises HunYuan's queries, unlike
+            # transformers; handed over, they would change.
+            and not type(inner).__name__.startswith(("Cohere", "HunYuan"))
             and not getattr(attn.config, "use_split_qkv_input", False)
             and not getattr(attn.config, "use_attn_in", False)
             and not getattr(attn.config, "use_attn_result", False)
@@ -137,6 +174,26 @@ def _register() -> None:
 def _attend(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The attention that transformers calls for a layer of which :func:`_handed_over` has hold."""
     return module.__dict__[_NAME](module, *args, **kwargs)
+
+
+@contextmanager
+def attention_replaced(inner: Any, attend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """One of transformers' attention modules calls ``attend(query, key, value, mask)``.
+
+    Yields what it called before.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _register()
+    eager = sys.modules[type(inner).__module__].eager_attention_forward
+    before = ALL_ATTENTION_FUNCTIONS.get_interface(inner.config._attn_implementation, eager)
+    config = copy.copy(inner.config)  # the model makes its masks by the one that they share
+    config._attn_implementation_internal = _NAME
+    with (
+        instance_method(inner, "config", config),
+        instance_method(inner, _NAME, lambda module, *args, **kwargs: attend(*args, **kwargs)),
+    ):
+        yield partial(before, inner)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lengths import context_length, own_length_matters
 from tl_posheads.lens import changes_of, model_name
 
 
@@ -29,10 +30,47 @@ def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
     return slice(int(on[0]), int(on[-1]) + 1)
 
 
+def require_unpadded(model: Any, tokens: Int[Tensor, "doc pos"]) -> None:
+    """Refuse a batch whose rows seem to be padded: nobody has said where their texts stand.
+
+    A pad token at an end of a row is padding. Where the tokenizer begins or ends texts with the
+    same token (GPT-2, Pythia), one of them at an end is text if all rows have it there; two of
+    them, or one in some rows alone, are padding.
+
+    Raises:
+        PosheadsError: it does.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return
+    special = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    allowed = int(pad in special)
+    is_pad = (tokens == pad).long()
+    for end, row in (("begins", is_pad), ("ends", is_pad.flip(1))):
+        lengths = row.cumprod(1).sum(1)
+        if int(lengths.max()) > allowed or int(lengths.max()) > int(lengths.min()):
+            first = int(lengths.argmax())
+            raise PosheadsError(
+                f"row {first} of the tokens {end} with {int(lengths[first])} of the pad token "
+                f"{pad}, and nothing says where its text stands; give attention_mask= where that "
+                "is an argument, or a list of the texts without padding: [row[on.bool()] for row, "
+                "on in zip(tokens, mask)] (list(tokens) where the pad token is text)"
+            )
+
+
 def documents_of(
     model: Any, tokens: Any, attention_mask: Tensor | None, skip_first: int
-) -> list[Tensor]:
-    """Texts without their padding, checked."""
+) -> list[Int[Tensor, "pos"]]:
+    """Texts without their padding, checked.
+
+    Args:
+        tokens: ``[doc, pos]``, ``[pos]``, or a list of ``[pos]``, which are taken for unpadded.
+        attention_mask: 1 for tokens, 0 for padding; without it a tensor must not be padded.
+
+    Raises:
+        PosheadsError: as it says, before anything is run.
+    """
     if isinstance(tokens, list | tuple):
         rows = [torch.as_tensor(row) for row in tokens]
         if attention_mask is not None:
@@ -54,6 +92,8 @@ def documents_of(
         raise PosheadsError(
             f"tokens of shape {shape} were given; expected whole numbers of shape [doc, pos]"
         )
+    if attention_mask is None and isinstance(tokens, Tensor):
+        require_unpadded(model, torch.stack(rows))
     if attention_mask is not None:
         if attention_mask.shape != (len(rows), len(rows[0])):
             raise PosheadsError(
@@ -79,8 +119,8 @@ def documents_of(
             f"token id {low if low < 0 else high} was given, but {model_name(model)} has ids 0 to "
             f"{n_vocab - 1}; were the tokens made by another model's tokenizer?"
         )
-    longest, n_ctx = max(len(row) for row in rows), getattr(model.cfg, "n_ctx", None)
-    if n_ctx and longest > int(n_ctx):
+    longest, n_ctx = max(len(row) for row in rows), context_length(model)
+    if n_ctx and longest > n_ctx:
         raise PosheadsError(
             f"a document of {longest} tokens was given, but {model_name(model)} is set up for at "
             f"most {n_ctx}; give shorter documents, or do it inside a method of "
@@ -127,17 +167,6 @@ def digest_of(by_key: Sequence[tuple[str, Tensor]]) -> str:
 def length_matters(model: Any) -> bool:
     """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
     return own_length_matters(model) or any(c.length_matters for c in changes_of(model))
-
-
-def own_length_matters(model: Any) -> bool:
-    """Whether the model's own frequencies do, whatever is in force on it."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, dict) else []
-    kinds = {str(p.get("rope_type", p.get("type"))) for p in [rope, *nested] if isinstance(p, dict)}
-    return bool(kinds & {"dynamic", "longrope"}) or bool(
-        getattr(model.cfg, "use_dynamic_ntk_rope", False)
-    )
 
 
 def require_finite(layer: int, rot_q: Tensor, rot_k: Tensor, kv_head: Sequence[int]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lengths import checkpoint_length, own_frequencies
 
 POSITIONS = {
     "standard": "learned absolute positions",
     "shortformer": "learned absolute positions added to queries and keys",
     "alibi": "ALiBi biases",
     "relative_positional_bias": "relative position biases (T5)",
-    "none": "no position embedding at all (a recurrent or convolutional model)",
+    "none": "no position embedding that TransformerLens knows of (a recurrent, convolutional or "
+    "hybrid model)",
 }
-
-MASKED = -6e4  # fp16's lowest number is -65504; the lens masks with -inf or the dtype's lowest
 
 
 def model_name(model: Any) -> str:
@@ -45,6 +45,12 @@ def require_rotary(model: Any) -> None:
         raise PosheadsError(
             f"{model_name(model)} uses {used}, not RoPE, so it has no rotary dimensions to score; "
             "choose a model with rotary position embedding, like Llama, Pythia or SmolLM2"
+        )
+    if not hasattr(model, "blocks"):
+        raise PosheadsError(
+            f"{model_name(model)} has no single row of blocks in TransformerLens (encoder and "
+            "decoder, or stacks that take turns), so its layers have no numbers; choose a "
+            "decoder-only model"
         )
 
 
@@ -139,12 +145,76 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _offloading(module: nn.Module) -> list[Any]:
+    """The hooks by which accelerate brings a module's weights for a pass, and takes them away."""
+    found = [getattr(module, "_hf_hook", None)]
+    for hook in found:
+        found += getattr(hook, "hooks", ())  # several, one after the other
+    return [hook for hook in found if getattr(hook, "offload", False)]
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its tokens: that of its embedding, while it runs.
+
+    Weights that accelerate offloaded lie on the device ``meta`` between passes.
+    """
+    embed = getattr(model, "embed", model)
+    device: torch.device = next(embed.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = [hook for module in embed.modules() for hook in _offloading(module)]
+    if not hooks:
+        raise PosheadsError(
+            f"{model_name(model)} has no weights (they are on the device 'meta', and no hook of "
+            "accelerate brings them); load the model with its weights"
+        )
+    return torch.device(hooks[0].execution_device)
+
+
+@contextmanager
+def readable(module: nn.Module) -> Iterator[None]:
+    """Inside, weights of the module that accelerate offloaded are there; afterwards gone again."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            for hook in _offloading(part):
+                hook.pre_forward(part)
+                stack.callback(hook.post_forward, part, None)
+        yield
+
+
+def require_own_biases(model: Any, layers: Iterable[int], what: str) -> None:
+    """Refuse heads a part of whose output the lens moved into the layer's output bias.
+
+    ``fold_value_biases``, which ``enable_compatibility_mode()`` and
+    ``HookedTransformer.from_pretrained`` do by themselves, adds ``b_V W_O`` of all heads up in
+    ``b_O`` and sets ``b_V`` to zero. Which head had which part is then lost. Training leaves no
+    such model behind: biases that are there are not zero, all of them.
+
+    Raises:
+        PosheadsError: one of the layers' value biases are all zero, and its output bias isn't.
+    """
+    for layer in layers:
+        attn = attention(model, layer)
+        if attn is None or "MLA" in type(attn).__name__:  # which has none
+            continue
+        with readable(attn):
+            b_v, b_o = (getattr(attn, name, None) for name in ("b_V", "b_O"))
+            if b_v is None or b_o is None or bool(b_v.any()) or not bool(b_o.any()):
+                continue
+        raise PosheadsError(
+            f"{what} was asked of {model_name(model)}, in whose layer {layer} the value biases are "
+            "folded into the output bias: what the heads add by them would stay. Load it without "
+            "fold_value_biases (enable_compatibility_mode(fold_value_biases=False), "
+            "from_pretrained_no_processing, or tl_posheads.load_model), or use mode 'mean'"
+        )
+
+
 class PassDone(Exception):
     """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
 
 
 def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
-    device = next(model.parameters()).device
+    device = input_device(model)
     options = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
     with torch.no_grad():
         model(tokens.to(device), return_type=None, **options)
@@ -166,7 +236,7 @@ def read_pass(
         return show
 
     hooks = [(point, hook_of(number, read)) for number, (point, read) in enumerate(readers)]
-    with own_hooks(hooks), suppress(PassDone):
+    with own_frequencies(model), own_hooks(hooks), suppress(PassDone):
         run_forward(model, tokens)
 
 
@@ -180,6 +250,8 @@ class Change:
         trained: positions that the model was trained on.
         geometry: a layer's geometry and a text's length to its geometry under the change.
         length_matters: whether ``geometry`` depends on the length.
+        border: tokens past which all keys turn otherwise, so that those in a KV cache are of no
+            use; None where there is no such length.
         remapped: for a change of scores, the layers' changed geometry.
         handles: its hooks on scores, which attention without scores does the work of.
     """
@@ -189,6 +261,7 @@ class Change:
     trained: int
     geometry: Callable[[Any, int], Any]
     length_matters: bool = False
+    border: int | None = None
     remapped: dict[int, Any] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
 
@@ -216,6 +289,15 @@ def changed(model: Any, change: Change) -> Iterator[None]:
 
 
 def trained_length(model: Any) -> int:
-    """Positions that the model was trained on, also inside a context that lets it read more."""
+    """Positions that the model was trained on, also inside a context that lets it read more.
+
+    Raises:
+        PosheadsError: nobody knows.
+    """
     changes = changes_of(model)
-    return changes[0].trained if changes else int(model.cfg.n_ctx)
+    known = changes[0].trained if changes else checkpoint_length(model)
+    if known is None:
+        raise PosheadsError(
+            f"{model_name(model)} doesn't say how long its training texts were; give trained="
+        )
+    return known

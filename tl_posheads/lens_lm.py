@@ -15,8 +15,10 @@ from transformers import AutoTokenizer, StoppingCriteria
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.fused import fused_attention
-from tl_posheads.lens import model_name, require_lens
-from tl_posheads.passes import unembed_only
+from tl_posheads.lengths import ANY_LENGTH, context_length, own_frequencies
+from tl_posheads.lens import input_device, model_name, require_lens
+from tl_posheads.passes import generate, unembed_only
+from tl_posheads.tokenizer import begin, end_tokens, generation_config, tokenizer_of
 
 if TYPE_CHECKING:
     TemplateLM: Any = object
@@ -30,6 +32,20 @@ else:
         TemplateLM, _MISSING = object, problem
 
 _SAMPLING = ("top_k", "top_p", "temperature", "freq_penalty", "repetition_penalty")
+# What a checkpoint's generation_config may say that changes greedy texts, and what says nothing.
+_GREEDY: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    **dict.fromkeys(
+        (
+            "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias",
+            "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings",
+        )
+    ),
+}  # fmt: skip
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -48,7 +64,8 @@ class LensLM(TemplateLM):  # type: ignore[misc]
     Args:
         model: HookedTransformer or TransformerBridge with a tokenizer.
         batch_size: at most so many texts at once.
-        max_length: context in tokens, ``cfg.n_ctx`` by default. Longer texts lose their beginning.
+        max_length: context in tokens, by default all that the model was set up for. Longer texts
+            lose their beginning.
         max_gen_toks: new tokens at most, where a task doesn't say.
         tokenizer: None takes the checkpoint's own, from ``model.tokenizer.name_or_path``:
             TransformerLens changes its copy to begin every text with BOS, and the benchmarks'
@@ -75,7 +92,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         require_lens(model)
         self.model = model
         self.tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
-        n_ctx = int(model.cfg.n_ctx)
+        n_ctx = context_length(model) or ANY_LENGTH
         self.max_length = n_ctx if max_length is None else max_length
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         for name in ("batch_size", "max_length", "max_gen_toks"):
@@ -89,8 +106,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return input_device(self.model)
 
     @property
     def eot_token_id(self) -> int:
@@ -99,8 +115,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: BOS, else EOS."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return int((begin(self.tokenizer) or [self.eot_token_id])[0])
 
     @property
     def tokenizer_name(self) -> str:
@@ -111,7 +126,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
     ) -> list[int]:
         """Token ids; a text that begins with BOS, as chat templates write it, gets no other."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        bos = self.tokenizer.bos_token
+        bos = self.tokenizer.bos_token if begin(self.tokenizer) else None
         if add_special_tokens is None and bos and string.startswith(bos):
             options = {"add_special_tokens": False}
         return list(self.tokenizer.encode(string, **options))
@@ -155,7 +170,8 @@ class LensLM(TemplateLM):  # type: ignore[misc]
             raise PosheadsError(
                 f"a continuation of {longest} tokens came, but the context holds {self.max_length}"
             )
-        with torch.no_grad(), fused_attention(self.model):
+        own = own_frequencies(self.model)
+        with torch.no_grad(), own, fused_attention(self.model):
             keys = [(len(row), "") for row in rows]
             for batch in self._batches(keys, "log-likelihoods", disable_tqdm):
                 tokens = torch.tensor([rows[i] for i in batch], device=self.device)
@@ -189,7 +205,11 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         return out
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Texts that the model writes, up to EOS, a stop string or the greatest length."""
+        """Texts that the model writes, up to an end token, a stop string or the greatest length.
+
+        What the checkpoint's ``generation_config`` says of greedy texts holds, as in transformers:
+        its end tokens, its ``repetition_penalty``; a task's own options come first.
+        """
         contexts, plans = [], []
         for request in requests:
             text, given = request.args[:2]
@@ -210,29 +230,26 @@ class LensLM(TemplateLM):  # type: ignore[misc]
                 out[i] = text
         return out
 
-    def _write(self, rows: list[list[int]], stop: list[str], **options: Any) -> list[str]:
-        tokens = torch.tensor(rows, device=self.device)
-        start = tokens.shape[1]
+    def _write(
+        self, rows: list[list[int]], stop: list[str], max_new_tokens: int, **options: Any
+    ) -> list[str]:
+        start = len(rows[0])
+        # Decoding leaves special tokens out, so that a stop string of that name wouldn't be met.
+        added = self.tokenizer.get_added_vocab()
+        silent = [self.tokenizer.eos_token_id, *(added[s] for s in stop if s in added)]
+        ends = [*end_tokens(self.model, self.tokenizer), *silent[1:]]
 
         def text(row: Tensor) -> str:
             ids = row[start:].tolist()
-            # Not every tokenizer knows its EOS as a special token that decoding skips.
-            ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+            # lm-eval keeps other end tokens; of a chat's, which are special, nothing is seen.
+            n += n < len(ids) and ids[n] not in silent
+            return str(self.tokenizer.decode(ids[:n], skip_special_tokens=True))
 
-        if "stopping_criteria" in inspect.signature(self.model.generate).parameters:
-            if stop:
-                options["stopping_criteria"] = _Stop(stop, text)
-        else:
-            # HookedTransformer can't stop at strings, and would mask a pad token at the end of a
-            # prompt, which is EOS in many chats, as if it were padding.
-            ends = rows[0][-1] == self.model.tokenizer.pad_token_id
-            options["padding_side"] = "left" if ends else "right"
-        with torch.no_grad():
-            written = self.model.generate(
-                tokens, eos_token_id=self.eot_token_id, return_type="tokens", verbose=False,
-                **options,
-            )  # fmt: skip
+        # HookedTransformer can't stop at strings.
+        if stop and "stopping_criteria" in inspect.signature(self.model.generate).parameters:
+            options["stopping_criteria"] = _Stop(stop, text)
+        written = generate(self.model, torch.tensor(rows), max_new_tokens, ends, **options)
         return [_cut(text(row), stop) for row in written]
 
 
@@ -268,12 +285,22 @@ def _plan(model: Any, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, 
     temperature = float(left.pop("temperature", None) or 0.0)
     do_sample = left.pop("do_sample", None)
     sample = temperature > 0 if do_sample is None else bool(do_sample)
+    config = generation_config(model)
+    left = {**{name: getattr(config, name, None) for name in _GREEDY}, **left}
+    left = {
+        name: value
+        for name, value in left.items()
+        if name not in _GREEDY or value not in (None, _GREEDY[name])
+    }
     known = inspect.signature(model.generate).parameters
     unknown = [name for name in left if name not in _SAMPLING or name not in known]
     if unknown:
+        ours = [name for name in unknown if name not in given]
+        neutral = ", ".join(f"{name}={_GREEDY[name]}" for name in ours)
         raise PosheadsError(
-            f"the task generates with {', '.join(unknown)}, which {type(model).__name__}.generate "
-            "doesn't have; set gen_kwargs without"
+            f"{'the checkpoint' if ours else 'the task'} generates with {', '.join(unknown)}, "
+            f"which {type(model).__name__}.generate doesn't have; set gen_kwargs "
+            + (f"to do without ({neutral})" if ours else "without")
         )
     if sample:
         left["temperature"] = temperature
@@ -287,9 +314,7 @@ def _plan(model: Any, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, 
 
 
 def _own_tokenizer(model: Any) -> Any:
-    theirs = getattr(model, "tokenizer", None)
-    if theirs is None:
-        raise PosheadsError(f"{model_name(model)} has no tokenizer; set model.tokenizer")
+    theirs = tokenizer_of(model)
     try:
         own = AutoTokenizer.from_pretrained(theirs.name_or_path, local_files_only=True)
     except (OSError, ValueError):

@@ -83,7 +83,7 @@ class HeadMaps(Result):
 
 def head_maps(
     model: Any,
-    tokens: Int[Tensor, "pos"],
+    tokens: Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     heads: Sequence[tuple[int, int]],
     *,
     q_pos: Sequence[int] = (-1,),
@@ -94,7 +94,7 @@ def head_maps(
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE and a tokenizer.
-        tokens: one text; a batch of one is one, too.
+        tokens: one text, without padding; a batch or a list of one is one, too.
         heads: ``(layer, head)``, like ``scores.top(4)``.
         q_pos: positions whose looks are kept token by token; negative ones from the end.
         max_cells: cells a side of the maps at most; longer texts are put together.
@@ -117,13 +117,13 @@ def head_maps(
     require_rotary(model)
     check_scale(scale)
     require_clean(model)
-    text = tokens if tokens.ndim == 2 else tokens[None]
-    if len(text) != 1 or max_cells < 2 or not heads:
+    documents = documents_of(model, tokens, None, 0)
+    if len(documents) != 1 or max_cells < 2 or not heads:
         raise PosheadsError(
-            f"{len(text)} texts, heads={list(heads)!r} and max_cells={max_cells!r} were given; "
-            "expected one text, at least one (layer, head) and at least 2 cells"
+            f"{len(documents)} texts, heads={list(heads)!r} and max_cells={max_cells!r} were "
+            "given; expected one text, at least one (layer, head) and at least 2 cells"
         )
-    (document,) = documents_of(model, text, None, 0)
+    document = documents[0]
     n_pos = len(document)
     at = [int(i) + n_pos * (int(i) < 0) for i in q_pos]
     if not all(0 <= i < n_pos for i in at):

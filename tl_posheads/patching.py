@@ -20,7 +20,16 @@ from transformer_lens import patching as lens_patching
 from tl_posheads.ablation import Head, heads_of
 from tl_posheads.errors import PosheadsError
 from tl_posheads.inputs import documents_of
-from tl_posheads.lens import attention, instance_method, model_name, require_clean, require_lens
+from tl_posheads.lengths import own_frequencies
+from tl_posheads.lens import (
+    attention,
+    input_device,
+    instance_method,
+    model_name,
+    require_clean,
+    require_lens,
+)
+from tl_posheads.precision import widened
 from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
 from tl_posheads.statistics import spearman_of_few
@@ -115,8 +124,8 @@ class HeadPatching:
 
 def patch_heads(
     model: Any,
-    clean: Int[Tensor, "batch pos"] | Int[Tensor, "pos"],
-    corrupted: Int[Tensor, "batch pos"] | Int[Tensor, "pos"],
+    clean: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
+    corrupted: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     metric: Metric,
     heads: Sequence[Head] | None = None,
     *,
@@ -133,7 +142,8 @@ def patch_heads(
     Args:
         model: HookedTransformer or TransformerBridge in eval mode. Hooks inside a
             ``with model.hooks(...)`` stay in force in every run; the model is left as it was.
-        clean: tokens of the run that is copied from, a prompt that holds the needle for one.
+        clean: tokens of the run that is copied from, a prompt that holds the needle for one; all
+            rows equally long, without padding.
         corrupted: tokens of the run that is copied into; as many.
         metric: one number from the logits ``[batch, pos, d_vocab]``: a scalar tensor or a float,
             the log-probability of the answer for one. Called without gradient.
@@ -174,12 +184,12 @@ def patch_heads(
         raise PosheadsError(
             f"{model_name(model)} is in training mode, where dropout acts; call model.eval() first"
         )
-    shape, weight = (int(model.cfg.n_layers), int(model.cfg.n_heads)), next(model.parameters())
+    shape, device = (int(model.cfg.n_layers), int(model.cfg.n_heads)), input_device(model)
     if scores is not None:
         _require_scores(scores, shape)
     _rehearse(metric, inputs[0].shape, model, seed)
-    clean_tokens, corrupted_tokens = (tokens.to(weight.device) for tokens in inputs)
-    with torch.no_grad():
+    clean_tokens, corrupted_tokens = (tokens.to(device) for tokens in inputs)
+    with torch.no_grad(), own_frequencies(model):
         names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({layer for layer, _ in pairs})]
         logits, cache = model.run_with_cache(clean_tokens, names_filter=names)
         _require_head_outputs(model, cache, names)
@@ -211,21 +221,17 @@ def patch_heads(
 
 
 def _checked_tokens(model: Any, clean: Any, corrupted: Any) -> list[Int[Tensor, "batch pos"]]:
-    shapes = [getattr(tokens, "shape", type(tokens).__name__) for tokens in (clean, corrupted)]
-    if not all(isinstance(x, Tensor) and x.ndim in (1, 2) for x in (clean, corrupted)):
+    both = [documents_of(model, tokens, None, 0) for tokens in (clean, corrupted)]
+    lengths = [[len(row) for row in rows] for rows in both]
+    if lengths[0] != lengths[1] or len(set(lengths[0])) > 1:
         raise PosheadsError(
-            f"clean and corrupted are {shapes[0]} and {shapes[1]}; expected tensors of token ids "
-            "[batch, pos] or [pos] (model.to_tokens(text) makes one)"
+            f"clean has rows of {lengths[0]} tokens and corrupted of {lengths[1]}; patching copies "
+            "position by position, so give prompts of equally many tokens"
         )
-    if shapes[0] != shapes[1]:
-        raise PosheadsError(
-            f"clean has the shape {tuple(shapes[0])} and corrupted {tuple(shapes[1])}; patching "
-            "copies position by position, so give prompts of equally many tokens"
-        )
-    both = [torch.stack(documents_of(model, tokens, None, 0)) for tokens in (clean, corrupted)]
-    if torch.equal(*both):
+    stacked = [torch.stack(rows) for rows in both]
+    if torch.equal(*stacked):
         raise PosheadsError("clean and corrupted are the same tokens; change the needle in one")
-    return both
+    return stacked
 
 
 def _require_head_outputs(model: Any, cache: Any, names: Sequence[str]) -> None:
@@ -242,14 +248,14 @@ def _rehearse(metric: Metric, shape: Sequence[int], model: Any, seed: int) -> No
     """Refuse a metric that gives no number, before any pass: on logits that nobody computed."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(*shape, int(model.cfg.d_vocab), generator=random)
-    weight = next(model.parameters())
     with torch.no_grad():
-        _number(metric, logits.to(weight), "rehearsal with random logits")
+        _number(metric, logits.to(input_device(model)), "rehearsal with random logits")
 
 
 def _number(metric: Metric, logits: Tensor, run: str) -> float:
     """The metric as a Python float; NaN, infinity and anything but a number are refused."""
-    got: Any = metric(logits)
+    # bfloat16 has two or three digits; a logarithm of a softmax would be rounded to them.
+    got: Any = metric(widened(logits))
     array = got.detach().cpu() if isinstance(got, Tensor) else np.asarray(got)
     if array.ndim or not isinstance(value := array.item(), int | float):
         raise PosheadsError(

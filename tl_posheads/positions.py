@@ -1,7 +1,9 @@
-"""Positions of the tokens in a running pass, as the model itself counts them.
+"""Where the tokens of a running pass stand: in their texts, and as the model itself counts them.
 
-Padding and KV caches decide where a pass begins; nobody knows better than the place where the
-model turns positions into angles.
+Padding and KV caches decide both. Where a row's text stands is read off the masked scores
+(:func:`text_keys`), the one place that every padded pass goes through, whoever made its mask. By
+how much a token was turned is known best where the model turns positions into angles
+(:func:`watched_positions`).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
@@ -27,9 +29,13 @@ class Positions:
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
+        self._mask: Tensor | None = None
 
     def put(self, position: Tensor) -> None:
         self._last = position
+
+    def put_mask(self, attention_mask: Tensor | None) -> None:
+        self._mask = attention_mask
 
     def of(self, x: Tensor) -> Int[Tensor, "batch pos"]:
         """For ``x`` of shape ``[batch, pos, head, d_head]``."""
@@ -39,17 +45,66 @@ class Positions:
             last = torch.arange(x.shape[1])
         return last.to(x.device).reshape(-1, x.shape[1]).expand(x.shape[0], -1)
 
+    def lengths(self, x: Tensor) -> list[int]:
+        """Tokens of each row's text so far, those in a KV cache included; at least 1."""
+        at, mask = self.of(x), self._mask
+        if mask is not None and mask.ndim == 2 and mask.shape[1] >= x.shape[1]:
+            # A Bridge counts on over padding on the right; a HookedTransformer stops there.
+            at = at.masked_fill(mask[:, -x.shape[1] :].to(x.device) == 0, 0)
+        return [int(last) + 1 for last in at.amax(1)]
 
-def key_positions(q_pos: Int[Tensor, "batch q_pos"], n_k: int) -> Int[Tensor, "batch k_pos"]:
-    """Positions of all keys, cached ones before, the last key being the last query's.
 
-    Padding on the left gets negative ones, on the right larger ones than it has; both are masked.
+def text_keys(scores: Float[Tensor, "batch head q_pos k_pos"]) -> Bool[Tensor, "batch k_pos"]:
+    """Which keys are text: those that some query sees, if only their own. None sees padding.
+
+    Args:
+        scores: masked ones. The lens masks with -inf or about the dtype's lowest number.
     """
-    n_q = q_pos.shape[1]
-    # transformers gives all padding position 1: count from the end where no padding is.
-    from_end = n_q == 1 or bool((q_pos[:, -1] - q_pos[:, -2] == 1).all())
-    anchor = q_pos[:, -1:] - (n_k - 1) if from_end else q_pos[:, :1] - (n_k - n_q)
-    return anchor + torch.arange(n_k, device=q_pos.device)
+    # NaN is no mask. One head with scores so low there may be; not all, for all queries of a key.
+    return ~(scores.detach().amax((1, 2)) < torch.finfo(scores.dtype).min / 2)
+
+
+class TextPositions:
+    """Where the queries of one layer's running pass stand: hook :meth:`read` on its scores.
+
+    Attributes:
+        q: ``[batch, q_pos]``. 0 is the first token of the row's text, wherever in the row it
+            stands, and also where a KV cache holds it; -1 is padding, on either side.
+    """
+
+    def __init__(self, windowed: bool) -> None:
+        self.q: Int[Tensor, "batch q_pos"] = torch.empty(0, 0, dtype=torch.long)
+        self._windowed = windowed
+        self._text: Tensor | None = None
+
+    def read(self, scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> None:
+        n_q, n_k = scores.shape[-2:]
+        text = text_keys(scores)
+        if self._windowed and n_k > n_q:
+            # The cache of a windowed layer forgets, and its window hides what it doesn't forget.
+            past, known = torch.ones_like(text[:, n_q:]), self._text
+            if known is not None and len(known) == len(text) and known.shape[1] >= n_k - n_q:
+                past = known
+            text = torch.cat([past, text[:, -n_q:]], 1)
+        self._text = text
+        self.q = torch.where(text, text.cumsum(1) - 1, -1)[:, -n_q:]
+
+
+def key_positions(
+    q_pos: Int[Tensor, "batch q_pos"], text: Bool[Tensor, "batch k_pos"]
+) -> Int[Tensor, "batch k_pos"]:
+    """The model's positions of all keys, cached ones before, the last key being the last query's.
+
+    Args:
+        q_pos: the model's positions of the queries, which say what they like of padding.
+        text: as :func:`text_keys` gives it; between texts a model counts on, over padding.
+    """
+    before = text.cumsum(1)
+    # Counted from the row's last query that is text.
+    n_q, n_k = q_pos.shape[1], text.shape[1]
+    order = torch.arange(n_q, device=text.device)
+    last = torch.where(text[:, n_k - n_q :], order, -1).amax(1, keepdim=True).clamp_min(0)
+    return q_pos.gather(1, last) - before.gather(1, last + n_k - n_q) + before
 
 
 @contextmanager
@@ -67,6 +122,9 @@ def watched_positions(model: Any) -> Iterator[Positions]:
                 handle = inner.register_forward_pre_hook(_gptj(positions), with_kwargs=True)
                 stack.callback(handle.remove)
         whole = getattr(model, "original_model", None)
+        if whole is not None:
+            mask = whole.register_forward_pre_hook(_mask(positions), with_kwargs=True)
+            stack.callback(mask.remove)
         for name, module in [] if whole is None else whole.named_modules():
             if name.split(".")[-1] == "rotary_emb":
                 hook = _rotary_embedding(model, positions)
@@ -86,6 +144,14 @@ def _hooked(rotate: Callable[..., Tensor], positions: Positions) -> Callable[...
         return rotate(x, past_kv_pos_offset, attention_mask)
 
     return apply_rotary
+
+
+def _mask(positions: Positions) -> Callable[..., None]:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        positions.put_mask(mask if isinstance(mask, Tensor) else None)
+
+    return hook
 
 
 def _gptj(positions: Positions) -> Callable[..., None]:

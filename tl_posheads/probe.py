@@ -1,4 +1,4 @@
-"""Measures a model's rotary geometry from one pass over a text of one repeated token."""
+"""Measures a model's rotary geometry from one pass in which all positions hold the same vector."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tl_posheads.capture import rotary_hook_points
 from tl_posheads.contributions import rotate_by
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, share_keys
-from tl_posheads.inputs import require_finite
+from tl_posheads.inputs import layers_of, require_finite
+from tl_posheads.lengths import context_length, own_frequencies, own_length_matters
 from tl_posheads.lens import (
-    MASKED,
     PassDone,
     attention,
     model_name,
@@ -25,6 +25,7 @@ from tl_posheads.lens import (
     own_hooks,
     run_forward,
 )
+from tl_posheads.masks import visible_keys, window_of
 
 _POINTS = ("hook_rot_q", "hook_rot_k", "hook_q", "hook_k", "hook_attn_scores", "hook_cos",
            "hook_sin")  # fmt: skip
@@ -36,15 +37,24 @@ def measure(
     model: Any, *, length: int, layers: Sequence[int] | None
 ) -> tuple[str, tuple[LayerGeometry, ...]]:
     """Name and layers for ``RotaryGeometry.from_model``."""
+    asked, n_layers, name = layers_of(model, layers), int(model.cfg.n_layers), model_name(model)
+    wanted = [layer for layer in asked if attention(model, layer) is not None]
+    if not wanted:
+        raise PosheadsError(
+            f"TransformerLens shows no attention in layers {asked} of {name}; ask for others, or "
+            "choose another model"
+        )
+    for layer in wanted:
+        _require_every_key(model, layer)
     # Thousands of small operations: beside another busy process, handing each to several threads
     # takes a hundred times as long as doing it.
-    with one_thread(), rotary_hook_points(model):
-        n_layers, name = int(model.cfg.n_layers), model_name(model)
+    with one_thread(), own_frequencies(model), rotary_hook_points(model):
         windows = [_declared_window(model, layer) for layer in range(n_layers)]
         short = [w for w in windows if w is not None and w <= _LONGEST_SEEN_WINDOW]
-        n_ctx = int(getattr(model.cfg, "n_ctx", None) or length)
-        length = max(2, min(max([length, *(w + 2 for w in short)]), n_ctx))
-        wanted = range(n_layers) if layers is None else layers
+        if not own_length_matters(model):  # a probe of another length has other frequencies
+            n_ctx = context_length(model) or length
+            length = min(max([length, *(w + 2 for w in short)]), n_ctx)
+        length = max(2, length)
         tokens = torch.full((1, length), _plain_token(model), dtype=torch.long)
         seen = _observe(model, tokens, wanted)
         found = {
@@ -86,6 +96,23 @@ def _declared_window(model: Any, layer: int) -> int | None:
     if window is None or (kinds and kinds[layer] != "sliding_attention"):
         return None
     return int(window)
+
+
+def _require_every_key(model: Any, layer: int) -> None:
+    """Refuse attention whose gaps would show in texts longer than the probe alone."""
+    inner: Any = getattr(attention(model, layer), "original_component", None)
+    config: Any = getattr(inner, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    why = None
+    if getattr(config, "index_topk", None):
+        why = f"sees {config.index_topk} keys chosen by their content (sparse attention)"
+    elif kinds and kinds[layer] == "chunked_attention":
+        why = "sees only keys of its own chunk of the text"
+    if why is not None:
+        raise PosheadsError(
+            f"a query in layer {layer} of {model_name(model)} {why}; only attention to all keys "
+            "before, or to the last ones in a sliding window, can be scored"
+        )
 
 
 class _Layer(dict[str, Tensor]):
@@ -136,14 +163,26 @@ def _ended_before(module: Any) -> Iterator[None]:
 
 def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _Layer]:
     seen = {layer: _Layer() for layer in layers}
+    again: set[int] = set()
 
     def keeper(layer: int, name: str) -> Any:
         def keep(value: Tensor, hook: Any) -> None:
+            if name == "hook_rot_q" and name in seen[layer]:
+                again.add(layer)
             seen[layer][name] = value.detach()
 
         return keep
 
+    def same_everywhere(value: Tensor, hook: Any) -> Tensor:
+        return value[:, :1].expand_as(value).contiguous()
+
+    # Sinks, convolutions and recurrent layers tell positions of the same token apart.
     hooks = [
+        (getattr(attention(model, i), "hook_in", None) or model.blocks[i].hook_resid_pre,
+         same_everywhere)
+        for i in layers
+    ]  # fmt: skip
+    hooks += [
         (getattr(attention(model, layer), name), keeper(layer, name))
         for layer in layers
         for name in _POINTS
@@ -153,6 +192,11 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
     quiet = (others_hooks_suspended(model), _ended_before(getattr(model, "unembed", None)))
     with quiet[0], own_hooks(hooks), _rotations_passed_by(model, seen), quiet[1]:
         run_forward(model, tokens)
+    if again:
+        raise PosheadsError(
+            f"layer {min(again)} of {model_name(model)} runs more than once in a pass (a looped "
+            "model), so that its heads have several scores; choose another model"
+        )
     n = tokens.shape[1]
     for layer in layers:
         attn: Any = attention(model, layer)
@@ -169,10 +213,10 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
 
 def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) -> LayerGeometry:
     where = f"layer {layer} of {model_name(model)}"
-    if "hook_rot_q" not in seen:
+    if not {"hook_rot_q", "hook_rot_k"} <= seen.keys():
         raise PosheadsError(
-            f"the rotated queries of {where} never came: TransformerLens does not offer them for "
-            f"{type(attention(model, layer)).__name__}"
+            f"the rotated queries and keys of {where} never came: TransformerLens does not offer "
+            f"them for {type(attention(model, layer)).__name__}"
         )
     rot_q, rot_k = seen["hook_rot_q"][0], seen["hook_rot_k"][0]
     kv_head = share_keys(rot_q.shape[1], rot_k.shape[1])
@@ -181,6 +225,7 @@ def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) 
     scores = seen.get("hook_attn_scores")
     own_scale, softcap = declared_scale(model, layer, rot_q.shape[-1])
     q, k = _whole_vectors(seen, rot_q, rot_k)
+    visible = visible_keys(q, k, scores, own_scale, where)
     attention_scale = measured_scale(q, k, scores, softcap, own_scale, where)
     return LayerGeometry(
         layer=layer,
@@ -191,7 +236,7 @@ def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) 
         rotation_scale=scale,
         attention_scale=attention_scale,
         softcap=softcap,
-        window=_window(scores, declared, where),
+        window=declared if visible is None else window_of(visible, declared, where),
         kv_head=kv_head,
     )
 
@@ -297,21 +342,11 @@ def measured_scale(
     q: Tensor, k: Tensor, scores: Tensor | None, softcap: float | None, declared: float, where: str
 ) -> float:
     """Scores against products, by least squares; the declared number where both agree."""
+    visible = visible_keys(q, k, scores, declared, where)
+    if scores is None or visible is None:
+        return declared
     product = q.double() @ k.double().transpose(-1, -2)
-    if scores is None or scores.shape[1:] != product.shape:
-        return declared
-    seen = scores[0].double()
-    causal = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
-    valid = causal & (seen > MASKED)
-    if _is_pattern(scores):
-        return declared
-    if bool((seen[..., ~causal] > MASKED).any()):
-        raise PosheadsError(
-            f"the queries of {where} see later tokens, as in an encoder or a wrapper without its "
-            "causal mask (TransformerLens 3.9 on DeepSeek: install 4.3); only causal attention "
-            "can be scored"
-        )
-    x, y = product[valid], seen[valid]
+    x, y = product[visible], scores[0].double()[visible]
     if softcap is not None:
         inside = y.abs() < 0.9 * softcap
         x, y = x[inside], softcap * torch.atanh(y[inside] / softcap)
@@ -320,25 +355,8 @@ def measured_scale(
     measured = float((x * y).sum() / (x * x).sum())
     if _misfit(y, measured * x) > 10 * _tolerance(scores):
         raise PosheadsError(
-            f"the attention scores of {where} are not a multiple of q . k at its hooks; "
-            "this kind of attention is not supported"
+            f"the attention scores of {where} are not a multiple of q . k at its hooks (something "
+            "is added to them, or queries are changed after their rotation); this kind of "
+            "attention is not supported"
         )
     return declared if abs(measured / declared - 1) < 0.02 else measured
-
-
-def _is_pattern(scores: Tensor) -> bool:
-    """GPT-J on the Bridge: the pattern goes under the scores' name."""
-    sums = scores[0, :, -1].double().sum(-1)
-    return float(scores.min()) >= 0 and bool(((sums - 1).abs() < 1e-2).all())
-
-
-def _window(scores: Tensor | None, declared: int | None, where: str) -> int | None:
-    if scores is None or scores.shape[-1] < 3:
-        return declared
-    last = scores[0, 0, -1]
-    n = len(last)
-    shown = int((last > MASKED).sum()) if float(last.min()) <= MASKED else n
-    if shown < n:
-        return shown
-    # Nothing was masked: a window that the probe outran isn't in force.
-    return None if declared is not None and declared < n else declared

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.contributions import PairVectors, Scale, expand_keys, turn
+from tl_posheads.precision import widened
 
 if TYPE_CHECKING:
     from tl_posheads.geometry import LayerGeometry
@@ -178,13 +179,15 @@ def remapped_scores(
     """Scores under the geometry's remapping, some queries at a time, scaled and softcapped.
 
     Not masked, and only with the first ``keys`` keys: those that the last of the rows can see.
-    Beside the scores, where they are those of the bare model: ``[batch, rows, keys]``.
+    Beside the scores, where they are those of the bare model: ``[batch, rows, keys]``. In float32
+    at least, the further rotation too, as torch's kernels have it: scores of some hundreds, which
+    biases of queries and keys bring about, keep no decimal in bfloat16.
 
     Memory: for every region a copy of queries and keys, and five times 16 MB of scores a text.
     """
     remapping = geometry.remapping
     assert remapping is not None
-    keys = expand_keys(rot_k, rot_q, geometry)
+    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
     # GPT-NeoX and others broadcast one row of positions over the batch.
     q_pos, k_pos = (p.expand(rot_q.shape[0], -1) for p in (q_pos, k_pos))
     vectors = [
@@ -237,7 +240,7 @@ def remapped_attention(
         if geometry.window is not None:
             hidden = hidden | (apart >= geometry.window)
         scores = scores.masked_fill(hidden, float("-inf"))
-        pattern = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        pattern = scores.softmax(-1).to(v.dtype)
         z[:, :, rows] = pattern @ values[:, :, : rows.stop]
     return rearrange(z, "batch head pos d -> batch pos head d")
 

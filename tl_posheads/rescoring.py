@@ -15,7 +15,6 @@ from tl_posheads.capture import rotary_hook_points
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry
 from tl_posheads.lens import (
-    MASKED,
     Change,
     attention,
     changed,
@@ -25,7 +24,9 @@ from tl_posheads.lens import (
     own_hooks,
     trained_length,
 )
-from tl_posheads.positions import Positions, key_positions, watched_positions
+from tl_posheads.masks import lowest_score
+from tl_posheads.positions import Positions, key_positions, text_keys, watched_positions
+from tl_posheads.precision import MOST_ROUNDED, rounding_of
 from tl_posheads.remapping import only_heads, remapped_scores
 
 
@@ -56,10 +57,14 @@ def rescored(
     """Inside, the scores of ``layers`` are those of their geometry's remapping.
 
     Inside ``rotary_hook_points`` and ``watched_positions``. The scores are computed from what all
-    hooks on ``hook_rot_q`` and ``hook_rot_k`` leave of queries and keys.
+    hooks on ``hook_rot_q`` and ``hook_rot_k`` leave of queries and keys, in float32 at least.
 
     Yields:
         Handles of the hooks on the scores.
+
+    Raises:
+        PosheadsError: from the hooks, where attention keeps its scores in half precision and they
+            are so large that this rounds them by half a nat or more.
     """
     with ExitStack() as stack:
         # One for all layers: they run one after the other, and nobody's tensors are held longer.
@@ -134,14 +139,27 @@ def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., 
 
     def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> Tensor:
         q, k, q_pos = seen.pop("q"), seen.pop("k"), seen.pop("at")
-        k_pos = key_positions(q_pos, k.shape[1])
+        k_pos = key_positions(q_pos, text_keys(scores))
         alone, keys = only_heads(geometry, k, heads)
+        lowest = lowest_score(
+            q[:, :, heads].detach().transpose(1, 2), keys.detach().transpose(1, 2),
+            geometry.attention_scale, scores.dtype,
+        )  # fmt: skip
         out = scores.clone()  # autograd and others may hold the old ones
         # Other heads' scores are never touched: they stay bit for bit.
         for rows, new, unchanged in remapped_scores(q[:, :, heads], keys, q_pos, k_pos, alone):
             old = scores[:, heads, rows, : new.shape[-1]]
-            stay = unchanged[:, None] | (old <= MASKED)
-            out[:, heads, rows, : new.shape[-1]] = torch.where(stay, old, new.to(old.dtype))
+            stay = unchanged[:, None] | (old < lowest[:, :, rows])
+            new = torch.where(stay, old.to(new.dtype), new)
+            rounded = rounding_of(new, old.dtype)
+            if rounded >= MOST_ROUNDED:
+                raise PosheadsError(
+                    f"scores of layer {geometry.layer} are so large that {old.dtype}, in which its "
+                    f"attention keeps them, rounds them by up to {rounded:.2g} nats; load the "
+                    "model in float32 (bfloat16 does where attention runs through fused kernels, "
+                    "with no hook on scores or pattern)"
+                )
+            out[:, heads, rows, : new.shape[-1]] = new.to(old.dtype)
         return out
 
     return hook

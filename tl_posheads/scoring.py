@@ -64,7 +64,7 @@ def score_heads(
             model's scores. The two rank heads differently.
         target_se: standard error of a head's mean rho that drawing may cause with ``"auto"``.
         attention_mask: 1 for tokens, 0 for padding, on the left or the right. Each document is
-            run by itself and without its padding.
+            run by itself and without its padding. A tensor with padding needs it.
         skip_first: positions at the start of every document that are left out, as queries and as
             keys (the attention sink).
         seed: of everything drawn. The same seed gives the same numbers.
@@ -81,8 +81,9 @@ def score_heads(
 
     Raises:
         PosheadsError: a model without RoPE or with forgotten hooks; tokens that are too short,
-            outside the vocabulary or too long for the model; the same text twice; layers it
-            doesn't have; NaN or infinity in a head; a checkpoint of another run.
+            outside the vocabulary or too long for the model; padding without a mask; the same
+            text twice; layers it doesn't have; NaN or infinity in a head; a checkpoint of another
+            run.
 
     Example:
         >>> scores = score_heads(model, tokens)                 # doctest: +SKIP

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_posheads.codes.basis import QKBasis, ordered_planes
 from tl_posheads.codes.transport import TransportSums, log_shifts
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lens import model_name, own_hooks, read_pass
+from tl_posheads.lens import model_name, own_hooks, read_pass, trained_length
 from tl_posheads.probe import declared_scale, measured_scale
 
 _POINT = "hook_pos_embed"
@@ -143,7 +143,7 @@ def moved_bases(
     Raises:
         PosheadsError: texts or a context of fewer than 4 tokens; see :func:`position_table`.
     """
-    n_ctx, longest = int(model.cfg.n_ctx), max(len(document) for document in documents)
+    n_ctx, longest = trained_length(model), max(len(document) for document in documents)
     cut = min(longest, n_ctx // 2)
     farthest = min(n_ctx - cut, longest - 1)
     if farthest < 3:

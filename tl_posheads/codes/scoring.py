@@ -22,7 +22,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import RotaryGeometry
 from tl_posheads.inputs import by_content, documents_of, layers_of, require_finite
 from tl_posheads.lens import POSITIONS, model_name, require_clean, require_lens
-from tl_posheads.scoring import Units, facts_of
+from tl_posheads.scoring import Units, facts_of, geometry_by_length
 from tl_posheads.statistics import correlation, midranks
 
 _AT_MOST = 8 << 30  # bytes of one document's query-key pairs in one layer
@@ -162,6 +162,15 @@ def _require_room(model: Any, documents: Sequence[Tensor], skip_first: int) -> N
 def _geometry(model: Any, documents: Sequence[Tensor], layers: Sequence[int]) -> RotaryGeometry:
     longest = max(len(document) for document in documents)
     geometry = RotaryGeometry.from_model(model, length=longest, layers=layers)
+    own = geometry_by_length(model, geometry, layers)
+    for length in {len(document) for document in documents}:
+        for one, other in ((geometry[layer], own(length)[layer]) for layer in layers):
+            if one.n_pairs and not torch.allclose(one.inv_freq, other.inv_freq, rtol=1e-5):
+                raise PosheadsError(
+                    f"texts of {length} and of {longest} tokens were given, at which the "
+                    f"frequencies of {model_name(model)} are not the same; give texts of one "
+                    "length, or use score_heads, which takes each text's own"
+                )
     if any(geometry[layer].remapping is not None for layer in layers):
         raise PosheadsError(
             f"{model_name(model)} is inside a method that moves positions, where a query has more "

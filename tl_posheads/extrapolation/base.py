@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,9 +16,9 @@ from tl_posheads.contributions import turn
 from tl_posheads.errors import PosheadsError
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import length_matters
+from tl_posheads.lengths import ANY_LENGTH, own_frequencies, rotary_state_kept
 from tl_posheads.lens import (
     Change,
-    attention,
     changed,
     changes_of,
     model_name,
@@ -28,9 +29,6 @@ from tl_posheads.lens import (
 from tl_posheads.positions import Positions, watched_positions
 from tl_posheads.remapping import Remapping
 from tl_posheads.rescoring import require_scores, rescored
-
-# No method forbids a text that is longer than it was meant for: what happens there is the question.
-_ANY_LENGTH = 1 << 24
 
 
 class Frequencies(NamedTuple):
@@ -52,7 +50,9 @@ class Method:
     Call it with a model to get a context manager: inside, forward passes, ``generate`` with a KV
     cache, ``run_with_cache`` and everything of this package see the extended model, and texts may
     be longer than ``cfg.n_ctx``. Hooks set inside see the changed queries, keys and scores. On
-    leaving, whatever was raised, the model is as it was; its weights were never touched.
+    leaving, whatever was raised, the model is as it was; its weights were never touched. Where a
+    model's own frequencies depend on the text's length, passes inside have those of their own
+    length, whatever was read before.
 
     Layers with a sliding window are left alone in models that have others too: they never see a
     distance that is new to them.
@@ -80,7 +80,8 @@ class Method:
 
         Args:
             model: HookedTransformer or TransformerBridge with RoPE.
-            trained: positions that it was trained on; ``cfg.n_ctx`` by default.
+            trained: positions that it was trained on; by default what its checkpoint's
+                configuration says.
 
         Returns:
             A context manager that yields the model.
@@ -90,6 +91,10 @@ class Method:
     def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
         """A layer's geometry under the method, for texts of ``length`` tokens."""
         return layer
+
+    def border(self, trained: int) -> int | None:
+        """Tokens past which the frequencies are others at once, if there is such a length."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ def _require_alone(model: Any, method: Method) -> None:
         raise PosheadsError(
             f"{method} was asked of {model_name(model)}, whose own frequencies depend on the "
             "text's length (dynamic NTK or LongRoPE); load it with rope_parameters of type "
-            "'default' and extend that"
+            "'default' and extend that (LongRoPE.from_config(config) has the factors)"
         )
 
 
@@ -219,22 +224,18 @@ def trained_of(model: Any, trained: int | None) -> int:
 
 @contextmanager
 def any_length(model: Any) -> Iterator[None]:
-    """Inside, texts of any length can be read; tables that grew for them go on leaving."""
-    kept = []
-    for layer in range(model.cfg.n_layers):
-        attn: Any = attention(model, layer)
-        for owner in (attn, getattr(attn, "original_component", None)):
-            for name in ("rotary_cos", "rotary_sin", "embed_positions"):
-                if owner is not None and name in owner._buffers:
-                    kept.append((owner._buffers, name, owner._buffers[name]))
+    """Inside, texts of any length can be read; tables that grew for them go on leaving.
+
+    No method forbids a text that is longer than it was meant for: what happens there is the
+    question.
+    """
     n_ctx = model.cfg.n_ctx
-    model.cfg.n_ctx = max(int(n_ctx), _ANY_LENGTH)
-    try:
-        yield
-    finally:
-        model.cfg.n_ctx = n_ctx
-        for buffers, name, value in kept:
-            buffers[name] = value
+    with rotary_state_kept(model):
+        model.cfg.n_ctx = max(int(n_ctx), ANY_LENGTH)
+        try:
+            yield
+        finally:
+            model.cfg.n_ctx = n_ctx
 
 
 @contextmanager
@@ -250,6 +251,7 @@ def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
         # Refuses, before anything is touched, a layer that the method can't change.
         inside = {i: method.layer_geometry(layer, known, known) for i, layer in layers.items()}
         stack.enter_context(any_length(model))
+        stack.enter_context(own_frequencies(model))
         positions = stack.enter_context(watched_positions(model))
         remapped: dict[int, LayerGeometry] = {}
         handles: list[Any] = []
@@ -266,7 +268,8 @@ def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
 
         change = Change(
             name=repr(method), kind="extrapolation", trained=known, geometry=geometry,
-            length_matters=method.length_matters, remapped=remapped, handles=handles,
+            length_matters=method.length_matters, border=method.border(known), remapped=remapped,
+            handles=handles,
         )  # fmt: skip
         stack.enter_context(changed(model, change))
         yield model
@@ -288,8 +291,14 @@ def _rotations(
 ) -> list[tuple[Any, Callable[..., Tensor]]]:
     def rotation(layer: LayerGeometry) -> Callable[..., Tensor]:
         def hook(x: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
-            at = positions.of(x)
-            cos, sin = method.turns(layer, at, trained, int(at.max()) + 1)
+            at, lengths = positions.of(x), positions.lengths(x)
+            if method.length_matters and len(set(lengths)) > 1:
+                # Each row as if it were alone.
+                rows = zip(at, lengths, strict=True)
+                each = [method.turns(layer, row[None], trained, length) for row, length in rows]
+                cos, sin = (torch.cat(parts) for parts in zip(*each, strict=True))
+            else:
+                cos, sin = method.turns(layer, at, trained, max(lengths))
             return turn(x, cos.to(x.device), sin.to(x.device), layer)
 
         return hook

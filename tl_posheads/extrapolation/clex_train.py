@@ -27,7 +27,7 @@ from tl_posheads.extrapolation.clex import CLEX
 from tl_posheads.fused import fused_attention
 from tl_posheads.geometry import LayerGeometry, RotaryGeometry
 from tl_posheads.inputs import documents_of
-from tl_posheads.lens import changes_of, own_hooks, require_clean, require_rotary
+from tl_posheads.lens import changes_of, input_device, own_hooks, require_clean, require_rotary
 
 
 def train_clex(
@@ -56,7 +56,7 @@ def train_clex(
         tokens: texts of at most the training length, at least 8 tokens.
         max_factor: the longest texts over the training length, 2 or more.
         steps: texts seen. lr: of Adam.
-        trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
+        trained: positions that the model was trained on; its checkpoint's own by default.
         act, time_dt: as in :class:`CLEX`; the solver's steps take most of the time of small models.
         seed: of weights, texts, factors and positions.
         progress: show a bar with the loss, nats a token.
@@ -89,7 +89,7 @@ def train_clex(
     method = replace(start, up=up, down=down)
     optimizer = torch.optim.Adam([up, down], lr=lr)
     random = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    device = input_device(model)
     with rotary_hook_points(model), _frozen(model), torch.enable_grad():
         bar = tqdm(range(steps), desc="CLEX", disable=not progress, dynamic_ncols=True)
         for _ in bar:

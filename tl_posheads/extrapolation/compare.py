@@ -75,7 +75,7 @@ def compare_extrapolations(
             ``with None_()(model):``.
         heads: those whose curves are drawn; a number is as in ``scores.top``, of the bare model's
             scores within the training length.
-        trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
+        trained: positions that the model was trained on; its checkpoint's own by default.
         tasks: run under every method; give lengths on both sides of the training length.
         layers: those whose heads are scored; all by default.
         pairs, weighting: of the scores, as in ``score_heads``.

@@ -67,7 +67,7 @@ def detect_effective_lengths(
         tokens: texts as long as those that the method is for.
         targets: positions scored in each text; None scores all past the training length, or the
             last half where that is more.
-        trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
+        trained: positions that the model was trained on; its checkpoint's own by default.
         window: of DPE; an eighth of the training length by default, as in the paper.
         groups: into how many neighbouring groups, as equal as can be, the pairs are divided.
         candidates: relative distances; None tries the paper's, up to the texts' length.

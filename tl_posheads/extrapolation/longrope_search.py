@@ -57,7 +57,7 @@ def search_longrope(
         model: HookedTransformer or TransformerBridge with RoPE, no method in force.
         tokens: texts longer than ``trained``, ``[doc, pos]`` or a list.
         factor: how much longer texts are to be than ``trained``, 1 or more.
-        trained: positions that the model was trained on; ``cfg.n_ctx`` by default.
+        trained: positions that the model was trained on; its checkpoint's own by default.
         population: candidates in a generation, 4 or more.
         generations: rounds after the first.
         seed: of everything random.
@@ -92,7 +92,7 @@ def search_longrope(
     inv_freq = next(iter(extended_layers(geometry).values())).inv_freq
 
     def method(factors: _Factors) -> LongRoPE:
-        return LongRoPE(factors, factor=factor)
+        return LongRoPE(factors, factor=factor, original_length=known)
 
     losses: dict[_Factors, float] = {}
     targets = [torch.arange(1, len(document)) for document in documents]

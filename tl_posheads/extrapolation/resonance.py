@@ -44,6 +44,9 @@ class Resonance(FrequencyMethod):
         # Whether the length matters is the other's to say; it is no setting of this one.
         object.__setattr__(self, "length_matters", self.inner.length_matters)
 
+    def border(self, trained: int) -> int | None:
+        return None if self.inner is None else self.inner.border(trained)
+
     def frequencies(self, inv_freq: Tensor, trained: int, length: int) -> Frequencies:
         new = Frequencies(inv_freq)
         if self.inner is not None:

@@ -23,7 +23,7 @@ from tl_posheads.profile.passing import Collected, measure_text
 from tl_posheads.profile.results import HeadProfile
 from tl_posheads.profile.settings import POSITIONAL, ProfileSettings, columns_of, measures_of
 from tl_posheads.results import HeadScores
-from tl_posheads.scoring import facts_of, score_heads
+from tl_posheads.scoring import facts_of, geometry_by_length, score_heads
 from tl_posheads.tasks.base import Prompt, Task
 
 N_NEEDLES = 6
@@ -122,10 +122,10 @@ def profile_heads(
     bar = tqdm(total=total, desc="profile", disable=not progress, dynamic_ncols=True)
     with bar, rotary_hook_points(model):
         geometry = RotaryGeometry.from_model(model, length=longest)
+        geometry_of = geometry_by_length(model, geometry, range(n_layers))
         for document in documents if in_pass else []:
-            texts.append(
-                measure_text(model, document, geometry, in_pass, settings, window, bar.update)
-            )
+            own = geometry_of(len(document))
+            texts.append(measure_text(model, document, own, in_pass, settings, window, bar.update))
         if "retrieval" in wanted:
             retrieval, retrieval_facts = retrieval_scores(model, prompts, bar.update)
             if "reason" in retrieval_facts:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lengths import context_length
 from tl_posheads.lens import attention, model_name, read_pass
 from tl_posheads.passes import greedy
 from tl_posheads.profile.retrieval import copied_share, copies_of, recall
@@ -36,7 +37,7 @@ def prompts_of(model: Any, needles: int | Task | Sequence[Prompt], seed: int) ->
     if isinstance(needles, int):
         if needles == 0:
             return []
-        length = min(_LENGTH, int(getattr(model.cfg, "n_ctx", None) or _LENGTH))
+        length = min(_LENGTH, context_length(model) or _LENGTH)
         short = max(2, length // 4)
         needles = Needle(
             lengths=(length,), depths=_DEPTHS, n=needles, seed=seed, short_length=short

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tl_posheads.ablation import Mode
 from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lens import model_name, require_clean, require_rotary
+from tl_posheads.lens import model_name, require_clean, require_own_biases, require_rotary
 from tl_posheads.provenance import model_facts, versions
 from tl_posheads.results import HeadScores
 from tl_posheads.study.budget import (
@@ -168,6 +168,9 @@ def _check_request(
             f"controls={list(controls)} was given; expected some of {', '.join(CONTROLS)}, each "
             "once"
         )
+    if "norm_matched" in controls:
+        what = "a control by the length of what each head writes"
+        require_own_biases(model, range(shape[0]), what)
     if isinstance(n_control, bool) or not isinstance(n_control, int) or n_control < LEAST_DRAWS:
         raise PosheadsError(
             f"n_control={n_control!r} was given; expected a whole number of at least {LEAST_DRAWS}"

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lens import attention, own_hooks
+from tl_posheads.lens import attention, own_hooks, readable, require_own_biases
 from tl_posheads.passes import target_logits
+from tl_posheads.precision import widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,15 @@ def head_effects(
     ``[head, pos, pos]`` tensors for every layer.
 
     Raises:
-        PosheadsError: the log-probability is not finite.
+        PosheadsError: the log-probability is not finite; heads are set to zero in a layer whose
+            value biases the lens has folded into the output bias.
 
     Example:
         >>> head_effects(model, prompt.tokens, prompt.targets).effects   # doctest: +SKIP
     """
     layers = [i for i in range(model.cfg.n_layers) if attention(model, i) is not None]
+    zeroed = [i for i in layers if replacement is None or replacement.get(i) is None]
+    require_own_biases(model, zeroed, "the effect of setting heads to zero")
     seen: dict[int, Tensor] = {}
 
     def watch(layer: int) -> Callable[..., Tensor]:
@@ -95,7 +99,7 @@ def head_effects(
             new = None if replacement is None else replacement.get(layer)
             change = -z if new is None else _fit(new, z) - z
             effects[layer] = einsum(
-                gradient, change, "batch pos head d, batch pos head d -> head"
+                widened(gradient), widened(change), "batch pos head d, batch pos head d -> head"
             ).cpu()
             norms[layer] = _norms(z, attention(model, layer)).cpu()
     return HeadEffects(value, effects, norms)
@@ -109,7 +113,9 @@ def _fit(new: Tensor, z: Tensor) -> Tensor:
 
 def _norms(z: Tensor, attn: Any) -> Float[Tensor, "head"]:
     """Length of ``z W_O`` without forming it, ``[pos, head, d_model]``: through ``W_O W_O^T``."""
-    w_o = attn.W_O.detach().to(z)
+    z = widened(z)
+    with readable(attn):
+        w_o = attn.W_O.detach().to(z)
     gram = einsum(w_o, w_o, "head d d_model, head e d_model -> head d e")
     half = einsum(z, gram, "batch pos head d, head d e -> batch pos head e")
     squares = (half * z).sum(-1)

@@ -24,7 +24,7 @@ from tl_posheads.checkpoint import Checkpoint
 from tl_posheads.errors import PosheadsError
 from tl_posheads.fused import fused_attention
 from tl_posheads.inputs import documents_of
-from tl_posheads.lens import attention, model_name
+from tl_posheads.lens import attention, model_name, require_own_biases
 from tl_posheads.passes import Hooks, run_branch, run_trunk
 from tl_posheads.study.conditions import Condition
 from tl_posheads.study.controls import Head
@@ -54,6 +54,8 @@ class Trial:
     def of(cls, model: Any, mode: Mode, reference: Any, per_position: bool, seed: int) -> Trial:
         """Check mode and reference; runs nothing."""
         check_mode(mode, reference, per_position)
+        if mode == "zero":
+            require_own_biases(model, range(model.cfg.n_layers), "zero-ablation")
         documents, digest = [], None
         if reference is not None:
             documents = documents_of(model, reference, None, 0)

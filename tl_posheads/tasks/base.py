@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_posheads.corpora import _tokenise
 from tl_posheads.errors import PosheadsError
+from tl_posheads.lengths import context_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,23 +68,11 @@ def check_length(model: Any, prompts: int | Iterable[Prompt]) -> None:
     else:
         both = [one for prompt in prompts for one in (prompt, prompt.short) if one is not None]
         longest = max((len(one.tokens) for one in both), default=0)
-    n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    n_ctx = context_length(model)
     if n_ctx and longest > n_ctx:
         raise PosheadsError(
             f"length={longest} was given, but the model reads at most {n_ctx} tokens; lower length"
         )
-
-
-def tokenizer_of(model: Any) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        PosheadsError: it has none.
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise PosheadsError("the model has no tokenizer, which tasks need; set model.tokenizer")
-    return tokenizer
 
 
 def check_fields(task: Any, **least: int) -> None:
@@ -131,11 +120,6 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     anchor = "a" if text[:1].isspace() else "\n"
     alone, whole = ids(anchor), ids(anchor + text)
     return whole[len(alone) :] if whole[: len(alone)] == alone else ids(text)
-
-
-def begin(tokenizer: Any) -> list[int]:
-    """What plain text begins with: BOS, or nothing where the tokenizer has none."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def plain(tokens: list[int], scored_from: int, short: Prompt | None = None, **facts: Any) -> Prompt:

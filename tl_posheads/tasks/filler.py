@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from tl_posheads.corpora import _streamed, _text, _tokenise
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import Prompt, begin, check_length, encode, tokenizer_of
+from tl_posheads.tasks.base import Prompt, check_length, encode
+from tl_posheads.tokenizer import begin, tokenizer_of
 
 T = TypeVar("T")
 

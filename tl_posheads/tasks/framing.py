@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import begin, encode
+from tl_posheads.tasks.base import encode
+from tl_posheads.tokenizer import begin
 
 _MESSAGE = "THE-USERS-MESSAGE"
 
@@ -34,7 +35,7 @@ class Frame:
         self._before, self._between = _template(tokenizer) if self.chat else ("", "")
 
     def opening(self, intro: str) -> list[int]:
-        """Tokens up to the haystack, BOS first where the tokenizer has one."""
+        """Tokens up to the haystack, BOS first where the checkpoint has one."""
         ids = encode(self.tokenizer, self._before + intro, special=True)
         start = begin(self.tokenizer)
         return ids if start and ids[:1] == start else start + ids
@@ -52,6 +53,7 @@ def _template(tokenizer: Any) -> tuple[str, str]:
             tokenize=False,
             add_generation_prompt=True,
             date_string="26 Jul 2024",  # Llama 3's template would put today's date in
+            **({} if begin(tokenizer) else {"bos_token": ""}),
         )
     # Templates are programs; theirs can raise whatever they like.
     except Exception as error:

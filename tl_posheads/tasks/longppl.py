@@ -15,14 +15,13 @@ from tl_posheads.fused import fused_attention
 from tl_posheads.passes import target_logprobs
 from tl_posheads.tasks.base import (
     Prompt,
-    begin,
     check_fields,
     check_length,
     check_short,
     plain_window,
-    tokenizer_of,
 )
 from tl_posheads.tasks.filler import Filler
+from tl_posheads.tokenizer import begin, tokenizer_of
 
 _TRIES = 4  # stretches looked at for each prompt wanted
 
@@ -37,7 +36,7 @@ class LongPPL:
     long-context likelihood), in natural logarithms, under the model itself. As in the paper's
     code, short contexts come from windows that move by ``stride``, so that they have
     ``short_length`` to ``short_length + stride - 1`` tokens; other than there, each window begins
-    with BOS where the tokenizer has one. Stretches without key tokens are passed over.
+    with BOS where the checkpoint has one. Stretches without key tokens are passed over.
 
     Plain text, no chat template. The short control is a window that ends where the long text
     ends, its second half scored, key tokens or not. Facts: ``key_tokens``, ``stretch`` of the
@@ -129,7 +128,7 @@ class LongPPL:
 
         Args:
             model: a HookedTransformer or TransformerBridge; hooks on it are in force.
-            tokens: BOS first where the tokenizer has one.
+            tokens: BOS first where the checkpoint has one.
         """
         n_start = len(begin(tokenizer_of(model)))
         first = n_start + self.short_length

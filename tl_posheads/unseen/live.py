@@ -82,7 +82,7 @@ def clamp_rotary(
         heads: ``(layer, head)`` pairs.
         pairs: rotary pairs, 0 the fastest; by default those of each layer that training did not
             see a full turn of.
-        trained: tokens of a training text; ``cfg.n_ctx`` by default.
+        trained: tokens of a training text; the checkpoint's own length by default.
 
     Yields:
         The model.

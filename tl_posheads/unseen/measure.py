@@ -77,7 +77,7 @@ def unseen_angles(
         model: HookedTransformer or TransformerBridge with RoPE.
         tokens: texts longer than the training length. ``load_corpus`` makes them inside
             ``with None_()(model):``.
-        trained: tokens of a training text; ``cfg.n_ctx`` by default.
+        trained: tokens of a training text; the checkpoint's own length by default.
         heads: ``(layer, head)`` pairs; by default all that see further than the training length.
         factor: distances up to this many times the training length; texts are cut there.
         n_queries: of a text that D is taken of, evenly spread.
