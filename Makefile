@@ -16,7 +16,8 @@ PYTEST = $(OFFLINE) $(1)/bin/python -m pytest -n auto --dist loadfile --duration
 test: .venv/.stamp-test
 	$(call PYTEST,.venv) --doctest-modules -m "not slow"
 
-# That, the slow tests with notebooks and browser, and what touches the lens again with its 3.9 line.
+# That, the slow tests with notebooks and browser, and what touches the lens again with its 3.9 line
+# and the last transformers whose KV cache the Bridge reads.
 test-all: test .venv-tl3/.stamp-test
 	$(call PYTEST,.venv) -m slow --dist load
 	$(call PYTEST,.venv-tl3) -m lens
@@ -58,6 +59,6 @@ clean:
 .venv-tl3/.stamp-test: $(NEEDS)
 	@echo "Installing into .venv-tl3 (a few minutes, once)"
 	test -x .venv-tl3/bin/python || $(PYTHON) -m venv .venv-tl3
-	.venv-tl3/bin/python $(PIP) -e '.[test]' 'transformer-lens>=3.9,<4'
+	.venv-tl3/bin/python $(PIP) -e '.[test]' 'transformer-lens>=3.9,<4' 'transformers<5.24'
 	.venv-tl3/bin/python $(SMOLLM2)
 	@touch $@

@@ -21,7 +21,8 @@ def generate_answers(
 
     Args:
         model: a HookedTransformer or TransformerBridge; hooks on it are in force. Its own
-            ``generate`` is called, with a cache of keys and values.
+            ``generate`` is called, up to an end token of the checkpoint, with a cache of keys and
+            values where it reads one.
         prompts: of any task.
         max_new_tokens: at most so many; by default as many as the answer has.
 
