@@ -14,8 +14,8 @@ import time
 import torch
 
 import tl_posheads as ph
-from tl_posheads.fused import fused_attention
-from tl_posheads.passes import run_branch, run_trunk, target_logprobs
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.logprobs import run_branch, run_trunk, target_logprobs
 
 
 def main() -> None:
@@ -48,8 +48,10 @@ def main() -> None:
                 hooks = ph.ablation_hooks(model, [(layer, 0)])
                 name = f"and shared below layer {layer}"
                 timed(name, run_branch, model, tokens, targets, trunk, layer, hooks)
-    print(f"{args.model}, {args.length} tokens, {n_layers} layers, {args.rounds} rounds, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{args.model}, {args.length} tokens, {n_layers} layers, {args.rounds} rounds, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     whole = seconds["and fused attention"]
     for name, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(whole, times))

@@ -24,8 +24,8 @@ from scipy import stats
 from side_by_side import machine, peak_memory
 
 import tl_posheads as ph
-from tl_posheads.capture import hook_names, rotary_hook_points
-from tl_posheads.models import _resolve
+from tl_posheads.hooks.capture import hook_names, rotary_hook_points
+from tl_posheads.io.models import _resolve
 
 MODEL = "smollm2-135m"
 PER_TOKEN, CHUNK = 100, 4096  # pairs that the published script draws; that are looked at at once

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import tl_posheads as ph
 from tl_posheads import emergence
-from tl_posheads.passes import target_logprobs
-from tl_posheads.statistics import spearman_of_few
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.statistics.ranks import spearman_of_few
 
 TEXTS, PASSKEY, PROMPTS = 16, 240, 40  # held-out texts; tokens of a prompt, and prompts
 

@@ -31,10 +31,17 @@ def small(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str, A
     with ex.None_()(model):
         tokens = ph.load_corpus(str(folder / HELD_OUT), model, n_docs=texts, length=2048)
     methods = [
-        ex.Linear(8), ex.NTK(8), ex.DynamicNTK(8), ex.YaRN(8), ex.Llama3(8),
-        ex.Resonance(ex.YaRN(8)), ex.NoPE(slower_than="trained"), ex.SelfExtend(16, 128),
-        ex.ReRoPE(128), ex.DualChunk(),
-    ]  # fmt: skip
+        ex.Linear(8),
+        ex.NTK(8),
+        ex.DynamicNTK(8),
+        ex.YaRN(8),
+        ex.Llama3(8),
+        ex.Resonance(ex.YaRN(8)),
+        ex.NoPE(slower_than="trained"),
+        ex.SelfExtend(16, 128),
+        ex.ReRoPE(128),
+        ex.DualChunk(),
+    ]
     tasks = [
         ph.tasks.Passkey(length=n, n=10, corpus=str(folder / HELD_OUT), short_length=100)
         for n in (192, 384, 768, 1536)

@@ -50,10 +50,15 @@ def tuned(variant: str, folder: Path, steps: int, seed: int) -> emergence.Emerge
     )
     reading, _ = small_llama.texts()
     small_llama.fit(
-        small_llama.Sequences(reading, tokenizer), steps, seed, False,
+        small_llama.Sequences(reading, tokenizer),
+        steps,
+        seed,
+        False,
         lambda step, model: tracker.see(step, twin.like(model)),
-        start=start, length=LENGTH, lr=small_llama.TRAINING["lr"] / 4,
-    )  # fmt: skip
+        start=start,
+        length=LENGTH,
+        lr=small_llama.TRAINING["lr"] / 4,
+    )
     tracker.close()
     return tracker.result()
 

@@ -32,9 +32,10 @@ def main() -> None:
     def eager() -> None:
         with torch.no_grad():
             model.run_with_hooks(
-                tokens, return_type=None,
+                tokens,
+                return_type=None,
                 fwd_hooks=[(lambda name: name.endswith("hook_rot_q"), lambda value, hook: None)],
-            )  # fmt: skip
+            )
 
     def plain() -> None:
         with torch.no_grad():
@@ -53,7 +54,7 @@ def _bare(name: str, model) -> torch.nn.Module:
     """The same checkpoint in transformers, without its unembedding."""
     from transformers import AutoModel
 
-    from tl_posheads.models import _resolve
+    from tl_posheads.io.models import _resolve
 
     source, _ = _resolve(name)
     bare = AutoModel.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")

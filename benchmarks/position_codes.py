@@ -4,8 +4,8 @@
 
 For every code and seed one decoder reads the texts, passkeys and repeats of ``small_llama.py``, on
 256 tokens. Then: its loss by octave of position, the passkeys that it finds, its heads' scores
-(``tl_posheads.codes``), and what ablating its two best heads does, beside every other two. The
-same command on the same folder goes on with what isn't there yet. Some four minutes a model.
+(``ph.codes``), and what ablating its two best heads does, beside every other two. The same command
+on the same folder goes on with what isn't there yet. Some four minutes a model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch.nn.functional import cross_entropy
 
 import tl_posheads as ph
 from tl_posheads import codes
-from tl_posheads.files import table_bytes, write_bytes
-from tl_posheads.gguf_cache import quiet
+from tl_posheads.io.files import table_bytes, write_bytes
+from tl_posheads.io.gguf import quiet
 from tl_posheads.tasks.base import Prompt
 
 STEPS = 900
@@ -50,10 +50,12 @@ def fit(code: str, sequences: Sequences, steps: int, seed: int) -> tuple[CodedTr
     with _reproducible(seed):
         model = CodedTransformer(code)
         groups = [
-            dict(params=[w for w in model.parameters() if w.ndim > 1],
-                 weight_decay=TRAINING["weight_decay"]),
+            dict(
+                params=[w for w in model.parameters() if w.ndim > 1],
+                weight_decay=TRAINING["weight_decay"],
+            ),
             dict(params=[w for w in model.parameters() if w.ndim == 1], weight_decay=0.0),
-        ]  # fmt: skip
+        ]
         optimizer = torch.optim.AdamW(groups, betas=TRAINING["betas"])
         warmup = max(1, round(TRAINING["warmup"] * steps))
         begun = time.perf_counter()
@@ -76,8 +78,10 @@ def fit(code: str, sequences: Sequences, steps: int, seed: int) -> tuple[CodedTr
                 seconds = time.perf_counter() - begun
                 print(
                     f"{code}, seed {seed}: step {step + 1} of {steps}, loss {loss:.3f} "
-                    f"({seconds:.0f} s)", file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    f"({seconds:.0f} s)",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return model.eval(), time.perf_counter() - begun
 
 
@@ -236,12 +240,16 @@ def ablations(model: CodedTransformer, held: HeldOut, rho: np.ndarray) -> list[d
         for layer, head in chosen:
             without.setdefault(layer, []).append(head)
         left, nats = passkeys(model, prompts, without=without)
-        rows.append({
-            "heads": " ".join(f"L{la}H{h}" for la, h in chosen), "top": set(chosen) == set(best),
-            "same_layers": sorted(la for la, _ in chosen) == sorted(la for la, _ in best),
-            "loss": float(losses(model, texts, without=without).mean()) - whole,
-            "found": left - found, "digit": nats - digit,
-        })  # fmt: skip
+        rows.append(
+            {
+                "heads": " ".join(f"L{la}H{h}" for la, h in chosen),
+                "top": set(chosen) == set(best),
+                "same_layers": sorted(la for la, _ in chosen) == sorted(la for la, _ in best),
+                "loss": float(losses(model, texts, without=without).mean()) - whole,
+                "found": left - found,
+                "digit": nats - digit,
+            }
+        )
     return rows
 
 
@@ -254,25 +262,40 @@ def analysed(model: CodedTransformer, held: HeldOut, seed: int) -> dict[str, Any
     for layer, head in np.ndindex(rho.shape):
         basis, other = own[layer][head], data[layer][head]
         speeds = basis.plane_speeds[basis.moves]
-        heads.append({
-            "layer": layer, "head": head, "rho": rho[layer, head],
-            "sd_texts": alone[layer, :, head].std(ddof=1), "rho_products": second[layer, head],
-            "shuffled_mean": shuffled[layer, :, head].mean(),
-            "shuffled_sd": shuffled[layer, :, head].std(ddof=1), "source": basis.source,
-            "explained": basis.explained, "explained_change": basis.explained_change,
-            "diagonal": basis.diagonal, "diagonal_products": other.diagonal,
-            "n_dimensions": basis.n_dimensions, "bias_at": basis.bias_at,
-            "bias_half_life": 1 / basis.bias_speed if basis.bias_speed else None,
-            "shortest": float(1 / speeds[0]), "longest": float(1 / speeds[-1]),
-        })  # fmt: skip
+        heads.append(
+            {
+                "layer": layer,
+                "head": head,
+                "rho": rho[layer, head],
+                "sd_texts": alone[layer, :, head].std(ddof=1),
+                "rho_products": second[layer, head],
+                "shuffled_mean": shuffled[layer, :, head].mean(),
+                "shuffled_sd": shuffled[layer, :, head].std(ddof=1),
+                "source": basis.source,
+                "explained": basis.explained,
+                "explained_change": basis.explained_change,
+                "diagonal": basis.diagonal,
+                "diagonal_products": other.diagonal,
+                "n_dimensions": basis.n_dimensions,
+                "bias_at": basis.bias_at,
+                "bias_half_life": 1 / basis.bias_speed if basis.bias_speed else None,
+                "shortest": float(1 / speeds[0]),
+                "longest": float(1 / speeds[-1]),
+            }
+        )
     octaves = by_octave(losses(model, held.texts), 0, 8)
     if model.code != "learned":
         octaves |= by_octave(losses(model, held.long), 8, 9)
     found, digit = passkeys(model, held.passkeys)
     result = {
-        "code": model.code, "seed": seed, "loss": octaves, "found": found, "digit": digit,
-        "heads": heads, "ablations": ablations(model, held, rho),
-    }  # fmt: skip
+        "code": model.code,
+        "seed": seed,
+        "loss": octaves,
+        "found": found,
+        "digit": digit,
+        "heads": heads,
+        "ablations": ablations(model, held, rho),
+    }
     # JSON knows no NaN.
     return json.loads(json.dumps(result, default=float).replace("NaN", "null"))
 
@@ -283,19 +306,29 @@ def tables(results: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     for one in results:
         heads, pairs = pd.DataFrame(one["heads"]), pd.DataFrame(one["ablations"])
         top = pairs[pairs["top"]].iloc[0]
-        rows.append({
-            "code": one["code"], "seed": one["seed"], **one["loss"], "found": one["found"],
-            "digit": one["digit"],
-            "rho_median": heads["rho"].median(), "rho_max": heads["rho"].max(),
-            "rho_products_max": heads["rho_products"].max(),
-            "agree": heads["rho"].corr(heads["rho_products"], method="spearman"),
-            "explained_change": heads["explained_change"].median(), "top": top["heads"],
-            **{f"top_{x}": top[x] for x in ("loss", "found", "digit")},
-            **{f"others_{x}": pairs.loc[~pairs["top"], x].median()
-               for x in ("loss", "found", "digit")},
-            "rank_loss": int((pairs["loss"] >= top["loss"]).sum()),
-            "rank_digit": int((pairs["digit"] <= top["digit"]).sum()), "n_pairs": len(pairs),
-        })  # fmt: skip
+        rows.append(
+            {
+                "code": one["code"],
+                "seed": one["seed"],
+                **one["loss"],
+                "found": one["found"],
+                "digit": one["digit"],
+                "rho_median": heads["rho"].median(),
+                "rho_max": heads["rho"].max(),
+                "rho_products_max": heads["rho_products"].max(),
+                "agree": heads["rho"].corr(heads["rho_products"], method="spearman"),
+                "explained_change": heads["explained_change"].median(),
+                "top": top["heads"],
+                **{f"top_{x}": top[x] for x in ("loss", "found", "digit")},
+                **{
+                    f"others_{x}": pairs.loc[~pairs["top"], x].median()
+                    for x in ("loss", "found", "digit")
+                },
+                "rank_loss": int((pairs["loss"] >= top["loss"]).sum()),
+                "rank_digit": int((pairs["digit"] <= top["digit"]).sum()),
+                "n_pairs": len(pairs),
+            }
+        )
     found = {"models": pd.DataFrame(rows)}
     for key in ("heads", "ablations"):
         parts = [
@@ -320,8 +353,14 @@ def figure(found: dict[str, pd.DataFrame]) -> bytes:
     for x, code in enumerate(names):
         heads, pairs = (found[key][found[key]["code"] == code] for key in ("heads", "ablations"))
         spread = np.linspace(-0.3, 0.3, len(heads))
-        panels[0].errorbar(x + spread, heads["shuffled_mean"], heads["shuffled_sd"], fmt="none",
-                           ecolor="0.75", lw=3)  # fmt: skip
+        panels[0].errorbar(
+            x + spread,
+            heads["shuffled_mean"],
+            heads["shuffled_sd"],
+            fmt="none",
+            ecolor="0.75",
+            lw=3,
+        )
         panels[0].plot(x + spread, heads["rho"], "o", color="C0", ms=5)
         for panel, key in ((panels[1], "loss"), (panels[2], "digit")):
             panel.plot(x + np.linspace(-0.3, 0.3, len(pairs)), pairs[key], ".", color="0.7")

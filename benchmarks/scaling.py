@@ -20,7 +20,7 @@ import torch
 from side_by_side import machine, peak_growth, seconds_of
 
 from tl_posheads import LayerGeometry
-from tl_posheads.draws import DocumentDraws, Settings, measure
+from tl_posheads.scoring.draws import DocumentDraws, Settings, measure
 
 HEADS, PAIRS = 9, 32
 DRAWN, ALL = "5,000 pairs drawn", "all pairs"

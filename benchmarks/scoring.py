@@ -26,7 +26,7 @@ from side_by_side import machine, peak_growth, seconds_of, table_of, time_of
 from tqdm.auto import tqdm
 
 import tl_posheads as ph
-from tl_posheads import scoring
+from tl_posheads.scoring import score as scoring
 
 FORWARD, SCORES, ALL = "forward passes", "score_heads", 'score_heads, pairs="all"'
 ALL_DOCUMENTS, ALL_LENGTH = 4, 1024  # at most, for all pairs

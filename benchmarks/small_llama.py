@@ -29,23 +29,41 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import tl_posheads as ph
-from tl_posheads.corpora import PYTHON_DOCS, _text, _tokenise
-from tl_posheads.gguf_cache import quiet
-from tl_posheads.passes import target_logprobs
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.io.corpora import PYTHON_DOCS, _text, _tokenise
+from tl_posheads.io.gguf import quiet
 from tl_posheads.tasks.base import encode
 
 LENGTH = 256  # of the longest training sequences, at positions 0 to 255
 STEPS = 1600
 MODEL = dict(
-    vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=LENGTH,
-    rope_parameters=dict(rope_type="default", rope_theta=10000.0), tie_word_embeddings=True,
-    bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.06,
-)  # fmt: skip
+    vocab_size=1024,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=LENGTH,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+    initializer_range=0.06,
+)
 TRAINING = dict(
-    lr=2e-3, warmup=0.05, betas=(0.9, 0.95), weight_decay=0.1, tokens=2048,
-    short=64, short_share=0.4, passkeys=0.4, repeats=0.15, digit_weight=5.0,
-)  # fmt: skip
+    lr=2e-3,
+    warmup=0.05,
+    betas=(0.9, 0.95),
+    weight_decay=0.1,
+    tokens=2048,
+    short=64,
+    short_share=0.4,
+    passkeys=0.4,
+    repeats=0.15,
+    digit_weight=5.0,
+)
 HELD_OUT = "held-out.txt"  # in the model's folder: a corpus that the model hasn't read
 _SPECIAL = ["<bos>", "<eos>", "<pad>"]
 _STRETCH = 16_000  # characters of the Python documentation that are held out or not as one
@@ -135,8 +153,12 @@ class Sequences:
     def _passkey(self, rng: random.Random, n: int) -> list[tuple[list[int], float]]:
         question = ph.tasks.Passkey()._question(0, rng)
         told = n > LENGTH // 2 and rng.random() < 0.5
-        pieces = [(question.intro + question.gap) * told, question.needles[0][1],
-                  question.question + question.prefix, question.answer[0]]  # fmt: skip
+        pieces = [
+            (question.intro + question.gap) * told,
+            question.needles[0][1],
+            question.question + question.prefix,
+            question.answer[0],
+        ]
         intro, needle, asked, answer = (encode(self.tokenizer, piece) for piece in pieces)
         room = n - len(intro) - len(needle) - len(asked) - len(answer)
         # Half of the questions stand at the end, as in the task, the others anywhere.
@@ -144,9 +166,14 @@ class Sequences:
         text = self._stretch(rng, room)
         first = rng.randint(0, end)
         return [
-            (intro, 1.0), (text[:first], 1.0), *self._needle(needle), (text[first:end], 1.0),
-            (asked, 1.0), (answer, TRAINING["digit_weight"]), (text[end:], 1.0),
-        ]  # fmt: skip
+            (intro, 1.0),
+            (text[:first], 1.0),
+            *self._needle(needle),
+            (text[first:end], 1.0),
+            (asked, 1.0),
+            (answer, TRAINING["digit_weight"]),
+            (text[end:], 1.0),
+        ]
 
     def _needle(self, needle: list[int]) -> list[tuple[list[int], float]]:
         """The key stands in it twice: the second time it can be copied from near by."""
@@ -163,9 +190,13 @@ class Sequences:
         middle = rng.randint(before, room)
         text, twice = self._stretch(rng, room), self._stretch(rng, n)
         return [
-            (text[:before], 1.0), (twice, 1.0), (text[before:middle], 1.0), (twice[:1], 0.0),
-            (twice[1:], 1.0), (text[middle:], 1.0),
-        ]  # fmt: skip
+            (text[:before], 1.0),
+            (twice, 1.0),
+            (text[before:middle], 1.0),
+            (twice[:1], 0.0),
+            (twice[1:], 1.0),
+            (text[middle:], 1.0),
+        ]
 
 
 @contextmanager
@@ -236,8 +267,9 @@ def fit(
                 seconds = time.perf_counter() - begun
                 print(
                     f"step {step + 1} of {steps}: loss {loss:.3f} ({seconds:.0f} s)",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    file=sys.stderr,
+                    flush=True,
+                )
         on_step(steps, model)
     return model.eval()
 

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 
-from tl_posheads.passes import settle_cache
+from tl_posheads.hooks.logprobs import settle_cache
 
 N_VOCAB = 97
 BASE = dict(
@@ -35,18 +35,47 @@ BASE = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-GPT = dict(vocab_size=N_VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256,
-           bos_token_id=1, eos_token_id=2)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
-              high_freq_factor=4.0, original_max_position_embeddings=64)  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
-            original_max_position_embeddings=64)  # fmt: skip
-LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=64,
-                short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0])  # fmt: skip
-MLA = dict(num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
-           qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
-           num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
-           first_k_dense_replace=1, n_shared_experts=1)  # fmt: skip
+GPT = dict(
+    vocab_size=N_VOCAB,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=256,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    original_max_position_embeddings=64,
+    short_factor=[1.0, 1.1, 1.2, 1.3],
+    long_factor=[1.0, 2.0, 3.0, 4.0],
+)
+MLA = dict(
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=16,
+    first_k_dense_replace=1,
+    n_shared_experts=1,
+)
 WINDOWED = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 THETAS = dict(
     full_attention=dict(rope_type="default", rope_theta=1000000.0),
@@ -80,31 +109,79 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
         {**BASE, "rotary_pct": 0.5, "num_key_value_heads": None},
     ),
     "GPT-J": ("GPTJ", {**GPT, "rotary_dim": 4}),
-    "Falcon": ("Falcon", {**BASE, "multi_query": True, "alibi": False, "parallel_attn": True,
-                          "new_decoder_architecture": False, "bias": False}),
+    "Falcon": (
+        "Falcon",
+        {
+            **BASE,
+            "multi_query": True,
+            "alibi": False,
+            "parallel_attn": True,
+            "new_decoder_architecture": False,
+            "bias": False,
+        },
+    ),
     "DeepSeek-V3": ("DeepseekV3", {**BASE, **MLA}),
     "DeepSeek-V2": ("DeepseekV2", {**BASE, **MLA, "topk_method": "greedy"}),
-}  # fmt: skip
+}
 
 HEAD = {**BASE, "head_dim": 8}
-MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-           shared_expert_intermediate_size=16)  # fmt: skip
-SSM = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2,
-           mamba_chunk_size=16)  # fmt: skip
+MOE = dict(
+    num_experts=4,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+)
+SSM = dict(
+    mamba_n_heads=4,
+    mamba_d_head=16,
+    mamba_n_groups=1,
+    mamba_d_state=8,
+    mamba_expand=2,
+    mamba_chunk_size=16,
+)
 HALF = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
-DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-             linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
-             rope_parameters=HALF)  # fmt: skip
+DELTA = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    layer_types=["linear_attention", "full_attention"],
+    rope_parameters=HALF,
+)
 MULTIPLIED = {**BASE, "attention_multiplier": 0.1}
 GLM = {**HEAD, "partial_rotary_factor": 0.5}
 CONVOLUTION = {**BASE, **MOE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-              image_size=28, patch_size=14, num_channels=3, projection_dim=16)  # fmt: skip
-AUDIO = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
-             num_mel_bins=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-             num_attention_heads=2)  # fmt: skip
-VQ = dict(embed_dim=16, codebook_size=8, base_channels=32, channel_multiplier=[1],
-          num_res_blocks=1, attn_resolutions=[], latent_channels=16)  # fmt: skip
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+    num_channels=3,
+    projection_dim=16,
+)
+AUDIO = dict(
+    d_model=16,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=16,
+    num_mel_bins=16,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+)
+VQ = dict(
+    embed_dim=16,
+    codebook_size=8,
+    base_channels=32,
+    channel_multiplier=[1],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    latent_channels=16,
+)
 
 
 def seeing(text: str, vision: str | None = None, **others: Any) -> dict[str, Any]:
@@ -160,8 +237,14 @@ MORE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "Granite MoE": ("GraniteMoe", {**MULTIPLIED, **MOE}, (0, 1)),
     "Granite hybrid": (
         "GraniteMoeHybrid",
-        {**MULTIPLIED, **MOE, **SSM, "layer_types": ["mamba", "attention"],
-         "position_embedding_type": "rope", "shared_intermediate_size": 32},
+        {
+            **MULTIPLIED,
+            **MOE,
+            **SSM,
+            "layer_types": ["mamba", "attention"],
+            "position_embedding_type": "rope",
+            "shared_intermediate_size": 32,
+        },
         (1,),
     ),
     "Idefics 3": ("Idefics3", seeing("llama", scale_factor=1, image_token_id=96), (0, 1)),
@@ -194,24 +277,38 @@ MORE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "Starcoder 2, sliding window": ("Starcoder2", {**BASE, "sliding_window": 16}, (0, 1)),
     "VaultGemma": ("VaultGemma", {**HEAD, "query_pre_attn_scalar": 8, **WINDOWED}, (0, 1)),
     "Youtu": ("Youtu", {**BASE, **MLA}, (0, 1)),
-}  # fmt: skip
+}
 
 # name -> (family, config, why, in words that the error has)
 NEVER = "TransformerLens does not offer them"
 SPARSE = "keys chosen by their content (sparse attention)"
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "AFMoE": ("Afmoe", {**HEAD, **MOE, "num_dense_layers": 1, **WINDOWED}, NEVER),
-    "CodeGen": ("CodeGen", {**GPT, "rotary_dim": 4}, "attention in TransformerLens keeps its rotated queries to itself"),
+    "CodeGen": (
+        "CodeGen",
+        {**GPT, "rotary_dim": 4},
+        "attention in TransformerLens keeps its rotated queries to itself",
+    ),
     "DeepSeek-V4": ("DeepseekV4", {**BASE, **MLA}, SPARSE),
     "Gemma 4": ("Gemma4", {**HEAD, **WINDOWED}, NEVER),
     "GLM-5 (DSA)": (
         "GlmMoeDsa",
-        {**BASE, **MLA, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
-         "mlp_layer_types": ["dense", "sparse"]},
+        {
+            **BASE,
+            **MLA,
+            "index_topk": 16,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
         SPARSE,
     ),
     "HRM-Text": ("HrmText", BASE, "no single row of blocks in TransformerLens"),
-    "HunYuan, dense": ("HunYuanDenseV1", HEAD, "normalises its queries and keys after their rotation"),
+    "HunYuan, dense": (
+        "HunYuanDenseV1",
+        HEAD,
+        "normalises its queries and keys after their rotation",
+    ),
     "JetMoe": ("JetMoe", {**BASE, **MOE, "kv_channels": 8}, NEVER),
     "Laguna": ("Laguna", {**HEAD, **MOE}, NEVER),
     "Llama 4": (
@@ -226,19 +323,34 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Phi-3.5-MoE": ("Phimoe", {**BASE, **MOE}, NEVER),
     "RecurrentGemma": (
         "RecurrentGemma",
-        {**HEAD, "lru_width": 32, "attention_window_size": 16,
-         "block_types": ["recurrent", "attention"]},
+        {
+            **HEAD,
+            "lru_width": 32,
+            "attention_window_size": 16,
+            "block_types": ["recurrent", "attention"],
+        },
         "TransformerLens shows no attention in layers",
     ),
     "Zamba 2": (
         "Zamba2",
-        {**BASE, "mamba_d_state": 8, "mamba_d_conv": 4, "n_mamba_heads": 4, "mamba_ngroups": 1,
-         "mamba_headdim": 16, "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"],
-         "use_mem_rope": True, "chunk_size": 16, "attention_hidden_size": 64,
-         "attention_head_dim": 16, "use_shared_attention_adapter": False},
+        {
+            **BASE,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "n_mamba_heads": 4,
+            "mamba_ngroups": 1,
+            "mamba_headdim": 16,
+            "num_mem_blocks": 1,
+            "layers_block_type": ["mamba", "hybrid"],
+            "use_mem_rope": True,
+            "chunk_size": 16,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+            "use_shared_attention_adapter": False,
+        },
         "no position embedding that TransformerLens knows of",
     ),
-}  # fmt: skip
+}
 # With RoPE, but built from nothing that the tests have.
 UNTESTED = {
     "its code is not in transformers": (
@@ -275,10 +387,14 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     inner = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="</s>"))
     inner.pre_tokenizer = WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         # What the lens asks for before it makes a tokenizer of its own, from the hub.
-        name_or_path="tiny", add_bos_token=True,
-    )  # fmt: skip
+        name_or_path="tiny",
+        add_bos_token=True,
+    )
 
 
 def build(family: str, config: dict[str, Any], *, seed: int = 0, boost: float = 6.0) -> Any:

@@ -16,10 +16,20 @@ CHROMIUM = (
 )
 # Text that ends scripts, closes tags, turns direction, or is no text at all.
 HOSTILE = [
-    "</script><script>window.hacked = 1</script>", "<!--", "<img src=x onerror='window.hacked = 2'>",
-    "\"'`\\", "&amp;&lt;", "\u2028\u2029", "\x00\x07\x1b[31m", "\ud800", "\u202eright\u202c", "${1}",
-    "]]>", "\N{SNOWMAN}\N{VARIATION SELECTOR-16}", " plain",
-]  # fmt: skip
+    "</script><script>window.hacked = 1</script>",
+    "<!--",
+    "<img src=x onerror='window.hacked = 2'>",
+    "\"'`\\",
+    "&amp;&lt;",
+    "\u2028\u2029",
+    "\x00\x07\x1b[31m",
+    "\ud800",
+    "\u202eright\u202c",
+    "${1}",
+    "]]>",
+    "\N{SNOWMAN}\N{VARIATION SELECTOR-16}",
+    " plain",
+]
 
 
 def needs_browser(test: Any) -> Any:

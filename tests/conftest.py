@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from tl_posheads import models
 from tl_posheads.errors import PosheadsError
+from tl_posheads.io import models
 
 CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]
 
@@ -59,10 +59,17 @@ def small_folder(tokenizer, tmp_path_factory: pytest.TempPathFactory):
 
     def make(family: str, **overrides) -> Path:
         options = dict(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
         config = getattr(transformers, f"{family}Config")(**{**options, **overrides})
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -12,13 +12,22 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MERGES = ["Ġ Ġ", "Ġ 5", "1 2", "5 Ġ", "Ġ d", "o n", "Ġd on", "Ċ Ċ"]
 TOKENS = [
-    "<s>", "</s>", "<pad>", *bytes_to_unicode().values(),
-    *(merge.replace(" ", "") for merge in MERGES), "qqq",  # which no merge makes
-]  # fmt: skip
+    "<s>",
+    "</s>",
+    "<pad>",
+    *bytes_to_unicode().values(),
+    *(merge.replace(" ", "") for merge in MERGES),
+    "qqq",  # which no merge makes
+]
 
 # llama.cpp's name -> (family in transformers, config, what the norms are written with)
-BASE = {**architectures.BASE, "vocab_size": len(TOKENS), "pad_token_id": 2, "bos_token_id": 0,
-        "eos_token_id": 1}  # fmt: skip
+BASE = {
+    **architectures.BASE,
+    "vocab_size": len(TOKENS),
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 HEAD8 = {**BASE, "head_dim": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any], float]] = {
     "llama": ("Llama", BASE, 0.0),
@@ -28,14 +37,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], float]] = {
     "gemma2": ("Gemma2", {**HEAD8, "query_pre_attn_scalar": 8, "sliding_window": 16}, 1.0),
     "gemma3": (
         "Gemma3",
-        {**HEAD8, "query_pre_attn_scalar": 8, "sliding_window": 16, "num_hidden_layers": 6,
-         "rope_parameters": architectures.THETAS},
+        {
+            **HEAD8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 16,
+            "num_hidden_layers": 6,
+            "rope_parameters": architectures.THETAS,
+        },
         1.0,
     ),
     "stablelm": ("StableLm", {**BASE, "partial_rotary_factor": 0.5}, 0.0),
     "starcoder2": ("Starcoder2", {**BASE, "tie_word_embeddings": True, "rope_theta": 1e5}, 0.0),
     "nemotron": ("Nemotron", {**HEAD8, "partial_rotary_factor": 0.5}, 1.0),
-}  # fmt: skip
+}
 KEYS = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -93,10 +107,16 @@ def write(
     for key, value in metadata.items():
         _add(writer, f"{architecture}.{key}", value)
     for key, value in {
-        "model": "gpt2", "pre": "smollm", "tokens": TOKENS, "merges": MERGES,
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": TOKENS,
+        "merges": MERGES,
         "token_type": [3, 3, 3] + [1] * (len(TOKENS) - 3),
-        "bos_token_id": 0, "eos_token_id": 1, "padding_token_id": 2, **(tokenizer or {}),
-    }.items():  # fmt: skip
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "padding_token_id": 2,
+        **(tokenizer or {}),
+    }.items():
         _add(writer, f"tokenizer.ggml.{key}", value)
     arch = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, cfg.num_hidden_layers)

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tl_posheads import rundir
+from tl_posheads.cli import run_folder
 from tl_posheads.errors import PosheadsError
+from tl_posheads.io.files import write_text
 
 FILES = ("scores.json", "table.csv")
 ONLY_OF = {"old": "verdict.txt", "new": "maps/maps.json"}
@@ -26,22 +27,22 @@ STEPS = "replace", "unlink", "rmdir", "mkdir", "fsync"
 def command(out: Path, name: str, *, overwrite: bool = False, wait: bool = False) -> str:
     """What a command does in its folder, computing nothing."""
     request = {"name": name}
-    rundir.look(out, request, overwrite=overwrite)
-    with rundir.locked(out):
-        state = rundir.look(out, request, overwrite=overwrite)
+    run_folder.look(out, request, overwrite=overwrite)
+    with run_folder.locked(out):
+        state = run_folder.look(out, request, overwrite=overwrite)
         if state == "finished":
             return state
-        with rundir.running(out, request, state) as folder:
+        with run_folder.running(out, request, state) as folder:
             if wait:
                 print("begun", flush=True)
                 sys.stdin.readline()
-            (folder / rundir.CHECKPOINT).mkdir(exist_ok=True)
+            (folder / run_folder.CHECKPOINT).mkdir(exist_ok=True)
             for unit in "ab":
-                rundir.write_whole(folder / rundir.CHECKPOINT / unit, name)
-            (folder / rundir.MAPS).mkdir()
-            rundir.write_whole(folder / rundir.MAPS / "maps.json", name)
+                write_text(folder / run_folder.CHECKPOINT / unit, name)
+            (folder / run_folder.MAPS).mkdir()
+            write_text(folder / run_folder.MAPS / "maps.json", name)
             for file in (*FILES, *([ONLY_OF["old"]] if name == "old" else [])):
-                rundir.write_whole(folder / file, name)
+                write_text(folder / file, name)
     return state
 
 
@@ -49,7 +50,7 @@ def whole(out: Path, name: str) -> bool:
     """Whether the folder holds this run's results and nothing else."""
     files = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
     expected = {*FILES, "maps/maps.json", "run.json", *([ONLY_OF["old"]] if name == "old" else [])}
-    run = rundir.read_run(out)
+    run = run_folder.read_run(out)
     if files.keys() != expected or run is None or not run["finished"]:
         return False
     return run["request"] == {"name": name} and all(
@@ -97,7 +98,7 @@ def kill_at_each_step(before: Callable[[Path], None], overwrite: bool) -> None:
                 out = Path(place) / "out"
                 before(out)
                 was_killed = killed(partial(command, out, "new", overwrite=overwrite), at)
-                begun, there = rundir.read_run(out / ".unfinished"), rundir.read_run(out)
+                begun, there = run_folder.read_run(out / ".unfinished"), run_folder.read_run(out)
                 if there is not None and not (begun is not None and begun["finished"]):
                     found = {(out / name).read_text() for name in FILES}
                     assert found == {there["request"]["name"]}, f"{at}: {found}"

@@ -36,13 +36,20 @@ def _blank(n_layers: int, n_heads: int, seed: int) -> tuple[Any, torch.Generator
     if n_heads * _D_HEAD < 2 * _NOISE:
         raise ValueError(f"n_heads={n_heads} leaves no room for the codes; at least 3 are needed")
     config = transformers.LlamaConfig(
-        vocab_size=architectures.N_VOCAB, hidden_size=n_heads * _D_HEAD, intermediate_size=16,
-        num_hidden_layers=n_layers, num_attention_heads=n_heads, num_key_value_heads=n_heads,
-        max_position_embeddings=2048, bos_token_id=BOS, eos_token_id=2, pad_token_id=0,
+        vocab_size=architectures.N_VOCAB,
+        hidden_size=n_heads * _D_HEAD,
+        intermediate_size=16,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
+        max_position_embeddings=2048,
+        bos_token_id=BOS,
+        eos_token_id=2,
+        pad_token_id=0,
         tie_word_embeddings=False,
         # The slowest pair turns by 1e-7 a token: the planted look is the same at every distance.
         rope_parameters=dict(rope_type="default", rope_theta=1e8),
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

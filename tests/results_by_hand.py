@@ -11,14 +11,14 @@ import torch
 from scores_by_hand import head_scores
 
 from tl_posheads import AblationStudy, ExtrapolationComparison
-from tl_posheads.codes.basis import QKBasis
-from tl_posheads.codes.results import CodeScores
-from tl_posheads.curves import DominantDimensionCurve
-from tl_posheads.emergence.results import Emergence
-from tl_posheads.maps import HeadMaps
-from tl_posheads.profile.results import HeadProfile
-from tl_posheads.study.dose_results import DoseResponse
-from tl_posheads.unseen.results import UnseenAngles
+from tl_posheads.interventions.study.dose_results import DoseResponse
+from tl_posheads.scoring.curves import DominantDimensionCurve
+from tl_posheads.scoring.maps import HeadMaps
+from tl_posheads.studies.emergence.results import Emergence
+from tl_posheads.studies.encodings.basis import QKBasis
+from tl_posheads.studies.encodings.results import CodeScores
+from tl_posheads.studies.profile.results import HeadProfile
+from tl_posheads.studies.unseen.results import UnseenAngles
 
 HEADS = [(0, 1), (1, 0)]
 FACTS = {"model": "by hand", "seed": 3}
@@ -48,19 +48,32 @@ def codes():
 
 def curve():
     return DominantDimensionCurve(
-        heads=list(HEADS), distance=torch.arange(1, 6), n_pairs=torch.full((2, 5), 7),
-        mean=_random(2, 5), quantiles=_random(2, 2, 5), levels=(0.1, 0.9),
-        allocation=_random(2, 3, 5), wavelengths=_random(2, 3) + 6,
-    )  # fmt: skip
+        heads=list(HEADS),
+        distance=torch.arange(1, 6),
+        n_pairs=torch.full((2, 5), 7),
+        mean=_random(2, 5),
+        quantiles=_random(2, 2, 5),
+        levels=(0.1, 0.9),
+        allocation=_random(2, 3, 5),
+        wavelengths=_random(2, 3) + 6,
+    )
 
 
 def maps():
     return HeadMaps(
-        model="by hand", heads=list(HEADS), tokens=["a", "<b>", "c"], step=2,
-        pattern=_random(2, 2, 2), dominant=_random(2, 2, 2), distance=_random(2, 3),
-        dimension=_random(2, 3), q_pos=[2], row_pattern=_random(2, 1, 3),
-        row_dominant=_random(2, 1, 3), n_pairs=[3, 3],
-    )  # fmt: skip
+        model="by hand",
+        heads=list(HEADS),
+        tokens=["a", "<b>", "c"],
+        step=2,
+        pattern=_random(2, 2, 2),
+        dominant=_random(2, 2, 2),
+        distance=_random(2, 3),
+        dimension=_random(2, 3),
+        q_pos=[2],
+        row_pattern=_random(2, 1, 3),
+        row_dominant=_random(2, 1, 3),
+        n_pairs=[3, 3],
+    )
 
 
 def study():
@@ -69,10 +82,16 @@ def study():
         for draw in range(n):
             for n_heads, fraction in ((1, 0.17), (2, 0.33)):
                 heads = rng.permutation(6)[:n_heads]
-                rows.append({
-                    "condition": len(rows), "kind": kind, "draw": draw, "fraction": fraction,
-                    "n_heads": n_heads, "heads": json.dumps([[int(h) // 3, int(h) % 3] for h in heads]),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "condition": len(rows),
+                        "kind": kind,
+                        "draw": draw,
+                        "fraction": fraction,
+                        "n_heads": n_heads,
+                        "heads": json.dumps([[int(h) // 3, int(h) % 3] for h in heads]),
+                    }
+                )
     cells, screen, tests = [], [], []
     for task in ("passkey", "copying"):
         for variant in ("long", "short"):
@@ -92,10 +111,20 @@ def study():
         pd.DataFrame(rows),
         pd.DataFrame(cells, columns=[*columns, "condition", "logprob", "accuracy", "exact"]),
         pd.DataFrame(screen, columns=[*columns, "layer", "head", "effect"]),
-        pd.DataFrame(tests, columns=["task", "variant", "fraction", "control", "screen_effect",
-                                     "n_screen_draws", "p_screen"]),
+        pd.DataFrame(
+            tests,
+            columns=[
+                "task",
+                "variant",
+                "fraction",
+                "control",
+                "screen_effect",
+                "n_screen_draws",
+                "p_screen",
+            ],
+        ),
         dict(FACTS),
-    )  # fmt: skip
+    )
 
 
 def dose():
@@ -117,25 +146,38 @@ def comparison():
     tasks = [(m, "passkey", n, i, -1.0, i > 0) for m in methods for n in (6, 12) for i in range(2)]
     far, near = torch.arange(15, 0, -1), torch.arange(7, 0, -1)
     return ExtrapolationComparison(
-        methods=methods, settings=({"name": "none"}, {"name": "linear", "factor": 2.0}),
-        heads=tuple(HEADS), trained=8, whole=_random(2, 3, 2, 15), n_whole=far.repeat(3, 1),
-        within=_random(2, 3, 2, 7), n_within=near.repeat(3, 1), scores_within=(scores(), scores()),
+        methods=methods,
+        settings=({"name": "none"}, {"name": "linear", "factor": 2.0}),
+        heads=tuple(HEADS),
+        trained=8,
+        whole=_random(2, 3, 2, 15),
+        n_whole=far.repeat(3, 1),
+        within=_random(2, 3, 2, 7),
+        n_within=near.repeat(3, 1),
+        scores_within=(scores(), scores()),
         scores_whole=(scores(), scores()),
         loss=pd.DataFrame(loss, columns=["method", "document", "position", "loss"]),
-        tasks=pd.DataFrame(tasks, columns=["method", "task", "length", "prompt", "logprob", "exact"]),
+        tasks=pd.DataFrame(
+            tasks, columns=["method", "task", "length", "prompt", "logprob", "exact"]
+        ),
         provenance=dict(FACTS),
-    )  # fmt: skip
+    )
 
 
 def emergence():
     return Emergence(
-        steps=torch.tensor([0, 16, 128]), doc_rho=_random(3, 4, 2, 3), curve=_random(3, 2, 3, 5),
-        loss=_random(3, 4, 5) + 2, provenance=dict(FACTS),
+        steps=torch.tensor([0, 16, 128]),
+        doc_rho=_random(3, 4, 2, 3),
+        curve=_random(3, 2, 3, 5),
+        loss=_random(3, 4, 5) + 2,
+        provenance=dict(FACTS),
         **{
             name: _random(3, 2, 3, seed=i)
-            for i, name in enumerate(["rho", "ci_low", "ci_high", "rotation", "content", "p_adjusted"])
+            for i, name in enumerate(
+                ["rho", "ci_low", "ci_high", "rotation", "content", "p_adjusted"]
+            )
         },
-    )  # fmt: skip
+    )
 
 
 def profile():
@@ -143,7 +185,9 @@ def profile():
     table.insert(0, "layer", [0, 0, 0, 1, 1, 1])
     table.insert(1, "head", [0, 1, 2] * 2)
     table.loc[2, "sink"] = np.nan
-    return HeadProfile(table, {**FACTS, "missing": {"sink": "no"}, "needles": {"n_prompts": 2, "n_answered": 1}})  # fmt: skip
+    return HeadProfile(
+        table, {**FACTS, "missing": {"sink": "no"}, "needles": {"n_prompts": 2, "n_answered": 1}}
+    )
 
 
 def unseen():
@@ -156,18 +200,36 @@ def unseen():
     bins = torch.tensor([1, 4, 8, 16, 32])
     shape = (4, 2, 4)  # texts, heads, bins
     return UnseenAngles(
-        heads=list(HEADS), trained=8, bin_start=bins[:-1], bin_end=bins[1:],
-        bin_octave=torch.tensor([-2, -1, 0, 1]), inv_freq=torch.tensor([[2.0, 0.1], [2.0, float("nan")]]),
-        n_pairs=torch.full(shape, 9), bare=9 * _random(*shape), paired=9 * _random(*shape),
-        joint=9 * _random(4, 2, 3, 4), single=9 * _random(4, 2, 2, 4), live=9 * _random(*shape),
+        heads=list(HEADS),
+        trained=8,
+        bin_start=bins[:-1],
+        bin_end=bins[1:],
+        bin_octave=torch.tensor([-2, -1, 0, 1]),
+        inv_freq=torch.tensor([[2.0, 0.1], [2.0, float("nan")]]),
+        n_pairs=torch.full(shape, 9),
+        bare=9 * _random(*shape),
+        paired=9 * _random(*shape),
+        joint=9 * _random(4, 2, 3, 4),
+        single=9 * _random(4, 2, 2, 4),
+        live=9 * _random(*shape),
         loss=pd.DataFrame(loss, columns=["condition", "text", "octave", "n", "loss"]),
-        seed=0, provenance=dict(FACTS),
-    )  # fmt: skip
+        seed=0,
+        provenance=dict(FACTS),
+    )
 
 
 KINDS = {
     build.__name__: build
     for build in (
-        scores, codes, curve, maps, study, dose, comparison, emergence, profile, unseen,
+        scores,
+        codes,
+        curve,
+        maps,
+        study,
+        dose,
+        comparison,
+        emergence,
+        profile,
+        unseen,
     )
-}  # fmt: skip
+}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tl_posheads import HeadScores
-from tl_posheads.draws import MEASURES
+from tl_posheads.scoring.draws import MEASURES
 
 N_PAIRS = 1000  # query-key pairs of a document
 
@@ -43,9 +43,13 @@ def head_scores(
     room = (1 - mean.abs()) / noise.abs().amax(0).clamp_min(1e-12)
     rows = mean + noise * room.clamp(0, 1)
     measures = {
-        "rho": rows, "rotation": 0.6 * rows, "content": 0.3 * rows, "d_near": 3 - rows,
-        "d_far": 3 + rows, "n_pairs": torch.where(rows.isnan(), 0.0, float(N_PAIRS)).double(),
-    }  # fmt: skip
+        "rho": rows,
+        "rotation": 0.6 * rows,
+        "content": 0.3 * rows,
+        "d_near": 3 - rows,
+        "d_far": 3 + rows,
+        "n_pairs": torch.where(rows.isnan(), 0.0, float(N_PAIRS)).double(),
+    }
     return HeadScores(
         torch.stack([measures[name] for name in MEASURES]),
         tuple(f"{i:024x}" for i in range(n_documents)),

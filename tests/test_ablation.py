@@ -11,8 +11,8 @@ from test_capture import state, warm
 from transformer_lens import patching
 
 from tl_posheads import PosheadsError, ablate, ablation_hooks
-from tl_posheads.ablation import by_layer, heads_of
-from tl_posheads.passes import reads_cache
+from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.logprobs import reads_cache
 
 pytestmark = pytest.mark.lens
 
@@ -147,9 +147,15 @@ def test_masked_pattern_is_zero_z(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", [
-    {}, {"positions": slice(6, 12)}, {"mode": "resample"}, {"mode": "mean", "per_position": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"positions": slice(6, 12)},
+        {"mode": "resample"},
+        {"mode": "mean", "per_position": True},
+    ],
+)
 def test_generation_with_a_cache_is_that_without(smollm2, how):
     """Token by token, positions counted from the text's start."""
     prompt = smollm2.to_tokens("The cat sat on the mat and the")
@@ -158,10 +164,17 @@ def test_generation_with_a_cache_is_that_without(smollm2, how):
     outputs = []
     with ablate(smollm2, [(7, 8), (6, 6), (0, 3), (0, 4), (0, 5)], **how):
         for cached in (True, False):
-            outputs.append(smollm2.generate(
-                prompt, max_new_tokens=6, do_sample=False, use_past_kv_cache=cached,
-                stop_at_eos=False, verbose=False, return_type="tokens",
-            ))  # fmt: skip
+            outputs.append(
+                smollm2.generate(
+                    prompt,
+                    max_new_tokens=6,
+                    do_sample=False,
+                    use_past_kv_cache=cached,
+                    stop_at_eos=False,
+                    verbose=False,
+                    return_type="tokens",
+                )
+            )
     assert torch.equal(*outputs)
 
 
@@ -178,9 +191,13 @@ def test_positions_count_on_through_the_cache(family):
         ),
     ):
         family.generate(
-            prompt, max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False,
+            prompt,
+            max_new_tokens=5,
+            do_sample=False,
+            stop_at_eos=False,
+            verbose=False,
             return_type="tokens",
-        )  # fmt: skip
+        )
     if not reads_cache(family):
         assert [len(step) for step in steps] == [20, 21, 22, 23, 24]
         steps = steps[-1:]
@@ -202,9 +219,9 @@ def test_composes_with_the_lens(smollm2):
         assert per_head[5 * 9 + 3].abs().max() == 0
         assert per_head[5 * 9 + 2].abs().max() > 0
         # hooks of one's own, together with ours
-        with smollm2.hooks(fwd_hooks=[
-            ("blocks.5.attn.hook_z", lambda z, hook: mine.append(z.clone()))
-        ]):  # fmt: skip
+        with smollm2.hooks(
+            fwd_hooks=[("blocks.5.attn.hook_z", lambda z, hook: mine.append(z.clone()))]
+        ):
             assert torch.equal(smollm2(tokens), logits)
         assert mine[0][:, :, 3].abs().max() == 0
 
@@ -242,9 +259,12 @@ def test_composes_with_head_detector(smollm2):
 
     def scores():
         return detector.detect_head(
-            smollm2, text, "previous_token_head", heads=[(0, 1), (5, 3), (6, 0)],
+            smollm2,
+            text,
+            "previous_token_head",
+            heads=[(0, 1), (5, 3), (6, 0)],
             error_measure="mul",
-        )  # fmt: skip
+        )
 
     clean = scores()
     with ablate(smollm2, [(5, 3)]):
@@ -274,22 +294,25 @@ def test_an_exception_leaves_nothing(llama):
     assert all(torch.equal(after[2][name], weight) for name, weight in before[2].items())
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (dict(heads=[(2, 0)]), "layers 0 to 1 with heads 0 to 3"),
-    (dict(heads=[(0, 4)]), "layers 0 to 1 with heads 0 to 3"),
-    (dict(heads=[(0, -1)]), "layers 0 to 1"),
-    (dict(heads=[(0, 1), (0, 1)]), "given twice"),
-    (dict(heads=[3]), "pairs like"),
-    (dict(mode="gaussian"), "zero, mean, resample"),
-    (dict(mode="mean"), "without a reference"),
-    (dict(reference=REFERENCE), "leave it out"),
-    (dict(mode="resample", reference=REFERENCE, per_position=True), "belongs to 'mean'"),
-    (dict(on="pattern", mode="mean", reference=REFERENCE), "set to zero"),
-    (dict(on="scores"), "'z' or 'pattern'"),
-    (dict(positions=slice(5, 5)), "isn't empty"),
-    (dict(positions=[-1]), "from 0"),
-    (dict(mode="mean", reference=torch.tensor([[3, 400]])), "ids 0 to 96"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (dict(heads=[(2, 0)]), "layers 0 to 1 with heads 0 to 3"),
+        (dict(heads=[(0, 4)]), "layers 0 to 1 with heads 0 to 3"),
+        (dict(heads=[(0, -1)]), "layers 0 to 1"),
+        (dict(heads=[(0, 1), (0, 1)]), "given twice"),
+        (dict(heads=[3]), "pairs like"),
+        (dict(mode="gaussian"), "zero, mean, resample"),
+        (dict(mode="mean"), "without a reference"),
+        (dict(reference=REFERENCE), "leave it out"),
+        (dict(mode="resample", reference=REFERENCE, per_position=True), "belongs to 'mean'"),
+        (dict(on="pattern", mode="mean", reference=REFERENCE), "set to zero"),
+        (dict(on="scores"), "'z' or 'pattern'"),
+        (dict(positions=slice(5, 5)), "isn't empty"),
+        (dict(positions=[-1]), "from 0"),
+        (dict(mode="mean", reference=torch.tensor([[3, 400]])), "ids 0 to 96"),
+    ],
+)
 def test_bad_input_is_refused_before_any_pass(llama, call, message):
     ran = []
     with (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tl_posheads import PosheadsError, capture_rotary, hook_names, rotary_hook_points, score_heads
-from tl_posheads.passes import reads_cache
+from tl_posheads.hooks.logprobs import reads_cache
 
 pytestmark = pytest.mark.lens
 

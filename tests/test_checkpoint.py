@@ -11,7 +11,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tl_posheads import PosheadsError
-from tl_posheads.checkpoint import Checkpoint
+from tl_posheads.io.checkpoint import Checkpoint
 
 UNIT = {"0": torch.arange(6.0).view(2, 3), "1": torch.tensor([float("nan"), -0.0])}
 

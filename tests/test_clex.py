@@ -16,8 +16,8 @@ from test_capture import state, warm
 
 from tl_posheads import PosheadsError
 from tl_posheads import extrapolation as ex
-from tl_posheads.extrapolation.clex_train import spread_positions
-from tl_posheads.geometry import RotaryGeometry
+from tl_posheads.extrapolation.methods.clex_train import spread_positions
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 
 pytest.importorskip("torchdiffeq", reason="torchdiffeq (extra clex) is not installed")
 pytestmark = pytest.mark.lens
@@ -89,8 +89,10 @@ def test_frequencies_carry_gradients_and_are_solved_once(monkeypatch):
 
 
 def test_name_tells_settings_apart():
-    names = {repr(planted(**more)) for more in ({}, {"base": 5e5}, {"time_dt": 0.1},
-                                                {"log_scale": True}, {"act": "tanh"})}  # fmt: skip
+    names = {
+        repr(planted(**more))
+        for more in ({}, {"base": 5e5}, {"time_dt": 0.1}, {"log_scale": True}, {"act": "tanh"})
+    }
     assert len(names) == 5
 
 
@@ -127,8 +129,10 @@ def test_published_form_goes_round(tmp_path):
     assert repr(again) == repr(method)
     assert torch.equal(again.up, method.up)
     assert torch.equal(again.down, method.down)
-    named = {"model.clex_layer.proj_func.ode_up_proj": method.up,
-             "model.clex_layer.proj_func.ode_down_proj": method.down}  # fmt: skip
+    named = {
+        "model.clex_layer.proj_func.ode_up_proj": method.up,
+        "model.clex_layer.proj_func.ode_down_proj": method.down,
+    }
     rope = {"rope_scaling": {"type": "clex", "max_factor": 4, "act": "tanh", "time_dt": 0.01}}
     assert repr(ex.CLEX.from_published(named, rope)) == repr(method)
     with pytest.raises(PosheadsError, match="0 ode_down_proj"):
@@ -147,8 +151,10 @@ def test_published_settings_and_checkpoints(tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(PosheadsError, match="holds a model"):
         method.save(tmp_path / "model")
-    named = {"model.clex_layer.proj_func.ode_up_proj": method.up,
-             "model.clex_layer.proj_func.ode_down_proj": method.down}  # fmt: skip
+    named = {
+        "model.clex_layer.proj_func.ode_up_proj": method.up,
+        "model.clex_layer.proj_func.ode_down_proj": method.down,
+    }
     rope = {"type": "clex", "max_factor": 4, "act": "tanh", "time_dt": 0.1}
     config = {"model_type": "llama", "rope_scaling": rope}
     plain = planted("tanh", time_dt=0.1)
@@ -196,9 +202,13 @@ def test_training_lowers_the_loss_and_leaves_the_model(llama):
     # What the bare model says itself: spread out, it should say so still. A random model's
     # frequencies carry little, so the gain is small; the seed makes it the same every time.
     texts = llama.generate(
-        TOKENS[:, :6], max_new_tokens=42, do_sample=False, verbose=False, stop_at_eos=False,
+        TOKENS[:, :6],
+        max_new_tokens=42,
+        do_sample=False,
+        verbose=False,
+        stop_at_eos=False,
         return_type="tokens",
-    )  # fmt: skip
+    )
     before = state(llama)
     flags = [weight.requires_grad for weight in llama.parameters()]
     options = dict(max_factor=4, steps=40, lr=1e-3, time_dt=0.25, progress=False)
@@ -215,8 +225,8 @@ def test_training_lowers_the_loss_and_leaves_the_model(llama):
 
     def spread_loss(clex):
         total, random = 0.0, torch.Generator().manual_seed(9)
-        from tl_posheads.extrapolation.clex_train import _hooks
-        from tl_posheads.lens import own_hooks
+        from tl_posheads.extrapolation.methods.clex_train import _hooks
+        from tl_posheads.hooks.model import own_hooks
 
         layers = {g.layer: g for g in RotaryGeometry.from_model(llama).layers}
         for _ in range(4):

@@ -15,21 +15,16 @@ import torch
 from scipy import stats
 from scores_by_hand import head_scores
 
-from tl_posheads import (
-    HeadScores,
-    load_corpus,
-    load_model,
-    models,
-    rundir,
-    score_heads,
-    scoring,
-)
-from tl_posheads.cli import _COLUMNS, main, table_lines
-from tl_posheads.cli_options import add_pairs, layers
-from tl_posheads.contributions import Scale
-from tl_posheads.curves import DominantDimensionCurve
-from tl_posheads.draws import Weighting
-from tl_posheads.maps import HeadMaps
+from tl_posheads import HeadScores, load_corpus, load_model, score_heads
+from tl_posheads.cli import run_folder
+from tl_posheads.cli.main import _COLUMNS, main, table_lines
+from tl_posheads.cli.options import add_pairs, layers
+from tl_posheads.io import models
+from tl_posheads.rotary.contributions import Scale
+from tl_posheads.scoring import score as scoring
+from tl_posheads.scoring.curves import DominantDimensionCurve
+from tl_posheads.scoring.draws import Weighting
+from tl_posheads.scoring.maps import HeadMaps
 
 pytestmark = pytest.mark.lens
 
@@ -69,11 +64,29 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == "The 3 highest positional scores of 8 heads:"
-    assert lines[1].split() == ["layer", "head", "rho", "ci", "p_adj", "rotation", "content", "D",
-                                "near->far", "window"]  # fmt: skip
+    assert lines[1].split() == [
+        "layer",
+        "head",
+        "rho",
+        "ci",
+        "p_adj",
+        "rotation",
+        "content",
+        "D",
+        "near->far",
+        "window",
+    ]
     names = sorted(p.name for p in (tmp_path / "s").iterdir())
-    assert names == ["curve", "index.html", "maps", "run.json", "scores.json", "scores.safetensors", "table.csv",
-                     "table.parquet"]  # fmt: skip
+    assert names == [
+        "curve",
+        "index.html",
+        "maps",
+        "run.json",
+        "scores.json",
+        "scores.safetensors",
+        "table.csv",
+        "table.parquet",
+    ]
     scores = HeadScores.load(tmp_path / "s")
     assert scores.top(1) == [tuple(int(x) for x in lines[2].split()[:2])]
     assert "\n".join(lines[5:]).startswith(scores.summary() + "\n\nfiles: ")
@@ -95,12 +108,38 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert "already holds this run" in again[1]
 
 
-@pytest.mark.parametrize(("pairs", "weighting", "scale"), [
-    ("auto", "pair", "none"), ("all", "distance", "attention"), ("300", "distance", "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pairs", "weighting", "scale"),
+    [
+        ("auto", "pair", "none"),
+        ("all", "distance", "attention"),
+        ("300", "distance", "none"),
+    ],
+)
 def test_options_reach_the_scores(run, place, tmp_path, pairs, weighting, scale):
-    code, _, err = run(*SCORE, "--out", "s", "--pairs", pairs, "--weighting", weighting, "--scale", scale, "--layers", "1", "--skip-first", 2,
-                       "--seed", 5, "--dtype", "float32", "--device", "cpu", "--cls", "bridge")  # fmt: skip
+    code, _, err = run(
+        *SCORE,
+        "--out",
+        "s",
+        "--pairs",
+        pairs,
+        "--weighting",
+        weighting,
+        "--scale",
+        scale,
+        "--layers",
+        "1",
+        "--skip-first",
+        2,
+        "--seed",
+        5,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--cls",
+        "bridge",
+    )
     assert code == 0, err
     scores = HeadScores.load(tmp_path / "s")
     facts = scores.provenance
@@ -116,9 +155,16 @@ def test_options_reach_the_scores(run, place, tmp_path, pairs, weighting, scale)
     model = load_model(str(place / "llama"), cls="bridge", device="cpu", dtype="float32")
     tokens = load_corpus(str(place / "text.txt"), model, n_docs=3, length=60, seed=5)
     direct = score_heads(
-        model, tokens, layers=[1], pairs=expected, weighting=weighting, scale=scale, skip_first=2,
-        seed=5, progress=False,
-    )  # fmt: skip
+        model,
+        tokens,
+        layers=[1],
+        pairs=expected,
+        weighting=weighting,
+        scale=scale,
+        skip_first=2,
+        seed=5,
+        progress=False,
+    )
     assert torch.equal(direct.values.nan_to_num(9), scores.values.nan_to_num(9))
     assert HeadMaps.load(tmp_path / "s" / "maps").scale == scale
     assert DominantDimensionCurve.load(tmp_path / "s" / "curve").scale == scale
@@ -223,7 +269,7 @@ def test_another_runs_results_are_kept_until_overwrite(run, tmp_path):
 def test_one_folder_has_one_run_at_a_time(run, tmp_path):
     assert run(*SCORE, "--best", 0, "--out", "s")[0] == 0
     before = {p: p.read_bytes() for p in (tmp_path / "s").iterdir()}
-    with rundir.locked(tmp_path / "s"):
+    with run_folder.locked(tmp_path / "s"):
         for words in ((*SCORE, "--seed", 1, "--overwrite", "--out", "s"), ("report", "s")):
             code, _, err = run(*words)
             assert code == 2
@@ -323,11 +369,19 @@ def test_layers_are_read_as_written():
 
 def test_help_teaches_without_waiting_for_torch():
     script = (
-        "import sys; from tl_posheads.cli import main; code = main(['score', '--help']);"
+        "import sys; from tl_posheads.cli.main import main; code = main(['score', '--help']);"
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("--corpus", "--pairs", "--weighting", "--scale", "--layers", "--overwrite",
-                 "examples:", *_COLUMNS[2:]):  # fmt: skip
+    for word in (
+        "--corpus",
+        "--pairs",
+        "--weighting",
+        "--scale",
+        "--layers",
+        "--overwrite",
+        "examples:",
+        *_COLUMNS[2:],
+    ):
         assert word in done.stdout

@@ -9,15 +9,28 @@ import pytest
 from test_cli import SCORE, place, run  # noqa: F401
 
 from tl_posheads import AblationStudy
-from tl_posheads.cli_ablate import CONTROLS, TASKS
-from tl_posheads.study import run as study_run
+from tl_posheads.cli.ablate import CONTROLS, TASKS
+from tl_posheads.interventions.study import run as study_run
 
 pytestmark = pytest.mark.lens
 
 ABLATE = (
-    "ablate", "PLACE/llama", "s", "--tasks", "copying,perplexity", "--length", 200, "--prompts", 2,
-    "--fractions", "0.125,0.25", "--draws", 12, "--corpus", "PLACE/text.txt",
-)  # fmt: skip
+    "ablate",
+    "PLACE/llama",
+    "s",
+    "--tasks",
+    "copying,perplexity",
+    "--length",
+    200,
+    "--prompts",
+    2,
+    "--fractions",
+    "0.125,0.25",
+    "--draws",
+    12,
+    "--corpus",
+    "PLACE/text.txt",
+)
 
 
 @pytest.fixture
@@ -28,7 +41,7 @@ def scored(run):  # noqa: F811
 
 def test_names_are_those_of_the_library():
     from tl_posheads import tasks
-    from tl_posheads.study import controls
+    from tl_posheads.interventions.study import controls
 
     assert tuple(tasks.TASKS) == TASKS
     assert tuple(controls.CONTROLS) == CONTROLS
@@ -39,8 +52,17 @@ def test_writes_everything_and_shows_it_again(scored, tmp_path):
     assert code == 0, err
     assert "plan: 2 prompts a task, 12 draws a control, 28 ablations a prompt" in err
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["cells.parquet", "conditions.parquet", "effects.csv", "effects.png", "run.json",
-                     "screen.parquet", "screen_tests.parquet", "study.json", "verdict.txt"]  # fmt: skip
+    assert names == [
+        "cells.parquet",
+        "conditions.parquet",
+        "effects.csv",
+        "effects.png",
+        "run.json",
+        "screen.parquet",
+        "screen_tests.parquet",
+        "study.json",
+        "verdict.txt",
+    ]
     result = AblationStudy.load(tmp_path / "a")
     assert result.tasks == ["copying", "perplexity"]
     sentences = (tmp_path / "a" / "verdict.txt").read_text().splitlines()
@@ -84,16 +106,19 @@ def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
     assert AblationStudy.load(tmp_path / "a").provenance["mode"] == "mean"
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("--tasks", "poetry"), "no list of some of passkey"),
-    (("--tasks", "copying,copying"), "each once"),
-    (("--fractions", "0.2,0.1"), "ascending shares"),
-    (("--draws", "11"), "at least 12"),
-    (("--budget", "soon"), "expected a time like"),
-    (("--length", "300"), "at most 256"),
-    (("--fractions", "0.125,0.13"), "both give 1 of 8"),
-    (("--controls", "best"), "no list of some of random"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "poetry"), "no list of some of passkey"),
+        (("--tasks", "copying,copying"), "each once"),
+        (("--fractions", "0.2,0.1"), "ascending shares"),
+        (("--draws", "11"), "at least 12"),
+        (("--budget", "soon"), "expected a time like"),
+        (("--length", "300"), "at most 256"),
+        (("--fractions", "0.125,0.13"), "both give 1 of 8"),
+        (("--controls", "best"), "no list of some of random"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(scored, tmp_path, words, message):
     code, out, err = scored(*ABLATE, *words, "--out", "a")
     assert (code, out) == (2, "")

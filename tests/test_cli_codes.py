@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tl_posheads import CodeScores, load_corpus, load_model, score_heads
-from tl_posheads.cli import main
+from tl_posheads.cli.main import main
 
 pytestmark = pytest.mark.lens
 
@@ -20,8 +20,20 @@ def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monk
     for family, config in (("Llama", architectures.BASE), ("GPT2", architectures.GPT)):
         architectures.build(family, config).save_pretrained(tmp_path / family)
         architectures.tiny_tokenizer().save_pretrained(tmp_path / family)
-        words = ["codes", family, "--corpus", "text.txt", "--length", "40", "--out", f"{family}-out",
-                 "--cls", "bridge", "--scale", "attention"]  # fmt: skip
+        words = [
+            "codes",
+            family,
+            "--corpus",
+            "text.txt",
+            "--length",
+            "40",
+            "--out",
+            f"{family}-out",
+            "--cls",
+            "bridge",
+            "--scale",
+            "attention",
+        ]
         assert main(words) == 0, capsys.readouterr().err
         first = capsys.readouterr().out
         assert "The highest of 8 scores" in first

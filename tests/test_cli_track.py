@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tl_posheads import Emergence
-from tl_posheads.cli import main
+from tl_posheads.cli.main import main
 
 pytestmark = pytest.mark.lens
 
@@ -28,8 +28,20 @@ def place(tmp_path_factory):
 
 def test_track_writes_everything_and_shows_a_finished_run(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["track", f"{place}/run", "--corpus", f"{place}/text.txt", "--docs", "3",
-             "--length", "40", "--scale", "attention", "--out", "out"]  # fmt: skip
+    words = [
+        "track",
+        f"{place}/run",
+        "--corpus",
+        f"{place}/text.txt",
+        "--docs",
+        "3",
+        "--length",
+        "40",
+        "--scale",
+        "attention",
+        "--out",
+        "out",
+    ]
     assert main([*words, "--steps", "0,7"]) == 2
     assert "--steps asks for 7, but" in capsys.readouterr().err
     assert main(words) == 0

@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 
 from tl_posheads import LayerGeometry, PosheadsError, dimension_contributions, dominant_dimension
-from tl_posheads.codes import (
+from tl_posheads.rotary.contributions import rotate_by, split_pairs
+from tl_posheads.studies.encodings import (
     PlaneVectors,
     bias_speed,
     distance_products,
@@ -26,8 +27,7 @@ from tl_posheads.codes import (
     rotation_operators,
     transport_operator,
 )
-from tl_posheads.codes.diagonalise import diagonal_share
-from tl_posheads.contributions import rotate_by, split_pairs
+from tl_posheads.studies.encodings.diagonalise import diagonal_share
 
 
 def seeded(seed=0):
@@ -44,9 +44,12 @@ def layer(n_pairs, theta=1e4, rest=0, layout="half", n_heads=1):
 
 
 LAYERS = [
-    layer(32, 1e4), layer(32, 1e5), layer(16, 1e4, rest=8), layer(16, 1e5, layout="adjacent"),
+    layer(32, 1e4),
+    layer(32, 1e5),
+    layer(16, 1e4, rest=8),
+    layer(16, 1e5, layout="adjacent"),
     layer(8, 1e4, rest=16, layout="adjacent"),
-]  # fmt: skip
+]
 
 
 def pair_projector(geometry, m):
@@ -98,11 +101,14 @@ def test_noise_moves_the_basis_little_and_never_makes_it_worse_than_the_truth():
     assert diagonal_share(noisy, found) > diagonal_share(noisy, basis.T)
 
 
-@pytest.mark.parametrize(("matrices", "message"), [
-    (torch.zeros(3, 3), "expected \\[k, n, n\\]"),
-    (torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), "aren't symmetric"),
-    (torch.full((1, 2, 2), float("nan")), "NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        (torch.zeros(3, 3), "expected \\[k, n, n\\]"),
+        (torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), "aren't symmetric"),
+        (torch.full((1, 2, 2), float("nan")), "NaN"),
+    ],
+)
 def test_what_cannot_be_diagonalised_is_refused(matrices, message):
     with pytest.raises(PosheadsError, match=message):
         joint_diagonalisation(matrices)
@@ -336,9 +342,10 @@ def test_contributions_with_a_bias_sum_to_the_score_and_stand_in_their_places(pl
     q, k = torch.randn(2, 9, 6, generator=seeded(7), dtype=torch.float64)
     speed = [2.0, 0.5, 0.05, 1e-3][place]
     basis = replace(
-        products_basis(), speeds=torch.tensor([1.0, 1.0, 0.1, 0.1, 0.01, 0.01]).double(),
+        products_basis(),
+        speeds=torch.tensor([1.0, 1.0, 0.1, 0.1, 0.01, 0.01]).double(),
         bias_speed=speed,
-    )  # fmt: skip
+    )
     bias = torch.randn(9, generator=seeded(8), dtype=torch.float64)
     found = plane_contributions(q, k, basis, bias)
     assert basis.bias_at == place
@@ -378,19 +385,33 @@ def test_heads_with_their_biases_in_different_places_against_loops(bias_speed):
                 assert float(dominant[head, n]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: log_shifts(0), "expected 1 or more"),
-    (lambda: transport_operator(torch.zeros(3, 2), torch.zeros(4, 2)), "expected the same"),
-    (lambda: transport_operator(torch.ones(3, 2), torch.ones(3, 2), ridge=-1), "expected 0 or more"),
-    (lambda: ordered_planes(torch.eye(2)[None], [2, 1]), "an operator for each shift"),
-    (lambda: ordered_planes(torch.eye(3)[None], [1]), "an even number"),
-    (lambda: distance_products(torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2)), "8 positions"),
-    (lambda: bias_speed(torch.zeros(1)), "2 or more"),
-    (lambda: plane_contributions(*torch.zeros(2, 4, 6), products_basis(), torch.zeros(4)),
-     "make the bases with the bias"),
-    (lambda: plane_contributions(*torch.zeros(2, 4, 5), products_basis()), "a basis for each"),
-    (lambda: PlaneVectors(*torch.zeros(2, 4, 1, 6), [products_basis()], unmoved="first"), "unmoved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: log_shifts(0), "expected 1 or more"),
+        (lambda: transport_operator(torch.zeros(3, 2), torch.zeros(4, 2)), "expected the same"),
+        (
+            lambda: transport_operator(torch.ones(3, 2), torch.ones(3, 2), ridge=-1),
+            "expected 0 or more",
+        ),
+        (lambda: ordered_planes(torch.eye(2)[None], [2, 1]), "an operator for each shift"),
+        (lambda: ordered_planes(torch.eye(3)[None], [1]), "an even number"),
+        (
+            lambda: distance_products(torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2)),
+            "8 positions",
+        ),
+        (lambda: bias_speed(torch.zeros(1)), "2 or more"),
+        (
+            lambda: plane_contributions(*torch.zeros(2, 4, 6), products_basis(), torch.zeros(4)),
+            "make the bases with the bias",
+        ),
+        (lambda: plane_contributions(*torch.zeros(2, 4, 5), products_basis()), "a basis for each"),
+        (
+            lambda: PlaneVectors(*torch.zeros(2, 4, 1, 6), [products_basis()], unmoved="first"),
+            "unmoved",
+        ),
+    ],
+)
 def test_bad_calls_say_what_was_expected(call, message):
     with pytest.raises(PosheadsError, match=message):
         call()

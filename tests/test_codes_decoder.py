@@ -12,7 +12,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from tl_posheads import LayerGeometry
-from tl_posheads.contributions import rotate_by
+from tl_posheads.rotary.contributions import rotate_by
 
 _FILE = Path(__file__).parents[1] / "benchmarks" / "coded_transformer.py"
 

@@ -15,15 +15,15 @@ from test_capture import assert_same, state
 
 import tl_posheads as ph
 from tl_posheads import PosheadsError
-from tl_posheads.codes import (
+from tl_posheads.extrapolation import SelfExtend
+from tl_posheads.studies.encodings import (
     CodeScores,
     ordered_planes,
     plane_contributions,
     score_any_code,
     transport_operator,
 )
-from tl_posheads.codes.positions import attention_scales, capture_moved, position_table
-from tl_posheads.extrapolation import SelfExtend
+from tl_posheads.studies.encodings.positions import attention_scales, capture_moved, position_table
 
 pytestmark = pytest.mark.lens
 
@@ -85,11 +85,23 @@ def test_unrotated_coordinates_may_be_the_slowest_dimensions():
 def hooked_gpt2():
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    return HookedTransformer(HookedTransformerConfig(
-        n_layers=2, d_model=32, n_ctx=256, d_head=8, n_heads=4, d_vocab=97, d_mlp=48,
-        act_fn="gelu", positional_embedding_type="standard", seed=0, device="cpu",
-        init_weights=True, normalization_type="LN",
-    ))  # fmt: skip
+    return HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=32,
+            n_ctx=256,
+            d_head=8,
+            n_heads=4,
+            d_vocab=97,
+            d_mlp=48,
+            act_fn="gelu",
+            positional_embedding_type="standard",
+            seed=0,
+            device="cpu",
+            init_weights=True,
+            normalization_type="LN",
+        )
+    )
 
 
 LEARNED = {
@@ -193,11 +205,14 @@ def test_hooks_are_removed_whatever_is_raised(raised):
 # --- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("BLOOM", "tiny-Bloom uses ALiBi biases; .*planes_by_products"),
-    ("T5", r"tiny-T5 uses relative position biases \(T5\)"),
-    ("Mamba", r"tiny-Mamba has no queries and keys .*Ali et al. 2024"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BLOOM", "tiny-Bloom uses ALiBi biases; .*planes_by_products"),
+        ("T5", r"tiny-T5 uses relative position biases \(T5\)"),
+        ("Mamba", r"tiny-Mamba has no queries and keys .*Ali et al. 2024"),
+    ],
+)
 def test_other_codes_are_refused_by_name(name, message):
     with pytest.raises(PosheadsError, match=message):
         score_any_code(architectures.other_model(name), TOKENS, progress=False)
@@ -209,13 +224,16 @@ def fake(kind, **more):
     return SimpleNamespace(cfg=cfg, run_with_hooks=None, hook_dict=points)
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    (fake("wavelets"), "odd uses positions of the kind 'wavelets'"),
-    (fake("none"), "odd uses no position code"),
-    (fake("shortformer"), "odd uses learned absolute positions added to queries and keys"),
-    (fake("standard", attention_dir="bidirectional"), "seen from both sides"),
-    (torch.nn.Linear(2, 2), "a Linear was given; expected a HookedTransformer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (fake("wavelets"), "odd uses positions of the kind 'wavelets'"),
+        (fake("none"), "odd uses no position code"),
+        (fake("shortformer"), "odd uses learned absolute positions added to queries and keys"),
+        (fake("standard", attention_dir="bidirectional"), "seen from both sides"),
+        (torch.nn.Linear(2, 2), "a Linear was given; expected a HookedTransformer"),
+    ],
+)
 def test_unknown_codes_are_refused_by_name(model, message):
     with pytest.raises(PosheadsError, match=message):
         score_any_code(model, TOKENS, progress=False)
@@ -250,7 +268,10 @@ def test_scores_are_saved_bit_for_bit(tmp_path):
             assert torch.equal(one.vectors, other.vectors)
             assert torch.equal(one.survival, other.survival)
             assert (one.source, one.explained, one.bias_speed) == (
-                other.source, other.explained, other.bias_speed)  # fmt: skip
+                other.source,
+                other.explained,
+                other.bias_speed,
+            )
         table = again.to_pandas()
         assert table["layer"].tolist() == [1] * 4
         assert table["rho"].tolist() == scores.rho[1].tolist()

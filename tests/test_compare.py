@@ -21,8 +21,8 @@ from tl_posheads import (
     sweep_theta,
 )
 from tl_posheads import extrapolation as ex
-from tl_posheads.report import write_report
 from tl_posheads.tasks.base import Prompt
+from tl_posheads.views.report import write_report
 
 pytestmark = pytest.mark.lens
 
@@ -81,11 +81,14 @@ def test_curves_are_those_of_the_method(llama, found):
     torch.testing.assert_close(pooled, cut.mean, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    dict(pairs="all"),
-    dict(pairs=20_000, weighting="distance", scale="attention"),
-    dict(pairs=500, skip_first=3, seed=7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pairs="all"),
+        dict(pairs=20_000, weighting="distance", scale="attention"),
+        dict(pairs=500, skip_first=3, seed=7),
+    ],
+)
 def test_scores_are_those_of_score_heads(llama, options):
     found = compare_extrapolations(llama, METHODS, TOKENS, **{**OPTIONS, **options})
     scored = dict(seed=OPTIONS["seed"], progress=False) | options

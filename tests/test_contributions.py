@@ -17,8 +17,8 @@ from tl_posheads import (
     dominant_dimension,
     unrotated_contribution,
 )
-from tl_posheads.contributions import PairVectors, join_pairs, rotate_by, split_pairs
-from tl_posheads.curves import sum_by_distance
+from tl_posheads.rotary.contributions import PairVectors, join_pairs, rotate_by, split_pairs
+from tl_posheads.scoring.curves import sum_by_distance
 
 
 def geometry(n_pairs=3, n_heads=4, n_kv_heads=2, rest=2, layout="half"):

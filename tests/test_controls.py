@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scores_by_hand import head_scores
 
 from tl_posheads import PosheadsError
-from tl_posheads.study.controls import CONTROLS, control_sets, top_sets
+from tl_posheads.interventions.study.controls import CONTROLS, control_sets, top_sets
 
 DRAWN = ("random", "layer_matched", "norm_matched")
 
@@ -56,9 +56,11 @@ def test_sizes_nesting_and_strata(layers, heads, missing, kind, seed, shares):
     draws = control_sets(scores, fractions, kind, n=3, seed=seed, norms=norms)
     assert len(draws) == (1 if kind == "lowest" else 3)
     stratum = {
-        "random": lambda head: 0, "lowest": lambda head: 0, "layer_matched": lambda head: head[0],
+        "random": lambda head: 0,
+        "lowest": lambda head: 0,
+        "layer_matched": lambda head: head[0],
         "norm_matched": norm_bin(scored, norms).__getitem__,
-    }[kind]  # fmt: skip
+    }[kind]
     for draw in draws:
         assert len(draw) == len(top)
         before: set = set()
@@ -137,9 +139,11 @@ def test_norm_matched_sets_have_norms_like_the_top_set():
         return float(np.mean([float(norms[head]) for head in heads]))
 
     means = {
-        kind: np.mean([mean(d[0]) for d in control_sets(scores, [0.1], kind, n=30, seed=0, norms=norms)])
+        kind: np.mean(
+            [mean(d[0]) for d in control_sets(scores, [0.1], kind, n=30, seed=0, norms=norms)]
+        )
         for kind in ("random", "norm_matched")
-    }  # fmt: skip
+    }
     assert means["norm_matched"] == pytest.approx(mean(top), rel=0.15)
     assert means["random"] < 0.5 * mean(top)
 

@@ -11,9 +11,9 @@ import warnings
 import pytest
 import torch
 
-from tl_posheads import corpora
-from tl_posheads.corpora import corpus_provenance, load_corpus
 from tl_posheads.errors import PosheadsError
+from tl_posheads.io import corpora
+from tl_posheads.io.corpora import corpus_provenance, load_corpus
 
 
 @pytest.fixture(scope="session")
@@ -171,8 +171,14 @@ MODEL = types.SimpleNamespace(tokenizer=types.SimpleNamespace(bos_token_id=1))
 def test_folder_in_order(tmp_path, model):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden").mkdir()
-    files = {"b.md": "second", "a.txt": "\ufefffirst\r\n", "sub/c.rst": "third",
-             "code.py": "no", ".hidden/d.txt": "no", "e.txt": " "}  # fmt: skip
+    files = {
+        "b.md": "second",
+        "a.txt": "\ufefffirst\r\n",
+        "sub/c.rst": "third",
+        "code.py": "no",
+        ".hidden/d.txt": "no",
+        "e.txt": " ",
+    }
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode())
     text = "first\n\n\nsecond\n\nthird"
@@ -249,7 +255,7 @@ class TestHub:
 
 def test_provenance_imports_nothing_heavy():
     code = (
-        "import sys; from tl_posheads.corpora import corpus_provenance; "
+        "import sys; from tl_posheads.io.corpora import corpus_provenance; "
         "corpus_provenance('python-docs'); "
         "sys.exit(' '.join({'torch', 'transformers', 'transformer_lens'} & set(sys.modules)) or None)"
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tl_posheads as ph
-from tl_posheads.engines.job import Job
+from tl_posheads.scoring.distributed.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,12 @@ def test_torchrun(folder, documents, local, tmp_path):
     torch.save(documents, tmp_path / "documents.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     run = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=300,
+        [*command, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     for rank in range(3):
         scores = ph.HeadScores.load(tmp_path / f"rank{rank}")

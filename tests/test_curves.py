@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tl_posheads as ph
-from tl_posheads import contributions
+from tl_posheads.rotary import contributions
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])

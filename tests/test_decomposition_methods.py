@@ -16,7 +16,7 @@ from text_by_hand import positions
 
 from tl_posheads import RotaryGeometry, capture_rotary, edit_rotary, score_heads
 from tl_posheads import extrapolation as ex
-from tl_posheads.draws import MEASURES, DocumentDraws, Settings, measure
+from tl_posheads.scoring.draws import MEASURES, DocumentDraws, Settings, measure
 
 pytestmark = pytest.mark.lens
 

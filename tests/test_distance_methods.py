@@ -9,22 +9,30 @@ import torch
 from scipy.stats import spearmanr
 from test_capture import assert_same, state, warm
 
-from tl_posheads import PosheadsError, capture_rotary, models, rotary_hook_points, score_heads
-from tl_posheads.curves import dominant_dimension_curve
-from tl_posheads.extrapolation.dpe import DPE
-from tl_posheads.extrapolation.dual_chunk import DualChunk
-from tl_posheads.extrapolation.rerope import ReRoPE
-from tl_posheads.extrapolation.self_extend import SelfExtend
-from tl_posheads.fused import fused_attention
-from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.passes import reads_cache
+from tl_posheads import PosheadsError, capture_rotary, rotary_hook_points, score_heads
+from tl_posheads.extrapolation.methods.dpe import DPE
+from tl_posheads.extrapolation.methods.dual_chunk import DualChunk
+from tl_posheads.extrapolation.methods.rerope import ReRoPE
+from tl_posheads.extrapolation.methods.self_extend import SelfExtend
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.logprobs import reads_cache
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io import models
+from tl_posheads.scoring.curves import dominant_dimension_curve
 
 pytestmark = pytest.mark.lens
 
 N, TRAINED, WINDOW = 44, 24, 8
 TOKENS = torch.randint(3, 90, (2, N), generator=torch.Generator().manual_seed(0))
-FAMILIES = ["Llama", "StableLM", "Phi", "GPT-NeoX, Pythia", "Cohere", "Mistral, sliding window",
-            "Gemma 2"]  # fmt: skip
+FAMILIES = [
+    "Llama",
+    "StableLM",
+    "Phi",
+    "GPT-NeoX, Pythia",
+    "Cohere",
+    "Mistral, sliding window",
+    "Gemma 2",
+]
 FUSED = {"Llama", "StableLM", "Phi", "Mistral, sliding window", "hooked"}
 SCALES, CHOSEN = (3, 1, 4, 2), ((0, 1), (1,), (), (0,))  # of pairs; of heads
 
@@ -71,11 +79,24 @@ def small_hooked():
         pytest.skip("this transformer-lens has no HookedTransformer")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    return HookedTransformer(HookedTransformerConfig(
-        n_layers=2, d_model=32, d_head=8, n_heads=4, n_key_value_heads=2, n_ctx=256, d_vocab=97,
-        act_fn="silu", normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=8,
-        seed=0, initializer_range=0.4, device="cpu",
-    )).eval()  # fmt: skip
+    return HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=32,
+            d_head=8,
+            n_heads=4,
+            n_key_value_heads=2,
+            n_ctx=256,
+            d_vocab=97,
+            act_fn="silu",
+            normalization_type="RMS",
+            positional_embedding_type="rotary",
+            rotary_dim=8,
+            seed=0,
+            initializer_range=0.4,
+            device="cpu",
+        )
+    ).eval()
 
 
 @pytest.fixture(params=[*FAMILIES, "hooked"], scope="module")
@@ -214,8 +235,9 @@ def unembedded(model, run):
 
 def generated_off(model, prompt, n):
     """How far logits of generation with a cache are off; tokens have to be the same without."""
-    options = dict(max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False,
-                   return_type="tokens")  # fmt: skip
+    options = dict(
+        max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens"
+    )
     tokens, steps = unembedded(model, lambda: model.generate(prompt, **options))
     _, (whole,) = unembedded(model, lambda: model(tokens))
     uncached = model.generate(prompt, use_past_kv_cache=False, **options)
@@ -326,17 +348,20 @@ def test_models_without_scores_are_refused_by_name(name):
     assert_same(before, state(model))
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: SelfExtend(0, 8), r"SelfExtend\(group=0\)"),
-    (lambda: SelfExtend(4, 0), r"SelfExtend\(window=0\)"),
-    (lambda: ReRoPE(0), r"ReRoPE\(window=0\)"),
-    (lambda: ReRoPE(8.0), r"whole number of 1 or more"),
-    (lambda: ReRoPE(8, leak=0.5), r"ReRoPE\(leak=0.5\)"),
-    (lambda: ReRoPE(8, log_n=3), r"True or False"),
-    (lambda: DualChunk(1), r"DualChunk\(chunk=1\)"),
-    (lambda: DualChunk(16, 16), "local below chunk"),
-    (lambda: DualChunk(local=0), r"DualChunk\(local=0\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SelfExtend(0, 8), r"SelfExtend\(group=0\)"),
+        (lambda: SelfExtend(4, 0), r"SelfExtend\(window=0\)"),
+        (lambda: ReRoPE(0), r"ReRoPE\(window=0\)"),
+        (lambda: ReRoPE(8.0), r"whole number of 1 or more"),
+        (lambda: ReRoPE(8, leak=0.5), r"ReRoPE\(leak=0.5\)"),
+        (lambda: ReRoPE(8, log_n=3), r"True or False"),
+        (lambda: DualChunk(1), r"DualChunk\(chunk=1\)"),
+        (lambda: DualChunk(16, 16), "local below chunk"),
+        (lambda: DualChunk(local=0), r"DualChunk\(local=0\)"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(make, message):
     with pytest.raises(PosheadsError, match=message):
         make()

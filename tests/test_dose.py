@@ -11,9 +11,9 @@ import torch
 from test_capture import state, warm
 
 from tl_posheads import DoseResponse, PosheadsError, dose_response, edit_rotary
-from tl_posheads.passes import target_logprobs
-from tl_posheads.study import dose
-from tl_posheads.study.dose import layer_matched
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.interventions.study import dose
+from tl_posheads.interventions.study.dose import layer_matched
 from tl_posheads.tasks.base import Prompt
 
 pytestmark = pytest.mark.lens
@@ -147,8 +147,10 @@ def test_rounding_is_no_trend():
 
 
 def test_no_effect_is_seldom_found():
-    p = [planted(0.0, n_draws=19, n_prompts=4, seed=s).to_pandas()["p_adjusted"].min()
-         for s in range(60)]  # fmt: skip
+    p = [
+        planted(0.0, n_draws=19, n_prompts=4, seed=s).to_pandas()["p_adjusted"].min()
+        for s in range(60)
+    ]
     assert np.mean(np.array(p) <= 0.1) < 0.25
 
 
@@ -245,9 +247,13 @@ def test_round_trip_and_picture(found, tmp_path):
 def test_refusals(llama, change, message):
     before = state(llama)
     given = {
-        "heads": HEADS, "pairs": range(2, 4), "strengths": STRENGTHS, "task": Ends(), **OPTIONS,
+        "heads": HEADS,
+        "pairs": range(2, 4),
+        "strengths": STRENGTHS,
+        "task": Ends(),
+        **OPTIONS,
         **change,
-    }  # fmt: skip
+    }
     with pytest.raises(PosheadsError, match=message):
         dose_response(llama, **given)
     assert state(llama)[:2] == before[:2]

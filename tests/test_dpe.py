@@ -10,10 +10,14 @@ from test_capture import assert_same, state, warm
 from test_distance_methods import CHOSEN, SCALES, TOKENS, WINDOW, N, llama, numbers, off  # noqa: F401
 
 from tl_posheads import PosheadsError, capture_rotary
-from tl_posheads.extrapolation.dpe import DPE
-from tl_posheads.extrapolation.dpe_detect import detect_effective_lengths, fit_dpe, key_pairs
-from tl_posheads.extrapolation.self_extend import SelfExtend
-from tl_posheads.fused import fused_attention
+from tl_posheads.extrapolation.methods.dpe import DPE
+from tl_posheads.extrapolation.methods.dpe_detect import (
+    detect_effective_lengths,
+    fit_dpe,
+    key_pairs,
+)
+from tl_posheads.extrapolation.methods.self_extend import SelfExtend
+from tl_posheads.hooks.fused import fused_attention
 
 pytestmark = pytest.mark.lens
 
@@ -88,8 +92,15 @@ def needles(retriever):
 
 def test_effective_lengths_of_a_planted_pair(retriever, needles):
     tokens, targets = needles
-    options = dict(targets=targets, trained=128, window=8, groups=4, progress=False, tolerance=0.1,
-                   candidates=[32, 64, 128, 256, 512])  # fmt: skip
+    options = dict(
+        targets=targets,
+        trained=128,
+        window=8,
+        groups=4,
+        progress=False,
+        tolerance=0.1,
+        candidates=[32, 64, 128, 256, 512],
+    )
     warm(retriever)
     with torch.no_grad(), fused_attention(retriever):
         retriever(tokens[0][None, :8])  # transformers' layers fill tables of their own, too
@@ -128,26 +139,35 @@ def test_fitted_dpe_reads_what_the_bare_model_loses(retriever, needles):
         assert loss() < bare - 1
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(scales=(2, 0)), "every rotary pair"),
-    (dict(scales=()), "every rotary pair"),
-    (dict(scales=(2.5, 1)), "every rotary pair"),
-    (dict(scales=3), "every rotary pair"),
-    (dict(window=0), r"DPE\(window=0\)"),
-    (dict(key_pairs=[[[0, 2]]]), "layer 0 head 0; expected different whole numbers from 0 to 1"),
-    (dict(key_pairs=[[[0], [1, 1]]]), "layer 0 head 1"),
-    (dict(key_pairs=[0, 1]), r"key_pairs\[layer\]\[head\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(scales=(2, 0)), "every rotary pair"),
+        (dict(scales=()), "every rotary pair"),
+        (dict(scales=(2.5, 1)), "every rotary pair"),
+        (dict(scales=3), "every rotary pair"),
+        (dict(window=0), r"DPE\(window=0\)"),
+        (
+            dict(key_pairs=[[[0, 2]]]),
+            "layer 0 head 0; expected different whole numbers from 0 to 1",
+        ),
+        (dict(key_pairs=[[[0], [1, 1]]]), "layer 0 head 1"),
+        (dict(key_pairs=[0, 1]), r"key_pairs\[layer\]\[head\]"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(PosheadsError, match=message):
         DPE(**{"scales": (2, 2), "window": 8, **options})
 
 
-@pytest.mark.parametrize(("method", "message"), [
-    (DPE((2, 2), 8), "with 2 scales, but layer 0 has 4 rotary pairs"),
-    (DPE((2,) * 4, 8, [CHOSEN]), "0 heads in layer 1, but that has 4"),
-    (DPE((2,) * 4, 8, [CHOSEN[:3]] * 2), "3 heads in layer 0, but that has 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (DPE((2, 2), 8), "with 2 scales, but layer 0 has 4 rotary pairs"),
+        (DPE((2,) * 4, 8, [CHOSEN]), "0 heads in layer 1, but that has 4"),
+        (DPE((2,) * 4, 8, [CHOSEN[:3]] * 2), "3 heads in layer 0, but that has 4"),
+    ],
+)
 def test_settings_that_do_not_fit_the_model_are_refused(llama, method, message):
     before = state(llama)
     with pytest.raises(PosheadsError, match=message), method(llama):
@@ -155,14 +175,17 @@ def test_settings_that_do_not_fit_the_model_are_refused(llama, method, message):
     assert_same(before, state(llama))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(groups=5), r"groups=5 .* \[4\] rotary pairs"),
-    (dict(candidates=[0]), "candidates=0"),
-    (dict(targets=[]), "0 targets .* 2 texts"),
-    (dict(trained=1), "trained=1"),
-    (dict(window=0), r"DPE\(window=0\)"),
-    (dict(tolerance=-1), "tolerance=-1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(groups=5), r"groups=5 .* \[4\] rotary pairs"),
+        (dict(candidates=[0]), "candidates=0"),
+        (dict(targets=[]), "0 targets .* 2 texts"),
+        (dict(trained=1), "trained=1"),
+        (dict(window=0), r"DPE\(window=0\)"),
+        (dict(tolerance=-1), "tolerance=-1"),
+    ],
+)
 def test_bad_calls_of_the_detection_are_refused(llama, options, message):
     before = state(llama)
     with pytest.raises(PosheadsError, match=message):

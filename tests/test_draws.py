@@ -21,9 +21,9 @@ from text_by_hand import (
 )
 
 from tl_posheads import LayerGeometry
-from tl_posheads.contributions import rotate_by
-from tl_posheads.draws import DocumentDraws, Settings, draw_pairs
-from tl_posheads.remapping import pair_vectors
+from tl_posheads.rotary.contributions import rotate_by
+from tl_posheads.rotary.remapping import pair_vectors
+from tl_posheads.scoring.draws import DocumentDraws, Settings, draw_pairs
 
 
 @pytest.mark.parametrize(("nearest", "longest"), [(1, 11), (1, 4), (3, 7), (11, 11)])

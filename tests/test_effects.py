@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tl_posheads import PosheadsError
-from tl_posheads.study.effects import (
+from tl_posheads.statistics.effects import (
     holm,
     paired_effect,
     rank_tests,
     screen_agreement,
     sign_flip_p,
 )
-from tl_posheads.study.power import smallest_detectable
+from tl_posheads.statistics.power import smallest_detectable
 
 
 def test_the_interval_covers_the_mean_at_about_its_rate():
@@ -251,9 +251,13 @@ def test_power_at_the_smallest_detectable_effect(n_draws, n_tests, draw_sd, prom
     """Experiments of which everything is simulated, down to the prompts, and rank_tests itself."""
     n_prompts, n_sim = 50, 1200
     delta = smallest_detectable(
-        draw_sd=draw_sd, prompt_sd=prompt_sd, n_draws=n_draws, n_prompts=n_prompts,
-        n_tests=n_tests, seed=1,
-    )  # fmt: skip
+        draw_sd=draw_sd,
+        prompt_sd=prompt_sd,
+        n_draws=n_draws,
+        n_prompts=n_prompts,
+        n_tests=n_tests,
+        seed=1,
+    )
     generator = np.random.default_rng(99)
     found = 0
     for _ in range(n_sim):
@@ -284,8 +288,13 @@ def test_what_cannot_be_detected():
     assert smallest_detectable(**{**base, "n_draws": 18}) == np.inf
     assert smallest_detectable(**{**base, "draw_sd": 0.0, "prompt_sd": 0.0}) == 0
     assert np.isnan(smallest_detectable(**{**base, "prompt_sd": np.nan}))
-    for wrong in ({"draw_sd": -1.0}, {"prompt_sd": np.inf}, {"n_draws": 0}, {"alpha": 0.0},
-                  {"power": 1.0}):  # fmt: skip
+    for wrong in (
+        {"draw_sd": -1.0},
+        {"prompt_sd": np.inf},
+        {"n_draws": 0},
+        {"alpha": 0.0},
+        {"power": 1.0},
+    ):
         with pytest.raises(PosheadsError, match="expected"):
             smallest_detectable(**{**base, **wrong})
 
@@ -300,9 +309,13 @@ def test_agreement_of_an_estimate():
     assert got.ci_low < got.rank_correlation < got.ci_high <= 1
     assert got.n_sets == 60
     reference = stats.bootstrap(
-        (estimated, true), lambda x, y: stats.spearmanr(x, y).statistic, paired=True,
-        vectorized=False, n_resamples=1000, rng=np.random.default_rng(5),
-    ).confidence_interval  # fmt: skip
+        (estimated, true),
+        lambda x, y: stats.spearmanr(x, y).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=1000,
+        rng=np.random.default_rng(5),
+    ).confidence_interval
     assert got.ci_low == pytest.approx(reference.low, abs=0.03)
     assert got.ci_high == pytest.approx(reference.high, abs=0.03)
 

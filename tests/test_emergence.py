@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import tl_posheads as ph
 from tl_posheads import emergence
-from tl_posheads.emergence.measuring import Moment, look, texts_of
+from tl_posheads.studies.emergence.measuring import Moment, look, texts_of
 
 pytestmark = pytest.mark.lens
 STEPS = np.array([0, 1, 3, 7, 15, 31, 63])
@@ -80,8 +80,10 @@ def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
             assert float(moment.curve[place][o]) == pytest.approx(float(mean), abs=1e-6)
     with torch.no_grad():
         logprob = llama(TEXTS).log_softmax(-1)[:, :-1].gather(-1, TEXTS[:, 1:, None])[..., 0]
-    order = [next(i for i, row in enumerate(TEXTS) if torch.equal(row, text))
-             for _, text in texts_of(llama, TEXTS)]  # fmt: skip
+    order = [
+        next(i for i, row in enumerate(TEXTS) if torch.equal(row, text))
+        for _, text in texts_of(llama, TEXTS)
+    ]
     for o, (low, high) in enumerate([(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 40)]):
         true = -logprob[order, low - 1 : high - 1].double().mean(1)
         torch.testing.assert_close(moment.loss[:, o], true, atol=1e-4, rtol=0)
@@ -291,9 +293,16 @@ def planted(score_octave, loss_octave, *, noise=0.02, n_texts=12, seed=0):
         loss[:, 5] -= 2 * fall[i]
         loss += noise * torch.as_tensor(random.standard_normal((n_texts, 6)))
         moments[step] = Moment(
-            rho=rho, ci_low=rho - 0.1, ci_high=rho + 0.1, rotation=rho / 2, content=rho / 4,
-            p_adjusted=rho + 0.01, doc_rho=own, curve=torch.rand(1, 2, 6).double(), loss=loss,
-        )  # fmt: skip
+            rho=rho,
+            ci_low=rho - 0.1,
+            ci_high=rho + 0.1,
+            rotation=rho / 2,
+            content=rho / 4,
+            p_adjusted=rho + 0.01,
+            doc_rho=own,
+            curve=torch.rand(1, 2, 6).double(),
+            loss=loss,
+        )
     return emergence.Emergence.of(moments, {"model": "planted"})
 
 
@@ -390,7 +399,7 @@ def test_refusals(llama, tmp_path):
 
 
 def test_hub_checkpoints_load_the_step_they_name(monkeypatch):
-    from tl_posheads import models as loading
+    from tl_posheads.io import models as loading
 
     asked = []
     monkeypatch.setattr(loading, "load_model", lambda name, **o: asked.append((name, o)))

@@ -20,15 +20,23 @@ lm_eval = pytest.importorskip(
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from tl_posheads import PosheadsError, ablation, models  # noqa: E402
-from tl_posheads.evals import LensLM, evaluate  # noqa: E402
-from tl_posheads.lens_lm import _cut  # noqa: E402
+from tl_posheads import PosheadsError  # noqa: E402
+from tl_posheads.interventions import ablation  # noqa: E402
+from tl_posheads.io import models  # noqa: E402
+from tl_posheads.tasks.lens_lm import _cut  # noqa: E402
+from tl_posheads.tasks.lm_eval import LensLM, evaluate  # noqa: E402
 
 pytestmark = pytest.mark.lens
 CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]
 
-FACTS = [("Ann", "a red hat"), ("Ben", "two dogs"), ("Cleo", "no time"), ("Dan", "a green boat"),
-         ("Eve", "five old keys"), ("Finn", "a drum")]  # fmt: skip
+FACTS = [
+    ("Ann", "a red hat"),
+    ("Ben", "two dogs"),
+    ("Cleo", "no time"),
+    ("Dan", "a green boat"),
+    ("Eve", "five old keys"),
+    ("Finn", "a drum"),
+]
 PASSAGE = " ".join(f"{name} has {thing}." for name, thing in FACTS)
 
 CHOICE = """
@@ -74,11 +82,14 @@ def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
         {
-            "context": PASSAGE, "name": name, "answers": [thing], "gold": i % 4,
+            "context": PASSAGE,
+            "name": name,
+            "answers": [thing],
+            "gold": i % 4,
             "choices": [FACTS[(i + shift - i % 4) % len(FACTS)][1] for shift in range(4)],
         }
         for i, (name, thing) in enumerate(FACTS)
-    ]  # fmt: skip
+    ]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny_choice.yaml").write_text(CHOICE.format(data=data))
@@ -140,8 +151,14 @@ def plain_greedy(plain, tokenizer, context, n):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-PAIRS = [(PASSAGE, " Ann has"), ("The sky is", " blue"), ("The sky is", " green today"),
-         ("The sky is ", "blue"), ("", "Nothing came before"), ("A grass is", " blue")]  # fmt: skip
+PAIRS = [
+    (PASSAGE, " Ann has"),
+    ("The sky is", " blue"),
+    ("The sky is", " green today"),
+    ("The sky is ", "blue"),
+    ("", "Nothing came before"),
+    ("A grass is", " blue"),
+]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -282,7 +299,10 @@ def test_lm_evals_own_class_agrees(model, folder):
     theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=1, dtype="float32")
     ours = LensLM(model)
     assert (ours.max_length, ours.eot_token_id, ours.prefix_token_id) == (
-        theirs.max_length, theirs.eot_token_id, theirs.prefix_token_id)  # fmt: skip
+        theirs.max_length,
+        theirs.eot_token_id,
+        theirs.prefix_token_id,
+    )
     assert ours.tok_encode("Ann has") == theirs.tok_encode("Ann has")
     assert ours.tok_encode("<|im_start|>Ann") == theirs.tok_encode("<|im_start|>Ann")
     pairs = instances("loglikelihood", *PAIRS)
@@ -352,8 +372,13 @@ def test_hooks_in_force_are_seen_and_gone_afterwards(model, tasks):
 
 
 def test_what_cannot_work_is_refused(model, plain, tasks):
-    for wrong in (dict(batch_size=0), dict(batch_size="auto"), dict(max_gen_toks=0),
-                  dict(max_length=0), dict(max_length=10**6)):  # fmt: skip
+    for wrong in (
+        dict(batch_size=0),
+        dict(batch_size="auto"),
+        dict(max_gen_toks=0),
+        dict(max_length=0),
+        dict(max_length=10**6),
+    ):
         with pytest.raises(PosheadsError, match=next(iter(wrong))):
             LensLM(model, **wrong)
     with pytest.raises(PosheadsError, match="LlamaForCausalLM was given"):
@@ -371,7 +396,7 @@ def test_what_cannot_work_is_refused(model, plain, tasks):
 def test_the_names_in_the_docstring_are_tasks_of_lm_eval():
     import re
 
-    from tl_posheads import evals
+    from tl_posheads.tasks import lm_eval as evals
 
     home = Path(lm_eval.__file__).parent / "tasks"
     known = TaskManager(

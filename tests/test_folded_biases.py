@@ -9,8 +9,8 @@ from test_capture import warm
 
 import tl_posheads as ph
 from tl_posheads import ablate, ablation_hooks, ablation_study
-from tl_posheads.models import hooked_available
-from tl_posheads.study.screen import head_effects
+from tl_posheads.interventions.study.screen import head_effects
+from tl_posheads.io.models import hooked_available
 
 pytestmark = pytest.mark.lens
 
@@ -105,10 +105,21 @@ def test_models_whose_biases_are_zero_by_themselves_are_not_refused():
 def test_a_processed_hooked_transformer_is_refused_too(n_kv_heads):
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    model = HookedTransformer(HookedTransformerConfig(
-        n_layers=2, d_model=32, n_ctx=64, d_head=8, n_heads=4, d_vocab=97, act_fn="gelu",
-        positional_embedding_type="rotary", rotary_dim=8, n_key_value_heads=n_kv_heads, seed=0,
-    ))  # fmt: skip
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=32,
+            n_ctx=64,
+            d_head=8,
+            n_heads=4,
+            d_vocab=97,
+            act_fn="gelu",
+            positional_embedding_type="rotary",
+            rotary_dim=8,
+            n_key_value_heads=n_kv_heads,
+            seed=0,
+        )
+    )
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if "b_" in key:

@@ -12,20 +12,31 @@ from test_capture import state, warm
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tl_posheads import PosheadsError, RotaryGeometry, models
+from tl_posheads import PosheadsError, RotaryGeometry
 from tl_posheads import extrapolation as ex
-from tl_posheads.contributions import split_pairs
-from tl_posheads.fused import fused_attention
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.io import models
+from tl_posheads.rotary.contributions import split_pairs
 
 pytestmark = pytest.mark.lens
 
 TRAINED, LENGTH = 64, 200
 TOKENS = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(4))
 ALL = [
-    ex.Linear(4), ex.NTK(4), ex.DynamicNTK(4), ex.YaRN(4), ex.Llama3(4), ex.Theta(5e4),
-    ex.LongRoPE((1.0, 2.0, 3.0, 4.0), factor=4), ex.Resonance(), ex.Resonance(ex.YaRN(4)),
-    ex.NoPE(pairs=(0,)), ex.NoPE(slower_than="trained"), ex.FoPE(), ex.FoPE(sigma=0.1),
-]  # fmt: skip
+    ex.Linear(4),
+    ex.NTK(4),
+    ex.DynamicNTK(4),
+    ex.YaRN(4),
+    ex.Llama3(4),
+    ex.Theta(5e4),
+    ex.LongRoPE((1.0, 2.0, 3.0, 4.0), factor=4),
+    ex.Resonance(),
+    ex.Resonance(ex.YaRN(4)),
+    ex.NoPE(pairs=(0,)),
+    ex.NoPE(slower_than="trained"),
+    ex.FoPE(),
+    ex.FoPE(sigma=0.1),
+]
 
 
 def like_transformers(kind: str, n_pairs: int, theta: float):
@@ -39,8 +50,14 @@ def like_transformers(kind: str, n_pairs: int, theta: float):
         "yarn": (ex.YaRN(4), {**rope, "rope_type": "yarn"}),
         "yarn, whole ramp": (
             ex.YaRN(4, beta_fast=8, truncate=False, attention_factor=1.3),
-            {**rope, "rope_type": "yarn", "beta_fast": 8.0, "beta_slow": 1.0, "truncate": False,
-             "attention_factor": 1.3},
+            {
+                **rope,
+                "rope_type": "yarn",
+                "beta_fast": 8.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "attention_factor": 1.3,
+            },
         ),
         "yarn, DeepSeek's scale": (
             ex.YaRN(4, mscale=0.7, mscale_all_dim=1.1),
@@ -52,14 +69,25 @@ def like_transformers(kind: str, n_pairs: int, theta: float):
         ),
         "longrope": (
             ex.LongRoPE(long, short, factor=4),
-            {**rope, "rope_type": "longrope", "long_factor": list(long),
-             "short_factor": list(short)},
+            {
+                **rope,
+                "rope_type": "longrope",
+                "long_factor": list(long),
+                "short_factor": list(short),
+            },
         ),
-    }[kind]  # fmt: skip
+    }[kind]
 
 
-KINDS = ["linear", "dynamic", "yarn", "yarn, whole ramp", "yarn, DeepSeek's scale", "llama3",
-         "longrope"]  # fmt: skip
+KINDS = [
+    "linear",
+    "dynamic",
+    "yarn",
+    "yarn, whole ramp",
+    "yarn, DeepSeek's scale",
+    "llama3",
+    "longrope",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,10 +96,12 @@ def test_formula_is_transformers(kind, n_pairs):
     theta = 10000.0 if n_pairs < 64 else 500000.0
     method, rope = like_transformers(kind, n_pairs, theta)
     config = LlamaConfig(
-        hidden_size=2 * n_pairs, num_attention_heads=1, rope_parameters=rope,
+        hidden_size=2 * n_pairs,
+        num_attention_heads=1,
+        rope_parameters=rope,
         # transformers takes the original length of three types from here.
         max_position_embeddings=4 * TRAINED if kind == "longrope" else TRAINED,
-    )  # fmt: skip
+    )
     own = theta ** (-torch.arange(n_pairs, dtype=torch.float64) / n_pairs)
     for length in (10, TRAINED, TRAINED + 1, 200):
         inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=length)
@@ -130,15 +160,23 @@ def test_generation_is_transformers(kind):
     theirs.load_state_dict(bare.state_dict())
     prompt = TOKENS[:, :90]
     expected = theirs.generate(
-        prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt),
+        prompt,
+        max_new_tokens=12,
+        do_sample=False,
+        attention_mask=torch.ones_like(prompt),
         eos_token_id=None,
-    )  # fmt: skip
+    )
     model = architectures.bridge(bare)
     with method(model):
         got = model.generate(
-            prompt, max_new_tokens=12, do_sample=False, use_past_kv_cache=True, verbose=False,
-            stop_at_eos=False, return_type="tokens",
-        )  # fmt: skip
+            prompt,
+            max_new_tokens=12,
+            do_sample=False,
+            use_past_kv_cache=True,
+            verbose=False,
+            stop_at_eos=False,
+            return_type="tokens",
+        )
     assert torch.equal(got, expected)
 
 
@@ -168,9 +206,10 @@ def llama():
 
 
 @pytest.mark.parametrize(
-    "method", [ex.None_(), ex.Linear(1), ex.NTK(1), ex.YaRN(1), ex.Llama3(1),
-               ex.LongRoPE((1.0,) * 4)], ids=repr,
-)  # fmt: skip
+    "method",
+    [ex.None_(), ex.Linear(1), ex.NTK(1), ex.YaRN(1), ex.Llama3(1), ex.LongRoPE((1.0,) * 4)],
+    ids=repr,
+)
 @torch.no_grad()
 def test_factor_one_changes_nothing(llama, method):
     bare = llama(TOKENS)
@@ -212,8 +251,13 @@ def test_fused_passes_and_caches_agree(llama, method):
             torch.testing.assert_close(llama(TOKENS), whole, atol=1e-4, rtol=1e-4)
         if method.length_matters:
             return  # cached keys keep the frequencies of their pass, as in transformers
-        options = dict(max_new_tokens=8, do_sample=False, verbose=False, stop_at_eos=False,
-                       return_type="tokens")  # fmt: skip
+        options = dict(
+            max_new_tokens=8,
+            do_sample=False,
+            verbose=False,
+            stop_at_eos=False,
+            return_type="tokens",
+        )
         cached, fresh = (
             llama.generate(TOKENS[:, :70], use_past_kv_cache=use, **options)
             for use in (True, False)

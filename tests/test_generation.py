@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tl_posheads import PosheadsError, models, passes
-from tl_posheads.evals import LensLM
-from tl_posheads.passes import greedy
-from tl_posheads.tokenizer import end_tokens
+from tl_posheads import PosheadsError
+from tl_posheads.hooks import logprobs as passes
+from tl_posheads.hooks.logprobs import greedy
+from tl_posheads.hooks.tokenizer import end_tokens
+from tl_posheads.io import models
+from tl_posheads.tasks.lm_eval import LensLM
 
 pytestmark = pytest.mark.lens
 CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]

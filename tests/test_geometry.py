@@ -28,7 +28,7 @@ from tl_posheads import (
     score_heads,
     unrotated_contribution,
 )
-from tl_posheads.all_pairs import n_visible
+from tl_posheads.scoring.all_pairs import n_visible
 
 pytestmark = pytest.mark.lens
 
@@ -65,10 +65,15 @@ EXPECTED = dict.fromkeys(("Llama", "Qwen2", "Qwen3", "OLMo 2", "Falcon"), LLAMA)
     "DeepSeek-V3": ("half", 8, theta(10000.0, 8), 1.0, 16**-0.5, None, [None, None]),
     "DeepSeek-V2": ("adjacent", 8, theta(10000.0, 8), 1.0, 16**-0.5, None, [None, None]),
     "Phi-3, longrope": (
-        "half", 8, [f / s for f, s in zip(theta(10000.0, 8), (1.0, 1.1, 1.2, 1.3))],
-        math.sqrt(1 + math.log(4) / math.log(64)), 8**-0.5, None, [None, None],
+        "half",
+        8,
+        [f / s for f, s in zip(theta(10000.0, 8), (1.0, 1.1, 1.2, 1.3))],
+        math.sqrt(1 + math.log(4) / math.log(64)),
+        8**-0.5,
+        None,
+        [None, None],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(
@@ -130,8 +135,12 @@ def test_geometry_and_scores_of_every_architecture(case):
     if not lens_is_right:
         # The Bridge of 3.9 turns other coordinates than Cohere does, and gives DeepSeek no causal
         # mask: its logits are not the models' own.
-        reason = {"Cohere": "does not turn its queries", "Cohere 2": "does not turn its queries",
-                  "DeepSeek-V2": "see later tokens", "DeepSeek-V3": "see later tokens"}[name]  # fmt: skip
+        reason = {
+            "Cohere": "does not turn its queries",
+            "Cohere 2": "does not turn its queries",
+            "DeepSeek-V2": "see later tokens",
+            "DeepSeek-V3": "see later tokens",
+        }[name]
         with pytest.raises(PosheadsError, match=reason):
             RotaryGeometry.from_model(model)
         return
@@ -141,8 +150,11 @@ def test_geometry_and_scores_of_every_architecture(case):
         for layer in (0, 1):
             g = geometry[layer]
             assert (g.layout, g.rotary_dim, g.softcap, g.window) == (
-                layout, rotary_dim, softcap, windows[layer]
-            )  # fmt: skip
+                layout,
+                rotary_dim,
+                softcap,
+                windows[layer],
+            )
             np.testing.assert_allclose(g.inv_freq, inv_freq, rtol=1e-4, atol=1e-8)
             assert g.rotation_scale == pytest.approx(scale, rel=1e-5)
             assert g.attention_scale == pytest.approx(attention_scale, rel=1e-6)
@@ -371,9 +383,12 @@ def test_scores_far_below_what_fp16_holds_are_no_mask(head):
             joint.weight[[q, k]] = 0
             joint.bias[[q, k]] = torch.tensor([constant, -constant]).double()
         model = TransformerBridge.boot_transformers(
-            "tiny-GPTNeoX", hf_model=hf_model, tokenizer=architectures.tiny_tokenizer(),
-            device="cpu", dtype=torch.float64,
-        )  # fmt: skip
+            "tiny-GPTNeoX",
+            hf_model=hf_model,
+            tokenizer=architectures.tiny_tokenizer(),
+            device="cpu",
+            dtype=torch.float64,
+        )
         g = RotaryGeometry.from_model(model)[1]
         assert (g.window, g.attention_scale) == (None, pytest.approx(8**-0.5, rel=1e-6))
         with torch.no_grad():

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
-from tl_posheads import PosheadsError, RotaryGeometry, gguf_cache, models
-from tl_posheads.gguf_tokenizer import as_trained
-from tl_posheads.models import load_model
+from tl_posheads import PosheadsError, RotaryGeometry
+from tl_posheads.io import gguf as gguf_cache
+from tl_posheads.io import models
+from tl_posheads.io.gguf_tokenizer import as_trained
+from tl_posheads.io.models import load_model
 
 pytestmark = pytest.mark.lens
 OWN = 10000.0 ** (-np.arange(4) / 4)  # frequencies of the small Llama
@@ -130,17 +132,48 @@ class TestRope:
             ({"scaling.factor": 2.0}, tensors_of(freqs=FACTORS), OWN / FACTORS / 2, 1.0),
             ({"scaling.attn_factor": 1.5}, {}, OWN, 1.5),
             (YARN, {}, yarn(4.0, 64), 0.1 * math.log(4) + 1),
-            ({**YARN, "scaling.original_context_length": None}, {}, yarn(4.0, 256),
-             0.1 * math.log(4) + 1),
-            ({**YARN, "scaling.yarn_beta_fast": 8.0, "scaling.yarn_beta_slow": 2.0}, {},
-             yarn(4.0, 64, 8, 2), 0.1 * math.log(4) + 1),
-            ({**YARN, "scaling.yarn_attn_factor": 2.0, "scaling.attn_factor": 3.0,
-              "scaling.yarn_ext_factor": 1.0, "scaling.finetuned": True}, {}, yarn(4.0, 64),
-             6 * (0.1 * math.log(4) + 1)),
+            (
+                {**YARN, "scaling.original_context_length": None},
+                {},
+                yarn(4.0, 256),
+                0.1 * math.log(4) + 1,
+            ),
+            (
+                {**YARN, "scaling.yarn_beta_fast": 8.0, "scaling.yarn_beta_slow": 2.0},
+                {},
+                yarn(4.0, 64, 8, 2),
+                0.1 * math.log(4) + 1,
+            ),
+            (
+                {
+                    **YARN,
+                    "scaling.yarn_attn_factor": 2.0,
+                    "scaling.attn_factor": 3.0,
+                    "scaling.yarn_ext_factor": 1.0,
+                    "scaling.finetuned": True,
+                },
+                {},
+                yarn(4.0, 64),
+                6 * (0.1 * math.log(4) + 1),
+            ),
         ],
-        ids=["plain", "silent", "linear", "no type", "old key", "none", "factor 0", "factors",
-             "factors and linear", "length", "yarn", "yarn, no length", "betas", "yarn, lengths"],
-    )  # fmt: skip
+        ids=[
+            "plain",
+            "silent",
+            "linear",
+            "no type",
+            "old key",
+            "none",
+            "factor 0",
+            "factors",
+            "factors and linear",
+            "length",
+            "yarn",
+            "yarn, no length",
+            "betas",
+            "yarn, lengths",
+        ],
+    )
     def test_scaling_is_what_the_file_says(self, keys, tensors, right, scale, path):
         gguf_files.write(path, keys={f"rope.{k}": v for k, v in keys.items()}, tensors=tensors)
         for layer in geometry(path).layers:
@@ -150,10 +183,11 @@ class TestRope:
     @pytest.mark.parametrize("architecture", ["llama", "phi3"])
     def test_longrope(self, architecture, path):
         gguf_files.write(
-            path, architecture,
+            path,
+            architecture,
             keys={"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.19},
             tensors=tensors_of(factors_short=[1, 1.1, 1.2, 1.3], factors_long=FACTORS),
-        )  # fmt: skip
+        )
         model = load_model(path, cls="bridge", device="cpu")
         for length, factors in ((64, [1, 1.1, 1.2, 1.3]), (200, FACTORS)):
             layer = RotaryGeometry.from_model(model, length=length)[0]
@@ -166,13 +200,19 @@ class TestRope:
             ({"rope.scaling.type": "dynamic"}, {}, "rope.scaling.type='dynamic'"),
             ({"rope.scaling.alpha": 3.0}, {}, "llama.rope.scaling.alpha=3.0"),
             ({"rope.scaling.type": "longrope"}, {}, "'longrope'"),
-            ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, tensors_of(freqs=FACTORS),
-             "rope_freqs.weight"),
+            (
+                {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+                tensors_of(freqs=FACTORS),
+                "rope_freqs.weight",
+            ),
             ({}, tensors_of(factors_long=FACTORS), "rope_factors_long.weight"),
             ({}, tensors_of(freqs=FACTORS[:3]), "3 factors in rope_freqs.weight for 4 pairs"),
             ({}, tensors_of(phases=FACTORS), "rope_phases.weight"),
-            ({f"rope.{k}": v for k, v in {**YARN, "scaling.yarn_ext_factor": 0.5}.items()}, {},
-             "llama.rope.scaling.yarn_ext_factor=0.5"),
+            (
+                {f"rope.{k}": v for k, v in {**YARN, "scaling.yarn_ext_factor": 0.5}.items()},
+                {},
+                "llama.rope.scaling.yarn_ext_factor=0.5",
+            ),
             ({"rope.freq_base_swa": 500.0}, {}, "llama.rope.freq_base_swa=500.0"),
             ({"attention.sliding_window": 16}, {}, "llama.attention.sliding_window=16"),
             ({"attention.key_length_swa": 4}, {}, "llama.attention.key_length_swa=4"),
@@ -180,7 +220,7 @@ class TestRope:
             ({"attention.scale": 1.0}, {}, "llama.attention.scale=1.0"),
             ({"attention.causal": False}, {}, "llama.attention.causal=False"),
         ],
-    )  # fmt: skip
+    )
     def test_what_is_not_understood_is_refused_by_name(self, keys, tensors, why, path, cache):
         gguf_files.write(path, keys=keys, tensors=tensors)
         with pytest.raises(PosheadsError, match=why) as refusal:
@@ -201,13 +241,15 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("options", "why"),
         [
-            ({"renamed": {"blk.1.attn_q.weight": "blk.1.attn_x.weight"}},
-             r"lacks model\.layers\.1\.self_attn\.q_proj\.weight"),
+            (
+                {"renamed": {"blk.1.attn_q.weight": "blk.1.attn_x.weight"}},
+                r"lacks model\.layers\.1\.self_attn\.q_proj\.weight",
+            ),
             ({"keys": {"block_count": 3}}, r"model\.layers\.2\..* and 6 more"),
             ({"tensors": {"blk.0.attn_q.bias": np.ones(32)}}, r"holds blk\.0\.attn_q\.bias"),
         ],
         ids=["renamed", "a layer too many", "a bias"],
-    )  # fmt: skip
+    )
     def test_file(self, options, why, path, cache):
         gguf_files.write(path, **options)
         with pytest.raises(PosheadsError, match=why):

@@ -27,11 +27,12 @@ import pytest
 import torch
 from scipy import stats
 
-from tl_posheads import LayerGeometry, RotaryGeometry, ScoreAccumulator, draws
-from tl_posheads.contributions import rotate_by
-from tl_posheads.draws import MEASURES
-from tl_posheads.results import TESTED
-from tl_posheads.statistics import mean_over_documents
+from tl_posheads import LayerGeometry, RotaryGeometry, ScoreAccumulator
+from tl_posheads.rotary.contributions import rotate_by
+from tl_posheads.scoring import draws
+from tl_posheads.scoring.draws import MEASURES
+from tl_posheads.scoring.head_scores import TESTED
+from tl_posheads.statistics.ranks import mean_over_documents
 
 N_POS, N_PAIRS = 128, 8
 N_HEADS, N_BATCHES = 60, 20  # heads of a batch

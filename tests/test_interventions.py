@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_capture import state, warm
 
-from tl_posheads import PosheadsError, RotaryGeometry, edit_rotary, models, score_heads
+from tl_posheads import PosheadsError, RotaryGeometry, edit_rotary, score_heads
 from tl_posheads import extrapolation as ex
-from tl_posheads.contributions import split_pairs
-from tl_posheads.fused import fused_attention
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.io import models
+from tl_posheads.rotary.contributions import split_pairs
 
 pytestmark = pytest.mark.lens
 
@@ -163,8 +164,13 @@ def test_fused_cached_and_plain_passes_agree(llama, edit):
         with fused_attention(llama) as on:
             assert on
             torch.testing.assert_close(llama(TOKENS), plain, atol=1e-4, rtol=1e-4)
-        options = dict(max_new_tokens=6, do_sample=False, verbose=False, stop_at_eos=False,
-                       return_type="tokens")  # fmt: skip
+        options = dict(
+            max_new_tokens=6,
+            do_sample=False,
+            verbose=False,
+            stop_at_eos=False,
+            return_type="tokens",
+        )
         cached, fresh = (
             llama.generate(TOKENS[:1, :12], use_past_kv_cache=use, **options)
             for use in (True, False)
@@ -194,8 +200,13 @@ def test_smollm2_in_both_classes(smollm2, edit):
 
 @torch.no_grad()
 def test_smollm2_padded_cached_and_scored(smollm2):
-    edit = dict(scale={range(20, 26): 0.3}, shift={(26, 27): -7.25}, freeze={(0, 1): 5.5},
-                swap=[(3, 19)], remap={4: 18})  # fmt: skip
+    edit = dict(
+        scale={range(20, 26): 0.3},
+        shift={(26, 27): -7.25},
+        freeze={(0, 1): 5.5},
+        swap=[(3, 19)],
+        remap={4: 18},
+    )
     text = smollm2.to_tokens("One two three four five six seven eight nine ten.")[0]
     short = text[:7]
     padded = torch.cat([text.new_full((len(text) - 7,), 2), short])
@@ -206,8 +217,13 @@ def test_smollm2_padded_cached_and_scored(smollm2):
         alone = smollm2(short[None])[0]
         both = smollm2(torch.stack([text, padded]), attention_mask=mask, **left)
         torch.testing.assert_close(both[1, -7:], alone, atol=1e-3, rtol=1e-3)
-        options = dict(max_new_tokens=4, do_sample=False, verbose=False, stop_at_eos=False,
-                       return_type="tokens")  # fmt: skip
+        options = dict(
+            max_new_tokens=4,
+            do_sample=False,
+            verbose=False,
+            stop_at_eos=False,
+            return_type="tokens",
+        )
         cached, fresh = (
             smollm2.generate(text[None], use_past_kv_cache=use, **options) for use in (True, False)
         )
@@ -290,9 +306,9 @@ def rho_by_hand(cache, g, head, edit):
             for j in range(i):
                 c = a[row, i] * b[row, j].conj()
                 content = c * np.exp(-1j * w * (i - j))
-                turned = np.array([
-                    w[source.get(m, m)] * freeze.get(m, i - j) for m in range(len(w))
-                ])  # fmt: skip
+                turned = np.array(
+                    [w[source.get(m, m)] * freeze.get(m, i - j) for m in range(len(w))]
+                )
                 c = (content * np.exp(1j * turned)).real
                 weight = np.exp(c - c.max())
                 apart.append(i - j)

@@ -9,8 +9,8 @@ from test_capture import state, warm
 
 from tl_posheads import PosheadsError
 from tl_posheads import extrapolation as ex
-from tl_posheads.extrapolation.longrope_search import search_longrope
-from tl_posheads.passes import target_logprobs
+from tl_posheads.extrapolation.methods.longrope_search import search_longrope
+from tl_posheads.hooks.logprobs import target_logprobs
 
 pytestmark = pytest.mark.lens
 

@@ -29,10 +29,11 @@ from text_by_hand import (
     weighted_spearman,
 )
 
-from tl_posheads import LayerGeometry, all_pairs, draws
-from tl_posheads.contributions import rotate_by
-from tl_posheads.draws import MEASURES, DocumentDraws, Settings
-from tl_posheads.remapping import Region, Remapping
+from tl_posheads import LayerGeometry
+from tl_posheads.rotary.contributions import rotate_by
+from tl_posheads.rotary.remapping import Region, Remapping
+from tl_posheads.scoring import all_pairs, draws
+from tl_posheads.scoring.draws import MEASURES, DocumentDraws, Settings
 
 
 @pytest.mark.parametrize("scale", ["none", "attention"])

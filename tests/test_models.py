@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import CLASSES
 
-from tl_posheads import gguf_cache, models
 from tl_posheads.errors import PosheadsError
-from tl_posheads.models import load_model
+from tl_posheads.io import gguf as gguf_cache
+from tl_posheads.io import models
+from tl_posheads.io.models import load_model
 
 TEXT = "The attention of a head depends on where a token is, and on what it says. " * 4
 no_hooked = pytest.mark.skipif("hooked" not in CLASSES, reason="this lens has only the Bridge")
@@ -71,8 +72,14 @@ def test_local_folder(cls, small_folder):
     assert torch.is_grad_enabled()
 
 
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
-              high_freq_factor=4.0, original_max_position_embeddings=64)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
 
 

@@ -9,10 +9,10 @@ import torch
 
 import tl_posheads as ph
 from tl_posheads import extrapolation as ex
-from tl_posheads.lens import input_device
-from tl_posheads.models import hooked_available
-from tl_posheads.passes import greedy, target_logprobs
-from tl_posheads.study.screen import head_effects
+from tl_posheads.hooks.logprobs import greedy, target_logprobs
+from tl_posheads.hooks.model import input_device
+from tl_posheads.interventions.study.screen import head_effects
+from tl_posheads.io.models import hooked_available
 
 pytestmark = pytest.mark.lens
 
@@ -65,10 +65,16 @@ def everything(model):
     return out
 
 
-@pytest.mark.parametrize("name", [
-    "Llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Qwen2", "GPT-NeoX, Pythia", "Phi",
-                                                                "Gemma 2", "StableLM")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("Qwen2", "GPT-NeoX, Pythia", "Phi", "Gemma 2", "StableLM")
+        ),
+    ],
+)
 @pytest.mark.parametrize("offloaded", [cpu, disk, afterwards])
 def test_offloaded_models_give_the_numbers_of_the_whole_one(name, offloaded, tmp_path):
     if hooked_available() and offloaded is not afterwards:

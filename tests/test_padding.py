@@ -12,14 +12,14 @@ from test_distance_methods import off, small_hooked
 
 import tl_posheads as ph
 from tl_posheads import PosheadsError, ablate, ablation_hooks, score_heads
-from tl_posheads.extrapolation.dpe import DPE
-from tl_posheads.extrapolation.dual_chunk import DualChunk
-from tl_posheads.extrapolation.longrope import LongRoPE
-from tl_posheads.extrapolation.ntk import DynamicNTK
-from tl_posheads.extrapolation.rerope import ReRoPE
-from tl_posheads.extrapolation.self_extend import SelfExtend
-from tl_posheads.inputs import require_unpadded
-from tl_posheads.positions import text_keys
+from tl_posheads.extrapolation.methods.dpe import DPE
+from tl_posheads.extrapolation.methods.dual_chunk import DualChunk
+from tl_posheads.extrapolation.methods.longrope import LongRoPE
+from tl_posheads.extrapolation.methods.ntk import DynamicNTK
+from tl_posheads.extrapolation.methods.rerope import ReRoPE
+from tl_posheads.extrapolation.methods.self_extend import SelfExtend
+from tl_posheads.hooks.inputs import require_unpadded
+from tl_posheads.hooks.positions import text_keys
 
 pytestmark = pytest.mark.lens
 
@@ -124,9 +124,12 @@ def steps(model, tokens, mask, n_first):
             out.append(model(tokens[:, new], attention_mask=mask[:, new], past_kv_cache=past))
             continue
         step = hf_model(
-            tokens[:, new], attention_mask=mask[:, :end], position_ids=position[:, new],
-            past_key_values=past, use_cache=True,
-        )  # fmt: skip
+            tokens[:, new],
+            attention_mask=mask[:, :end],
+            position_ids=position[:, new],
+            past_key_values=past,
+            use_cache=True,
+        )
         past = step.past_key_values
         out.append(step.logits)
     return torch.cat(out, 1)
@@ -177,8 +180,14 @@ def test_padding_is_no_text_that_a_reference_lacks(llama, how):
 
 def methods(n):
     chosen = ((0,), (1,), (), (0,))
-    return [SelfExtend(4, 8), ReRoPE(8, log_n=True), ReRoPE(8, leak=3.0), DualChunk(16, 4),
-            DPE((2, 3, 1, 2)[:n], 8), DPE((2, 3, 1, 2)[:n], 8, [chosen, chosen])]  # fmt: skip
+    return [
+        SelfExtend(4, 8),
+        ReRoPE(8, log_n=True),
+        ReRoPE(8, leak=3.0),
+        DualChunk(16, 4),
+        DPE((2, 3, 1, 2)[:n], 8),
+        DPE((2, 3, 1, 2)[:n], 8, [chosen, chosen]),
+    ]
 
 
 @pytest.mark.slow
@@ -215,10 +224,15 @@ def test_frequencies_are_those_of_each_rows_own_length(llama):
         assert max(map(off, alone, bare)) > 1e-3, method
 
 
-@pytest.mark.parametrize(("dtype", "masked"), [
-    (torch.float32, float("-inf")), (torch.float32, torch.finfo(torch.float32).min),
-    (torch.bfloat16, torch.finfo(torch.bfloat16).min), (torch.float16, -65504.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "masked"),
+    [
+        (torch.float32, float("-inf")),
+        (torch.float32, torch.finfo(torch.float32).min),
+        (torch.bfloat16, torch.finfo(torch.bfloat16).min),
+        (torch.float16, -65504.0),
+    ],
+)
 def test_keys_that_nobody_sees_are_padding(dtype, masked):
     mask = padded("both")[1].bool()
     causal = torch.ones(WIDTH, WIDTH).tril().bool()

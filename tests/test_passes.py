@@ -8,16 +8,27 @@ import torch
 from test_capture import state, warm
 
 from tl_posheads import ablation_hooks
-from tl_posheads.fused import fused_attention
-from tl_posheads.passes import run_branch, run_trunk, target_logprobs
-from tl_posheads.study.screen import head_effects
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.logprobs import run_branch, run_trunk, target_logprobs
+from tl_posheads.interventions.study.screen import head_effects
 
 pytestmark = pytest.mark.lens
 
 TOKENS = torch.randint(3, 90, (40,), generator=torch.Generator().manual_seed(3))
 TARGETS = torch.tensor([5, 17, 18, 39])
-FUSED = {"Llama", "Llama, llama3 scaling", "Llama, YaRN", "Mistral, sliding window", "Mixtral",
-         "Qwen2", "Qwen3", "Gemma 3", "Phi", "StableLM", "OLMo 2"}  # fmt: skip
+FUSED = {
+    "Llama",
+    "Llama, llama3 scaling",
+    "Llama, YaRN",
+    "Mistral, sliding window",
+    "Mixtral",
+    "Qwen2",
+    "Qwen3",
+    "Gemma 3",
+    "Phi",
+    "StableLM",
+    "OLMo 2",
+}
 
 
 def by_hand(model, tokens, targets, hooks=()):

@@ -12,8 +12,9 @@ from scores_by_hand import head_scores
 from test_capture import assert_same, state, warm
 from transformer_lens import patching as lens_patching
 
-from tl_posheads import PosheadsError, ablation
-from tl_posheads.patching import HeadPatching, patch_heads
+from tl_posheads import PosheadsError
+from tl_posheads.interventions import ablation
+from tl_posheads.interventions.patching import HeadPatching, patch_heads
 
 CLEAN = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(1))
 CORRUPTED = CLEAN.clone()
@@ -21,8 +22,16 @@ CORRUPTED[:, 5:7] = (CLEAN[:, 5:7] + 20) % 80 + 3
 ANSWER = 11
 # Grouped queries, one joint projection, transformers' own attention, parallel MLP, one key head,
 # sliding windows, experts, latent attention.
-FAMILIES = ["Llama", "GPT-NeoX, Pythia", "GPT-J", "Phi", "Falcon", "Gemma 2", "Mixtral",
-            "DeepSeek-V3"]  # fmt: skip
+FAMILIES = [
+    "Llama",
+    "GPT-NeoX, Pythia",
+    "GPT-J",
+    "Phi",
+    "Falcon",
+    "Gemma 2",
+    "Mixtral",
+    "DeepSeek-V3",
+]
 
 
 def log_prob(logits):
@@ -294,8 +303,15 @@ def test_scores_stand_beside_the_effects_and_are_ranked_over_all_heads(llama):
     frame = patch_heads(
         llama, CLEAN, CORRUPTED, log_prob, asked, scores=scores, progress=False
     ).to_pandas()
-    assert frame.columns.tolist() == ["layer", "head", "patched", "effect", "recovered", "rho",
-                                      "rank"]  # fmt: skip
+    assert frame.columns.tolist() == [
+        "layer",
+        "head",
+        "patched",
+        "effect",
+        "recovered",
+        "rho",
+        "rank",
+    ]
     order = scores.top(8)
     assert len(order) == 7
     assert frame["rank"].isna().tolist() == [False, True, False, False]
@@ -311,9 +327,13 @@ def test_rank_correlation_follows_recovery_with_its_sign(llama):
     frame = result.to_pandas()
     expected = stats.spearmanr(frame["rho"], frame["recovered"])
     orders = stats.permutation_test(
-        (frame["rho"],), lambda x: abs(stats.spearmanr(x, frame["recovered"]).statistic),
-        permutation_type="pairings", n_resamples=999, alternative="greater", random_state=0,
-    )  # fmt: skip
+        (frame["rho"],),
+        lambda x: abs(stats.spearmanr(x, frame["recovered"]).statistic),
+        permutation_type="pairings",
+        n_resamples=999,
+        alternative="greater",
+        random_state=0,
+    )
     assert found.rho == pytest.approx(expected.statistic)
     assert found.p == pytest.approx(orders.pvalue, abs=0.06)
     assert found.n_heads == 8

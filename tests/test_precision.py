@@ -12,12 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import tl_posheads as ph
 from tl_posheads import extrapolation as ex
-from tl_posheads.contributions import turn, unrotated_contribution
-from tl_posheads.fused import fused_attention
-from tl_posheads.geometry import LayerGeometry
-from tl_posheads.precision import rounding_of
-from tl_posheads.remapping import remapped_attention
-from tl_posheads.study.screen import head_effects
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.interventions.study.screen import head_effects
+from tl_posheads.rotary.contributions import turn, unrotated_contribution
+from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.rotary.precision import rounding_of
+from tl_posheads.rotary.remapping import remapped_attention
 
 pytestmark = pytest.mark.lens
 
@@ -38,9 +38,12 @@ def with_biases(family, config, bias, dtype, **options):
                 parts[:, :2, 3] = parts[:, :2, 7] = bias
             weight.copy_(weight.to(torch.bfloat16).float())
     return TransformerBridge.boot_transformers(
-        "tiny", hf_model=hf.to(dtype), tokenizer=architectures.tiny_tokenizer(), device="cpu",
+        "tiny",
+        hf_model=hf.to(dtype),
+        tokenizer=architectures.tiny_tokenizer(),
+        device="cpu",
         dtype=dtype,
-    )  # fmt: skip
+    )
 
 
 def qwen2(dtype, bias=300.0):
@@ -70,8 +73,9 @@ def test_a_method_of_distance_that_moves_nothing_keeps_the_loss_of_its_bare_row(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("method", [ex.SelfExtend(4, 16), ex.ReRoPE(16), ex.DualChunk(32, 8),
-                                    ex.Linear(2.0)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "method", [ex.SelfExtend(4, 16), ex.ReRoPE(16), ex.DualChunk(32, 8), ex.Linear(2.0)], ids=repr
+)
 def test_methods_lose_no_more_digits_than_the_bare_model(method, dtype):
     bias = 300.0 if dtype == torch.bfloat16 else 100.0  # fp16 ends at 65504
     exact, half = (losses(qwen2(x, bias), [method]) for x in (torch.float32, dtype))
@@ -97,8 +101,9 @@ GEOMETRY = LayerGeometry.from_inv_freq(
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("method", [ex.SelfExtend(4, 8), ex.ReRoPE(8), ex.DualChunk(16, 4)],
-                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "method", [ex.SelfExtend(4, 8), ex.ReRoPE(8), ex.DualChunk(16, 4)], ids=repr
+)
 def test_remapped_attention_is_that_of_float64_rounded_once(method, dtype):
     q, k, v = vectors(dtype)
     geometry = method.layer_geometry(GEOMETRY, 24, 40)

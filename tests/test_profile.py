@@ -10,10 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
-from tl_posheads.contributions import rotate_by
 from tl_posheads.errors import PosheadsError
-from tl_posheads.geometry import LayerGeometry
-from tl_posheads.profile import (
+from tl_posheads.figures.profile import clustered
+from tl_posheads.rotary.contributions import rotate_by
+from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.statistics.ranks import chance_overlap
+from tl_posheads.studies.profile import (
     HeadProfile,
     before_rotation,
     copied_share,
@@ -29,9 +31,7 @@ from tl_posheads.profile import (
     slow_dimensions,
     slow_share,
 )
-from tl_posheads.profile.figure import clustered
-from tl_posheads.profile.settings import MEASURES, ProfileSettings, measures_of
-from tl_posheads.statistics import chance_overlap
+from tl_posheads.studies.profile.settings import MEASURES, ProfileSettings, measures_of
 
 
 @pytest.fixture
@@ -229,14 +229,16 @@ def test_copied_share_counts_distinct_tokens_of_the_needle():
     needle = copies_of(text, torch.tensor([4, 6, 8]))
     assert needle.tolist() == [[1, 2, 3], [5, 6, 7]]
     written = torch.tensor([4, 6, 8])
-    looks = torch.tensor([
-        [1, 2, 3],   # all
-        [1, 6, 7],   # all, from two places
-        [2, 2, 2],   # in the needle, but holds the token once only
-        [0, 4, 0],   # elsewhere
-        [1, 1, 1],
-        [2, 1, 3],   # all of the needle, but two of them while another token is written
-    ])  # fmt: skip
+    looks = torch.tensor(
+        [
+            [1, 2, 3],  # all
+            [1, 6, 7],  # all, from two places
+            [2, 2, 2],  # in the needle, but holds the token once only
+            [0, 4, 0],  # elsewhere
+            [1, 1, 1],
+            [2, 1, 3],  # all of the needle, but two of them while another token is written
+        ]
+    )
     found = copied_share(looks, written, text, needle)
     assert found.tolist() == pytest.approx([1, 1, 1 / 3, 0, 1 / 3, 1 / 3])
     twice = copied_share(torch.tensor([[1, 5, 1]]), torch.tensor([4, 4, 4]), text, needle)
@@ -256,14 +258,21 @@ def table():
     rng = np.random.default_rng(3)
     base = rng.normal(size=60)
     layer = np.repeat(np.arange(6), 10)
-    return pd.DataFrame({
-        "layer": layer, "head": np.tile(np.arange(10), 6), "positional": base,
-        "alike": base + 0.3 * rng.normal(size=60), "against": -base + rng.normal(size=60),
-        "deep": layer + 0.01 * rng.normal(size=60), "deeper": layer + 0.01 * rng.normal(size=60),
-        "same": 0.0, "unknown": np.nan,
-        "gaps": np.where(np.arange(60) % 4 == 0, np.nan, base**3),
-        "few": np.where(np.arange(60) < 4, 1.0 + np.arange(60), 0.0),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "head": np.tile(np.arange(10), 6),
+            "positional": base,
+            "alike": base + 0.3 * rng.normal(size=60),
+            "against": -base + rng.normal(size=60),
+            "deep": layer + 0.01 * rng.normal(size=60),
+            "deeper": layer + 0.01 * rng.normal(size=60),
+            "same": 0.0,
+            "unknown": np.nan,
+            "gaps": np.where(np.arange(60) % 4 == 0, np.nan, base**3),
+            "few": np.where(np.arange(60) < 4, 1.0 + np.arange(60), 0.0),
+        }
+    )
 
 
 def test_correlation_is_spearmans(table):

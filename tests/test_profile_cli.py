@@ -10,15 +10,25 @@ import pytest
 from test_cli import SCORE, place, run  # noqa: F401
 
 from tl_posheads import HeadScores
-from tl_posheads.cli_profile import FILES, MEASURES, add_command, table_lines
+from tl_posheads.cli.profile import FILES, MEASURES, add_command, table_lines
 from tl_posheads.errors import PosheadsError
-from tl_posheads.profile import HeadProfile
-from tl_posheads.profile import settings as profile_settings
+from tl_posheads.studies.profile import HeadProfile
+from tl_posheads.studies.profile import settings as profile_settings
 
 pytestmark = pytest.mark.lens
 
-PROFILE = ("profile", "PLACE/llama", "--corpus", "PLACE/text.txt", "--docs", 2, "--length", 60,
-           "--needles", 2)  # fmt: skip
+PROFILE = (
+    "profile",
+    "PLACE/llama",
+    "--corpus",
+    "PLACE/text.txt",
+    "--docs",
+    2,
+    "--length",
+    60,
+    "--needles",
+    2,
+)
 
 
 @pytest.fixture
@@ -44,7 +54,12 @@ def test_writes_everything_and_shows_it_again(call, tmp_path):
     out, err = call(*PROFILE, "--out", "p")
     folder = tmp_path / "p"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "profile.json", "profile.parquet", "profile.png", "run.json", "table.csv"]  # fmt: skip
+        "profile.json",
+        "profile.parquet",
+        "profile.png",
+        "run.json",
+        "table.csv",
+    ]
     assert set(FILES) <= {path.name for path in folder.iterdir()}
     profile = HeadProfile.load(folder)
     table = pd.read_csv(folder / "table.csv")
@@ -83,8 +98,8 @@ def test_takes_the_scores_of_a_finished_run(run, call, tmp_path):  # noqa: F811
 
 
 def test_a_stopped_run_keeps_its_scores(call, tmp_path, monkeypatch):
-    from tl_posheads import scoring
-    from tl_posheads.profile import driver
+    from tl_posheads.scoring import score as scoring
+    from tl_posheads.studies.profile import driver
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

@@ -14,16 +14,16 @@ import torch
 from tl_posheads import rotary_hook_points, score_heads
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation import SelfExtend
-from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.profile import (
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.studies.profile import (
     HeadProfile,
     ProfileSettings,
     dimension_norms,
     long_context_share,
     profile_heads,
 )
-from tl_posheads.profile.needles import greedy, most_attended, retrieval_scores
-from tl_posheads.profile.settings import columns_of
+from tl_posheads.studies.profile.needles import greedy, most_attended, retrieval_scores
+from tl_posheads.studies.profile.settings import columns_of
 from tl_posheads.tasks.base import Prompt
 
 pytestmark = pytest.mark.lens
@@ -228,7 +228,7 @@ def _state(model):
 
 
 def test_the_model_is_left_as_it_was_even_when_a_measure_fails(llama, monkeypatch):
-    from tl_posheads.profile import passing
+    from tl_posheads.studies.profile import passing
 
     before, hooks = _state(llama), [len(p.fwd_hooks) for p in llama.hook_dict.values()]
     extra = set(llama.__dict__)
@@ -277,8 +277,9 @@ def test_inside_a_method_that_moves_positions(llama):
 
 
 def test_short_texts_and_missing_tokenizers_are_told(llama, monkeypatch):
-    found = profile_heads(llama, tokens_for(1, 20), needles=0, measures=["long_context"],
-                          progress=False)  # fmt: skip
+    found = profile_heads(
+        llama, tokens_for(1, 20), needles=0, measures=["long_context"], progress=False
+    )
     assert found.to_pandas()["long_context"].isna().all()
     assert "too little outside a window of 16" in found.provenance["missing"]["long_context"]
     monkeypatch.setattr(llama, "tokenizer", None)
@@ -293,10 +294,12 @@ def test_short_texts_and_missing_tokenizers_are_told(llama, monkeypatch):
         (dict(measures=["sinks"]), "expected a list of some of"),
         (dict(needles=-1), "needles=-1 was given"),
         (dict(scale="both"), "scale='both' was given"),
-        (dict(scores=planted.scores_with_top(planted.planted_retriever(3, 4, (1, 1)), [(1, 1)])),
-         "give this model's scores"),
+        (
+            dict(scores=planted.scores_with_top(planted.planted_retriever(3, 4, (1, 1)), [(1, 1)])),
+            "give this model's scores",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals_come_before_any_pass(llama, monkeypatch, options, message):
     def forbidden(*args, **kwargs):
         raise AssertionError("a pass was run")
@@ -315,9 +318,13 @@ def test_both_classes_agree_on_smollm2(smollm2, smollm2_bridge):
     """SmolLM2's own text: the same numbers as from the Bridge."""
     tokens = smollm2_bridge.to_tokens("The cat sat on the mat. " * 8)
     scores = planted.scores_with_top(smollm2_bridge, [(1, 1)])
-    options = dict(scores=scores, settings=ProfileSettings(local_window=8), needles=0,
-                   measures=["induction", "sink", "distance", "long_context", "massive"],
-                   progress=False)  # fmt: skip
+    options = dict(
+        scores=scores,
+        settings=ProfileSettings(local_window=8),
+        needles=0,
+        measures=["induction", "sink", "distance", "long_context", "massive"],
+        progress=False,
+    )
     here, there = (profile_heads(m, tokens, **options) for m in (smollm2, smollm2_bridge))
     for name in here.columns:
         a, b = here.to_pandas()[name].to_numpy(), there.to_pandas()[name].to_numpy()

@@ -17,7 +17,7 @@ from scipy import stats
 from scores_by_hand import head_scores
 
 from tl_posheads import AblationStudy, dominant_dimension_curve, head_maps
-from tl_posheads.report import render, write_report
+from tl_posheads.views.report import render, write_report
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>\"'&\u2028\u202e<img src=x onerror=alert(1)>"
@@ -113,10 +113,21 @@ def test_one_document_has_no_interval_and_the_page_says_what_to_give():
 
 def opened(path, *options):
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         "--disable-dev-shm-usage", "--virtual-time-budget=3000", *options, path.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--disable-dev-shm-usage",
+            "--virtual-time-budget=3000",
+            *options,
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

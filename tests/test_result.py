@@ -18,9 +18,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tl_posheads import HeadScores, PosheadsError
-from tl_posheads.curves import DominantDimensionCurve
-from tl_posheads.files import facts_sha256
-from tl_posheads.result import Files, Result
+from tl_posheads.io.files import facts_sha256
+from tl_posheads.io.result import Files, Result
+from tl_posheads.scoring.curves import DominantDimensionCurve
 
 NAN = float("nan")
 
@@ -319,11 +319,19 @@ def test_checks_of_a_class_hold_for_what_it_is_made_of(tmp_path):
 
         _files = Files("several", "several", "again")
 
-    names, curve = ("a", "b"), DominantDimensionCurve(
-        heads=[(0, 1)], distance=torch.arange(1, 4), n_pairs=torch.ones(1, 3, dtype=torch.long),
-        mean=torch.zeros(1, 3), quantiles=torch.zeros(1, 2, 3), levels=(0.1, 0.9),
-        allocation=torch.zeros(1, 5, 3), wavelengths=torch.ones(1, 5),
-    )  # fmt: skip
+    names, curve = (
+        ("a", "b"),
+        DominantDimensionCurve(
+            heads=[(0, 1)],
+            distance=torch.arange(1, 4),
+            n_pairs=torch.ones(1, 3, dtype=torch.long),
+            mean=torch.zeros(1, 3),
+            quantiles=torch.zeros(1, 2, 3),
+            levels=(0.1, 0.9),
+            allocation=torch.zeros(1, 5, 3),
+            wavelengths=torch.ones(1, 5),
+        ),
+    )
     good = HeadScores(torch.zeros(6, 2, 1, 3, dtype=torch.float64), names, (None,), {})
     saved = Several((good, good), curve).save(tmp_path / "good")
     assert [s.document_names for s in Several.load(saved).scores] == [names] * 2

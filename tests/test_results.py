@@ -10,7 +10,7 @@ from scipy import stats
 from scores_by_hand import head_scores
 
 from tl_posheads import HeadScores, LayerGeometry, PosheadsError, RotaryGeometry, ScoreAccumulator
-from tl_posheads.draws import MEASURES
+from tl_posheads.scoring.draws import MEASURES
 
 NAN = float("nan")
 

@@ -16,9 +16,9 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 import tl_posheads as ph
 from tl_posheads import extrapolation as ex
-from tl_posheads import models
-from tl_posheads.lengths import own_frequencies
-from tl_posheads.passes import target_logprobs
+from tl_posheads.hooks.lengths import own_frequencies
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.io import models
 from tl_posheads.tasks import generate_answers
 from tl_posheads.tasks.base import Prompt
 

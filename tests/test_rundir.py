@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from killed import FILES, command, whole
 
-from tl_posheads import PosheadsError, rundir
+from tl_posheads import PosheadsError
+from tl_posheads.cli import run_folder
 
 SCRIPT = [sys.executable, str(Path(__file__).with_name("killed.py"))]
 
@@ -44,9 +45,12 @@ def test_after_a_kill_at_any_step_the_folder_can_be_used(words):
 
 def start(out, name, *more):
     return subprocess.Popen(
-        [*SCRIPT, "command", out, name, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [*SCRIPT, "command", out, name, *more],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_while_a_run_is_at_work_another_is_refused_and_takes_nothing_away(tmp_path):
@@ -90,25 +94,29 @@ def test_of_processes_that_start_at_once_one_or_more_finish(tmp_path, time):
 
 
 def test_what_is_left_of_a_kill_is_no_others_file(tmp_path):
-    for name in (".run.json.0123abcd.part", ".unfinished/.run.json.0123abcd.part",
-                 ".tl-posheads.lock", ".unfinished/checkpoint/a"):  # fmt: skip
+    for name in (
+        ".run.json.0123abcd.part",
+        ".unfinished/.run.json.0123abcd.part",
+        ".tl-posheads.lock",
+        ".unfinished/checkpoint/a",
+    ):
         out = tmp_path / name.replace("/", "_")
         (out / name).parent.mkdir(parents=True)
         (out / name).write_text("{")
-        assert rundir.look(out, {}) == "new"
+        assert run_folder.look(out, {}) == "new"
     (out / ".replaced").mkdir()
     with pytest.raises(PosheadsError, match=r"is not empty \(\.replaced\) and holds no run.json"):
-        rundir.look(out, {})
+        run_folder.look(out, {})
 
 
 def test_folders_that_nothing_was_put_in_are_taken_away(tmp_path):
     out = tmp_path / "a" / "b"
 
     def fail(computed):
-        with rundir.locked(out), rundir.running(out, {}, "new") as folder:
+        with run_folder.locked(out), run_folder.running(out, {}, "new") as folder:
             if computed:
-                (folder / rundir.CHECKPOINT).mkdir()
-                (folder / rundir.CHECKPOINT / "unit").write_text("kept")
+                (folder / run_folder.CHECKPOINT).mkdir()
+                (folder / run_folder.CHECKPOINT / "unit").write_text("kept")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
@@ -116,8 +124,8 @@ def test_folders_that_nothing_was_put_in_are_taken_away(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         fail(computed=True)
-    assert rundir.was_stopped(out)
-    assert rundir.look(out, {}) == "resume"
+    assert run_folder.was_stopped(out)
+    assert run_folder.look(out, {}) == "resume"
     assert [p.name for p in out.iterdir()] == [".unfinished"]
 
 
@@ -136,14 +144,14 @@ def test_labels_that_were_edited_are_refused_or_labels(tmp_path):
     for text in texts:
         (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
-            run = rundir.read_run(tmp_path)
+            run = run_folder.read_run(tmp_path)
             assert run["program"] == "tl-posheads"
             assert isinstance(run["finished"], bool)
-            rundir.look(tmp_path, good["request"])
+            run_folder.look(tmp_path, good["request"])
         except PosheadsError:
             refused += 1
     assert refused > len(texts) / 2
     (tmp_path / "run.json").unlink()
     os.mkfifo(tmp_path / "run.json")  # reading it would wait for ever
     with pytest.raises(PosheadsError, match="is no file"):
-        rundir.look(tmp_path, {})
+        run_folder.look(tmp_path, {})

@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from test_results import scores
 
 from tl_posheads import HeadScores, PosheadsError
-from tl_posheads.files import facts_sha256, write_bytes
+from tl_posheads.io.files import facts_sha256, write_bytes
 
 
 def test_save_and_load_round_trip_bit_for_bit(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 import tl_posheads as ph
-from tl_posheads import scoring
-from tl_posheads.draws import MEASURES
+from tl_posheads.scoring import score as scoring
+from tl_posheads.scoring.draws import MEASURES
 
 
 def tokens_of(n_docs, length, seed=0):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tl_posheads import PosheadsError, spearman_by_distance
-from tl_posheads.draws import draw_pairs
-from tl_posheads.statistics import (
+from tl_posheads.scoring.draws import draw_pairs
+from tl_posheads.statistics.ranks import (
     benjamini_hochberg,
     chance_overlap,
     correlation,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_posheads import PosheadsError, break_point, stretch
-from tl_posheads.extrapolation.log_bins import log_bins
+from tl_posheads.statistics.log_bins import log_bins
 
 TRAINED, LONGEST = 256, 2048
 D = np.arange(1, LONGEST + 1)
@@ -90,9 +90,12 @@ def test_single_document_draws_heads():
 def test_without_noise_the_scale_is_exact(scale, level):
     h = np.arange(2)[None, :, None]
     found = stretch(
-        level + rising(D[None, None] / scale, h), level + rising(D[None, None, :TRAINED], h),
-        trained=TRAINED, factor=8, n_boot=20,
-    )  # fmt: skip
+        level + rising(D[None, None] / scale, h),
+        level + rising(D[None, None, :TRAINED], h),
+        trained=TRAINED,
+        factor=8,
+        n_boot=20,
+    )
     assert found.scale == pytest.approx(scale, rel=0.01)
     assert found.r2 > 0.999
 

@@ -13,9 +13,9 @@ import torch
 from test_capture import state
 
 from tl_posheads import AblationStudy, PosheadsError, ablate, ablation_study
-from tl_posheads.passes import target_logprobs
-from tl_posheads.study.budget import Cost, Spread, draws_to_try, make_plan, seconds_of
-from tl_posheads.study.results import UNABLATED
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.interventions.study.budget import Cost, Spread, draws_to_try, make_plan, seconds_of
+from tl_posheads.interventions.study.results import UNABLATED
 from tl_posheads.tasks import Prompt
 
 TOP = (3, 5)
@@ -38,9 +38,13 @@ def scores(model):
 
 def run(model, scores, *, n=3, **options):
     options = {
-        "tasks": [planted.Retrieval(n=n, length=32)], "fractions": [ONE_HEAD, 0.05],
-        "controls": ["random", "lowest"], "n_control": 12, "progress": False, **options,
-    }  # fmt: skip
+        "tasks": [planted.Retrieval(n=n, length=32)],
+        "fractions": [ONE_HEAD, 0.05],
+        "controls": ["random", "lowest"],
+        "n_control": 12,
+        "progress": False,
+        **options,
+    }
     return ablation_study(model, scores, **options)
 
 
@@ -88,9 +92,15 @@ def test_copies_are_not_found():
 
 
 @pytest.mark.lens
-@pytest.mark.parametrize("how", [
-    {}, {"mode": "mean"}, {"mode": "mean", "per_position": True}, {"mode": "resample"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"mode": "mean"},
+        {"mode": "mean", "per_position": True},
+        {"mode": "resample"},
+    ],
+)
 def test_cells_are_what_ablate_gives(model, scores, how):
     if how:
         generator = torch.Generator().manual_seed(0)
@@ -107,9 +117,10 @@ def test_cells_are_what_ablate_gives(model, scores, how):
                 logprob, hit = target_logprobs(model, prompt.tokens, prompt.targets)
             clean, _ = target_logprobs(model, prompt.tokens, prompt.targets)
             cell = study.cells[
-                (study.cells["variant"] == variant) & (study.cells["prompt"] == i)
+                (study.cells["variant"] == variant)
+                & (study.cells["prompt"] == i)
                 & (study.cells["condition"] == condition)
-            ].iloc[0]  # fmt: skip
+            ].iloc[0]
             assert cell["logprob"] == pytest.approx(float(logprob.mean()), abs=1e-4)
             assert cell["exact"] == bool(hit.all())
             effect = study.effects("planted-retrieval", variant).loc[i, condition]
@@ -237,8 +248,12 @@ def test_budget_is_kept_or_refused(model, scores, capsys):
 def plan(**options):
     spreads = {("a", 0.02): Spread(0.1, 0.5), ("a", 0.05): Spread(0.2, 0.5)}
     defaults = dict(
-        n_prompts=50, n_control=32, budget=3600.0, spent=100.0, seed=0,
-    )  # fmt: skip
+        n_prompts=50,
+        n_control=32,
+        budget=3600.0,
+        spent=100.0,
+        seed=0,
+    )
     first_layers = {n: [3] * (n + 1) for n in draws_to_try(32)}
     return make_plan({"a": Cost(2.0, 0.05, 6.0)}, first_layers, spreads, **{**defaults, **options})
 
@@ -262,16 +277,30 @@ def test_plan_fits_and_says_what_it_could_find():
 
 def test_unknown_spreads_are_unknown():
     sizes = make_plan(
-        {"a": Cost(1.0, 0.0, 1.0)}, {12: [0]}, {("a", 0.1): Spread(np.nan, np.nan)},
-        n_prompts=3, n_control=12, budget=None, spent=0.0, seed=0,
-    ).as_dict()["smallest_detectable"]  # fmt: skip
+        {"a": Cost(1.0, 0.0, 1.0)},
+        {12: [0]},
+        {("a", 0.1): Spread(np.nan, np.nan)},
+        n_prompts=3,
+        n_control=12,
+        budget=None,
+        spent=0.0,
+        seed=0,
+    ).as_dict()["smallest_detectable"]
     assert sizes == {"a": {"0.1": None}}
 
 
-@pytest.mark.parametrize(("given", "seconds"), [
-    ("60min", 3600), ("1.5h", 5400), ("90s", 90), ("90", 90), (90, 90), (0.5, 0.5),
-    (timedelta(minutes=2), 120),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("60min", 3600),
+        ("1.5h", 5400),
+        ("90s", 90),
+        ("90", 90),
+        (90, 90),
+        (0.5, 0.5),
+        (timedelta(minutes=2), 120),
+    ],
+)
 def test_times(given, seconds):
     assert seconds_of(given) == seconds
 
@@ -296,25 +325,31 @@ def prompt(tokens, targets):
     return Prompt(torch.tensor(tokens), torch.tensor(targets))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(tasks=[]), "expected at least one"),
-    (dict(tasks=["passkey"]), "expected at least one"),
-    (dict(tasks=[Odd()]), "has no prompts"),
-    (dict(tasks=[Odd(prompt([3, 4], [2]))]), "positions from 1 to 1"),
-    (dict(tasks=[Odd(prompt([3, 4], [0]))]), "positions from 1 to 1"),
-    (dict(tasks=[Odd(prompt([3, 400], [1]))]), "ids 0 to 96"),
-    (dict(tasks=[planted.Retrieval(n=1, length=4000)]), "at most"),
-    (dict(n_control=11), "at least 12"),
-    (dict(controls=["best"]), "expected some of"),
-    (dict(controls=[]), "expected some of"),
-    (dict(fractions=[0.05, 0.02]), "ascending"),
-    (dict(fractions=[0.02, 0.0201]), "both give"),
-    (dict(fractions=[1.5]), "at most 1"),
-    (dict(mode="mean"), "without a reference"),
-    (dict(mode="resample", reference=torch.full((2, 20), 30)), "text of 32 tokens .* 20 positions"),
-    (dict(mode="mean", per_position=True, reference=torch.full((2, 20), 30)), "20 positions"),
-    (dict(budget="soon"), "expected a time"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(tasks=[]), "expected at least one"),
+        (dict(tasks=["passkey"]), "expected at least one"),
+        (dict(tasks=[Odd()]), "has no prompts"),
+        (dict(tasks=[Odd(prompt([3, 4], [2]))]), "positions from 1 to 1"),
+        (dict(tasks=[Odd(prompt([3, 4], [0]))]), "positions from 1 to 1"),
+        (dict(tasks=[Odd(prompt([3, 400], [1]))]), "ids 0 to 96"),
+        (dict(tasks=[planted.Retrieval(n=1, length=4000)]), "at most"),
+        (dict(n_control=11), "at least 12"),
+        (dict(controls=["best"]), "expected some of"),
+        (dict(controls=[]), "expected some of"),
+        (dict(fractions=[0.05, 0.02]), "ascending"),
+        (dict(fractions=[0.02, 0.0201]), "both give"),
+        (dict(fractions=[1.5]), "at most 1"),
+        (dict(mode="mean"), "without a reference"),
+        (
+            dict(mode="resample", reference=torch.full((2, 20), 30)),
+            "text of 32 tokens .* 20 positions",
+        ),
+        (dict(mode="mean", per_position=True, reference=torch.full((2, 20), 30)), "20 positions"),
+        (dict(budget="soon"), "expected a time"),
+    ],
+)
 def test_bad_input_is_refused_before_any_pass(model, scores, change, message):
     ran = []
     with (

@@ -20,8 +20,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tl_posheads import PosheadsError
-from tl_posheads.files import facts_sha256, table_bytes
-from tl_posheads.study import dose_results, effects, power, results
+from tl_posheads.interventions.study import dose_results, results
+from tl_posheads.io.files import facts_sha256, table_bytes
+from tl_posheads.statistics import effects, power
 
 NAN, INF = float("nan"), float("inf")
 some = pytest.mark.parametrize("most", [25, pytest.param(None, marks=pytest.mark.slow)])
@@ -36,7 +37,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "paired_effect", few)
     few = lambda *args, **options: power.smallest_detectable(*args, **{**options, "n_sim": 10})
     monkeypatch.setattr(results, "smallest_detectable", few)
-    monkeypatch.setattr("tl_posheads.statistics._N_SPLITS", 2)
+    monkeypatch.setattr("tl_posheads.statistics.ranks._N_SPLITS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,28 @@ def saved(tmp_path_factory):
 
 def told(result):
     """Everything that a result says without arguments: its tables, tests and sentences."""
-    names = ["to_pandas", "summary", "verdict", "effects", "trend", "losses", "answers", "curves",
-             "achievement", "correlation", "overlap", "drift", "lead_lag", "pairs", "change",
-             "attribution", "by_pair", "split_half", "cell_tokens", "break_point"]  # fmt: skip
+    names = [
+        "to_pandas",
+        "summary",
+        "verdict",
+        "effects",
+        "trend",
+        "losses",
+        "answers",
+        "curves",
+        "achievement",
+        "correlation",
+        "overlap",
+        "drift",
+        "lead_lag",
+        "pairs",
+        "change",
+        "attribution",
+        "by_pair",
+        "split_half",
+        "cell_tokens",
+        "break_point",
+    ]
     out = [repr(result)]
     for name in names:
         tell = getattr(type(result), name, None)
@@ -116,8 +136,27 @@ def places(value, at=()):
 
 
 def other_values(value, draw):
-    odd = [None, True, "", "x" * 999, "/dev/zero", -1, 0, 2**62, 2**80, 10**400, NAN, -INF, 1e308,
-           [], {}, [[]], {"": None}, "\ud800", [value, value]]  # fmt: skip
+    odd = [
+        None,
+        True,
+        "",
+        "x" * 999,
+        "/dev/zero",
+        -1,
+        0,
+        2**62,
+        2**80,
+        10**400,
+        NAN,
+        -INF,
+        1e308,
+        [],
+        {},
+        [[]],
+        {"": None},
+        "\ud800",
+        [value, value],
+    ]
     return [x for x in draw.sample(odd, 6) if repr(x) != repr(value)]
 
 

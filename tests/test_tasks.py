@@ -12,9 +12,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tl_posheads.corpora import _text
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import target_logprobs
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.io.corpora import _text
 from tl_posheads.tasks import (
     TASKS,
     Copying,
@@ -498,9 +498,15 @@ def test_passkey_with_a_real_model(smollm2):
 
 def test_names():
     assert list(TASKS) == [
-        "passkey", "needle", "key-value", "multi-key", "variable-tracking", "copying",
-        "perplexity", "longppl",
-    ]  # fmt: skip
+        "passkey",
+        "needle",
+        "key-value",
+        "multi-key",
+        "variable-tracking",
+        "copying",
+        "perplexity",
+        "longppl",
+    ]
     for name, cls in TASKS.items():
         assert isinstance(cls(), Task)
         assert cls().name == name.replace("-", "_")
@@ -512,7 +518,11 @@ BAD_FIELDS = [
     (Passkey, {"n": True}, r"n=True was given; expected a whole number"),
     (Passkey, {"depths": 0}, r"depths=0 was given"),
     (Passkey, {"length": "long"}, r"length='long' was given"),
-    (Passkey, {"length": 128}, r"short_length=128 was given for prompts of 128 tokens; expected at most 127"),
+    (
+        Passkey,
+        {"length": 128},
+        r"short_length=128 was given for prompts of 128 tokens; expected at most 127",
+    ),
     (Passkey, {"short_length": 1}, r"short_length=1 was given"),
     (Needle, {"lengths": ()}, r"lengths=\(\) was given; expected whole numbers"),
     (Needle, {"lengths": 512}, r"lengths=512 was given; expected whole numbers"),
@@ -532,7 +542,7 @@ BAD_FIELDS = [
     (Perplexity, {"length": 100}, r"prompts of 100 tokens"),
     (LongPPL, {"stride": 0}, r"stride=0 was given"),
     (LongPPL, {"length": 129}, r"prompts of 129 tokens; expected at most 127"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

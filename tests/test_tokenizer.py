@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
 
-from tl_posheads import PosheadsError, load_corpus, models
-from tl_posheads.evals import LensLM
+from tl_posheads import PosheadsError, load_corpus
+from tl_posheads.hooks.tokenizer import begin, tokenizer_of
+from tl_posheads.io import models
 from tl_posheads.tasks import Copying, Passkey, Perplexity
-from tl_posheads.tokenizer import begin, tokenizer_of
+from tl_posheads.tasks.lm_eval import LensLM
 
 pytestmark = pytest.mark.lens
 CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tl_posheads import LayerGeometry, PosheadsError
-from tl_posheads.contributions import dimension_contributions, dominant_dimension, rotate_by
-from tl_posheads.remapping import pair_vectors
-from tl_posheads.unseen import UnseenAngles, clamped_dominant, unseen_pairs
-from tl_posheads.unseen.clamping import DistanceBins, clamp_by_bin, one_replaced
-from tl_posheads.unseen.live import clamped
-from tl_posheads.unseen.measure import _stacked
+from tl_posheads.rotary.contributions import dimension_contributions, dominant_dimension, rotate_by
+from tl_posheads.rotary.remapping import pair_vectors
+from tl_posheads.studies.unseen import UnseenAngles, clamped_dominant, unseen_pairs
+from tl_posheads.studies.unseen.clamping import DistanceBins, clamp_by_bin, one_replaced
+from tl_posheads.studies.unseen.live import clamped
+from tl_posheads.studies.unseen.measure import _stacked
 
 TRAINED = 16
 # Wavelengths 7, 15, 45 and 628 tokens: the first two have turned in 16 tokens.
@@ -225,11 +225,22 @@ def planted(size, phase, n_docs=5, noise=0.0):
         texts.append(clamp_by_bin(*turned, PLANTED, [0], bins, torch.arange(1, n_pos)))
     of = lambda name: _stacked([{0: getattr(s, name)} for s in texts], [(0, 0)])
     return UnseenAngles(
-        heads=[(0, 0)], trained=T, bin_start=bins.start, bin_end=bins.end, bin_octave=bins.octave,
-        inv_freq=PLANTED.inv_freq[None], n_pairs=torch.stack([s.n_pairs[None] for s in texts]),
-        bare=of("bare"), paired=of("paired"), joint=of("joint"), single=of("single"), live=None,
-        loss=pd.DataFrame(), seed=0, provenance={},
-    )  # fmt: skip
+        heads=[(0, 0)],
+        trained=T,
+        bin_start=bins.start,
+        bin_end=bins.end,
+        bin_octave=bins.octave,
+        inv_freq=PLANTED.inv_freq[None],
+        n_pairs=torch.stack([s.n_pairs[None] for s in texts]),
+        bare=of("bare"),
+        paired=of("paired"),
+        joint=of("joint"),
+        single=of("single"),
+        live=None,
+        loss=pd.DataFrame(),
+        seed=0,
+        provenance={},
+    )
 
 
 def value(found, quantity):

@@ -10,15 +10,27 @@ import pytest
 from test_cli import place  # noqa: F401
 
 from tl_posheads import PosheadsError
-from tl_posheads.cli_unseen import LIVE, TABLES, add_command, sentences
-from tl_posheads.unseen import UnseenAngles
+from tl_posheads.cli.unseen import LIVE, TABLES, add_command, sentences
+from tl_posheads.studies.unseen import UnseenAngles
 
 pytestmark = pytest.mark.lens
 
 UNSEEN = (
-    "unseen", "PLACE/llama", "--trained", 24, "--corpus", "PLACE/text.txt", "--docs", 4,
-    "--factor", 3, "--live", "joint", "--scale", "attention",
-)  # fmt: skip
+    "unseen",
+    "PLACE/llama",
+    "--trained",
+    24,
+    "--corpus",
+    "PLACE/text.txt",
+    "--docs",
+    4,
+    "--factor",
+    3,
+    "--live",
+    "joint",
+    "--scale",
+    "attention",
+)
 
 
 @pytest.fixture
@@ -43,9 +55,13 @@ def test_writes_everything_and_shows_it_again(run, tmp_path):
     assert "8 heads, 4 texts, trained on 24 tokens; unseen pairs of a head: 3." in out
     names = {path.name for path in (tmp_path / "u").iterdir()}
     assert names == {
-        *(f"{name}.csv" for name in TABLES), "unseen.png", "unseen.json", "unseen.safetensors",
-        "loss.parquet", "run.json",
-    }  # fmt: skip
+        *(f"{name}.csv" for name in TABLES),
+        "unseen.png",
+        "unseen.json",
+        "unseen.safetensors",
+        "loss.parquet",
+        "run.json",
+    }
     assert (tmp_path / "u" / "unseen.png").read_bytes().startswith(b"\x89PNG")
     summary = pd.read_csv(tmp_path / "u" / "summary.csv")
     pd.testing.assert_frame_equal(summary, found.summary(), check_dtype=False)
@@ -63,11 +79,14 @@ def test_writes_everything_and_shows_it_again(run, tmp_path):
     assert UnseenAngles.load(tmp_path / "u").heads == [(0, 1), (1, 2)]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("--factor", "1"), "no number above 1"),
-    (("--heads", "3"), "write layer.head"),
-    (("--live", "some"), f"choose from {LIVE[0]}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--factor", "1"), "no number above 1"),
+        (("--heads", "3"), "write layer.head"),
+        (("--live", "some"), f"choose from {LIVE[0]}"),
+    ],
+)
 def test_bad_words(run, capsys, words, message):
     with pytest.raises(SystemExit):
         run(*UNSEEN, *words, "--out", "u")

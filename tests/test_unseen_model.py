@@ -12,12 +12,13 @@ import pytest
 import torch
 from test_capture import assert_same, state, warm
 
-from tl_posheads import PosheadsError, RotaryGeometry, capture_rotary, edit_rotary, models
+from tl_posheads import PosheadsError, RotaryGeometry, capture_rotary, edit_rotary
 from tl_posheads import extrapolation as ex
-from tl_posheads.fused import fused_attention
-from tl_posheads.remapping import pair_vectors
-from tl_posheads.unseen import UnseenAngles, clamp_rotary, clamped_dominant, unseen_angles
-from tl_posheads.unseen.live import clamped, hiding
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.io import models
+from tl_posheads.rotary.remapping import pair_vectors
+from tl_posheads.studies.unseen import UnseenAngles, clamp_rotary, clamped_dominant, unseen_angles
+from tl_posheads.studies.unseen.live import clamped, hiding
 
 pytestmark = pytest.mark.lens
 
@@ -139,9 +140,11 @@ def test_the_study_is_the_loop_over_public_functions(llama, found):
     for text in TOKENS:
         q, k = rotated(llama, text[:72])[1]
         for name, held in sets.items():
-            dominant[name].append(clamped_dominant(
-                q, k, geometry[1], held, trained=TRAINED, q_pos=q_pos, k_pos=k_pos
-            )[3])  # fmt: skip
+            dominant[name].append(
+                clamped_dominant(
+                    q, k, geometry[1], held, trained=TRAINED, q_pos=q_pos, k_pos=k_pos
+                )[3]
+            )
     mean = {name: torch.stack(values).mean(0).numpy() for name, values in dominant.items()}
     reference = mean["bare"][(i - j >= 12) & (i - j < 24)].mean()
     table = found.change().query("layer == 1 and head == 3")
@@ -254,8 +257,11 @@ def test_saves_and_loads_bit_for_bit(found, tmp_path):
 def test_figure_says_what_it_shows(found):
     curve, pair, loss = found.plot().axes
     assert [t.get_text() for t in curve.get_legend().get_texts()] == [
-        "bare model", "unseen pairs clamped", "other pairs clamped", "unseen clamped as it reads",
-    ]  # fmt: skip
+        "bare model",
+        "unseen pairs clamped",
+        "other pairs clamped",
+        "unseen clamped as it reads",
+    ]
     assert any("trained on 24" in text.get_text() for text in curve.texts)
     assert len(pair.patches) == 4
     bars = found.by_pair(n_boot=5)["change_from_pair"]
@@ -286,10 +292,16 @@ def test_other_layouts_and_windows(name):
     i, j = np.tril_indices(72, -1)
     held = found.pairs().query(f"unseen and layer == {layer} and head == {head}")["pair"]
     values = [
-        clamped_dominant(*rotated(model, text[:72])[layer], geometry, held, trained=TRAINED,
-                         q_pos=torch.as_tensor(i), k_pos=torch.as_tensor(j))[head]
+        clamped_dominant(
+            *rotated(model, text[:72])[layer],
+            geometry,
+            held,
+            trained=TRAINED,
+            q_pos=torch.as_tensor(i),
+            k_pos=torch.as_tensor(j),
+        )[head]
         for text in TOKENS[:2]
-    ]  # fmt: skip
+    ]
     mean = torch.stack(values).mean(0).numpy()
     table = found.change().query(f"layer == {layer} and head == {head}")
     for _, row in table.iterrows():

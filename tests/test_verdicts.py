@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from tl_posheads.study.verdicts import verdict
+from tl_posheads.interventions.study.verdicts import verdict
 
 
 def table(*, p_far=0.03, p_gap=0.03, near=-0.2, detectable=0.5, lowest=False, short=True):
@@ -19,14 +19,27 @@ def table(*, p_far=0.03, p_gap=0.03, near=-0.2, detectable=0.5, lowest=False, sh
             if variant != "long" and not short:
                 continue
             for fraction, worse in ((0.02, 0.5), (0.05, 0.0)):
-                rows.append(dict(
-                    task="passkey", variant=variant, fraction=fraction, n_heads=int(fraction * 280),
-                    n_prompts=5, unablated=-0.1, effect=effect, ci_low=effect - 0.3,
-                    ci_high=effect + 0.3, control=control,
-                    control_effect=-0.25 if control == "random" else -0.5, n_draws=32,
-                    p=p, p_adjusted=min(1.0, p + worse + (0.01 if control == "layer_matched" else 0)),
-                    smallest_detectable=detectable if variant == "long" else float("nan"),
-                ))  # fmt: skip
+                rows.append(
+                    dict(
+                        task="passkey",
+                        variant=variant,
+                        fraction=fraction,
+                        n_heads=int(fraction * 280),
+                        n_prompts=5,
+                        unablated=-0.1,
+                        effect=effect,
+                        ci_low=effect - 0.3,
+                        ci_high=effect + 0.3,
+                        control=control,
+                        control_effect=-0.25 if control == "random" else -0.5,
+                        n_draws=32,
+                        p=p,
+                        p_adjusted=min(
+                            1.0, p + worse + (0.01 if control == "layer_matched" else 0)
+                        ),
+                        smallest_detectable=detectable if variant == "long" else float("nan"),
+                    )
+                )
     if lowest:
         rows.append(
             {
@@ -63,11 +76,14 @@ def test_found_without_a_short_control():
     assert "there is no short-context control" in verdict(table(short=False), "passkey")
 
 
-@pytest.mark.parametrize(("detectable", "words"), [
-    (0.5, "an effect of 0.50 below the draws' mean would have been found in 4 of 5 studies"),
-    (float("inf"), "with so few draws no effect could have been found"),
-    (float("nan"), "(p = 0.210 corrected)."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("detectable", "words"),
+    [
+        (0.5, "an effect of 0.50 below the draws' mean would have been found in 4 of 5 studies"),
+        (float("inf"), "with so few draws no effect could have been found"),
+        (float("nan"), "(p = 0.210 corrected)."),
+    ],
+)
 def test_not_found(detectable, words):
     said = verdict(table(p_far=0.2, detectable=detectable), "passkey")
     assert "no evidence that these heads matter more than heads of the same layers" in said

@@ -19,9 +19,9 @@ from test_report import scores as toy_scores
 
 import tl_posheads as ph
 from tl_posheads import views
-from tl_posheads.maps import HeadMaps, _reduced
-from tl_posheads.views import shown
-from tl_posheads.views.shown import page
+from tl_posheads.scoring.maps import HeadMaps, _reduced
+from tl_posheads.views import page as shown
+from tl_posheads.views.page import page
 
 HEADS = [(1, 2), (0, 3), (1, 0)]
 
@@ -135,11 +135,19 @@ def hostile_maps(n=13, heads=2):
     dominant = torch.rand(heads, n, n, generator=generator).double() * 5
     tokens = [HOSTILE[i % len(HOSTILE)] for i in range(n)]
     return HeadMaps(
-        model=HOSTILE[0], heads=[(0, h) for h in range(heads)], tokens=tokens, step=1,
-        pattern=pattern / pattern.sum(-1, keepdim=True), dominant=dominant,
-        distance=pattern.sum(-1), dimension=dominant.mean(-1), q_pos=[n - 1],
-        row_pattern=pattern[:, -1:], row_dominant=dominant[:, -1:], n_pairs=[6] * heads,
-    )  # fmt: skip
+        model=HOSTILE[0],
+        heads=[(0, h) for h in range(heads)],
+        tokens=tokens,
+        step=1,
+        pattern=pattern / pattern.sum(-1, keepdim=True),
+        dominant=dominant,
+        distance=pattern.sum(-1),
+        dimension=dominant.mean(-1),
+        q_pos=[n - 1],
+        row_pattern=pattern[:, -1:],
+        row_dominant=dominant[:, -1:],
+        n_pairs=[6] * heads,
+    )
 
 
 VIEWS = {
@@ -330,9 +338,10 @@ def test_score_figure_counts_every_head_and_those_above_zero():
     assert sum(patch.get_height() for patch in above) == len(scores.positional()) > 0
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == [
-        "all 20 heads", f"{len(scores.positional())} above zero (p < 0.05, corrected)",
+        "all 20 heads",
+        f"{len(scores.positional())} above zero (p < 0.05, corrected)",
         "rotation alone",
-    ]  # fmt: skip
+    ]
     edges = [patch.get_x() for patch in everything] + [everything[-1].get_x() + 1]
     counts = np.histogram(0.6 * scores.rho[scores.rho.isfinite()].numpy(), edges)[0]
     outline = ax.patches[80].get_xy()
@@ -341,8 +350,9 @@ def test_score_figure_counts_every_head_and_those_above_zero():
     assert ax.get_ylabel() == "heads"
     (ax,) = toy_scores(n_documents=1).plot().axes  # no test
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "all 20 heads", "rotation alone",
-    ]  # fmt: skip
+        "all 20 heads",
+        "rotation alone",
+    ]
     scores.values[1:3] = float("nan")
     (ax,) = replace(scores).plot().axes
     assert "rotation alone" not in [text.get_text() for text in ax.get_legend().get_texts()]

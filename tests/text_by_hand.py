@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from tl_posheads import LayerGeometry
-from tl_posheads.contributions import rotate_by
-from tl_posheads.draws import MEASURES, DocumentDraws, measure
+from tl_posheads.rotary.contributions import rotate_by
+from tl_posheads.scoring.draws import MEASURES, DocumentDraws, measure
 
 NAME = "5eed" * 6
 CPU = torch.device("cpu")

@@ -6,29 +6,29 @@
 """
 
 from tl_posheads.extrapolation.base import DistanceMethod, Frequencies, FrequencyMethod, Method
-from tl_posheads.extrapolation.clex import CLEX
-from tl_posheads.extrapolation.clex_train import train_clex
-from tl_posheads.extrapolation.dpe import DPE
-from tl_posheads.extrapolation.dpe_detect import (
+from tl_posheads.extrapolation.methods.clex import CLEX
+from tl_posheads.extrapolation.methods.clex_train import train_clex
+from tl_posheads.extrapolation.methods.dpe import DPE
+from tl_posheads.extrapolation.methods.dpe_detect import (
     EffectiveLengths,
     detect_effective_lengths,
     fit_dpe,
     key_pairs,
 )
-from tl_posheads.extrapolation.dual_chunk import DualChunk
-from tl_posheads.extrapolation.fope import FoPE
-from tl_posheads.extrapolation.linear import Linear
-from tl_posheads.extrapolation.llama3 import Llama3
-from tl_posheads.extrapolation.longrope import LongRoPE
-from tl_posheads.extrapolation.longrope_search import search_longrope
-from tl_posheads.extrapolation.none import None_
-from tl_posheads.extrapolation.nope import NoPE
-from tl_posheads.extrapolation.ntk import NTK, DynamicNTK
-from tl_posheads.extrapolation.rerope import ReRoPE
-from tl_posheads.extrapolation.resonance import Resonance
-from tl_posheads.extrapolation.self_extend import SelfExtend
-from tl_posheads.extrapolation.theta import Theta
-from tl_posheads.extrapolation.yarn import YaRN
+from tl_posheads.extrapolation.methods.dual_chunk import DualChunk
+from tl_posheads.extrapolation.methods.fope import FoPE
+from tl_posheads.extrapolation.methods.linear import Linear
+from tl_posheads.extrapolation.methods.llama3 import Llama3
+from tl_posheads.extrapolation.methods.longrope import LongRoPE
+from tl_posheads.extrapolation.methods.longrope_search import search_longrope
+from tl_posheads.extrapolation.methods.nope import NoPE
+from tl_posheads.extrapolation.methods.ntk import NTK, DynamicNTK
+from tl_posheads.extrapolation.methods.rerope import ReRoPE
+from tl_posheads.extrapolation.methods.resonance import Resonance
+from tl_posheads.extrapolation.methods.self_extend import SelfExtend
+from tl_posheads.extrapolation.methods.theta import Theta
+from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.methods.yarn import YaRN
 
 __all__ = [
     "CLEX",

@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_posheads.capture import hook_names, rotary_hook_points
-from tl_posheads.contributions import turn
 from tl_posheads.errors import PosheadsError
-from tl_posheads.geometry import LayerGeometry, RotaryGeometry
-from tl_posheads.inputs import length_matters
-from tl_posheads.lengths import ANY_LENGTH, own_frequencies, rotary_state_kept
-from tl_posheads.lens import (
+from tl_posheads.hooks.capture import hook_names, rotary_hook_points
+from tl_posheads.hooks.inputs import length_matters
+from tl_posheads.hooks.lengths import ANY_LENGTH, own_frequencies, rotary_state_kept
+from tl_posheads.hooks.model import (
     Change,
     changed,
     changes_of,
@@ -26,9 +24,12 @@ from tl_posheads.lens import (
     require_rotary,
     trained_length,
 )
-from tl_posheads.positions import Positions, watched_positions
-from tl_posheads.remapping import Remapping
-from tl_posheads.rescoring import require_scores, rescored
+from tl_posheads.hooks.positions import Positions, watched_positions
+from tl_posheads.hooks.rescoring import require_scores, rescored
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.rotary.contributions import turn
+from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.rotary.remapping import Remapping
 
 
 class Frequencies(NamedTuple):
@@ -267,10 +268,15 @@ def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
             return method.layer_geometry(layer, known, length)
 
         change = Change(
-            name=repr(method), kind="extrapolation", trained=known, geometry=geometry,
-            length_matters=method.length_matters, border=method.border(known), remapped=remapped,
+            name=repr(method),
+            kind="extrapolation",
+            trained=known,
+            geometry=geometry,
+            length_matters=method.length_matters,
+            border=method.border(known),
+            remapped=remapped,
             handles=handles,
-        )  # fmt: skip
+        )
         stack.enter_context(changed(model, change))
         yield model
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.interpolate import BSpline
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.log_bins import BinnedCurves, bootstrap_counts, interval_of
+from tl_posheads.statistics.log_bins import BinnedCurves, bootstrap_counts, interval_of
 
 # Bins at least on either side of a break.
 _EDGE = 4
@@ -120,12 +120,18 @@ def break_point(
     low, high = interval_of(places, counts.shape[1], "nearest")
     before, change, jump = bases.slopes(given[0], place)
     return BreakPoint(
-        distance=float(2 ** x[place]), ci_low=float(2 ** (low - 1 / per_octave)),
+        distance=float(2 ** x[place]),
+        ci_low=float(2 ** (low - 1 / per_octave)),
         ci_high=float(2 ** (high + 1 / per_octave)),
-        error_ratio=error_ratio, slope_before=before, slope_after=before + change,
-        jump=jump, n_knots=bases.n_knots, n_heads=n_heads,
-        n_docs=n_docs, unit=unit,
-    )  # fmt: skip
+        error_ratio=error_ratio,
+        slope_before=before,
+        slope_after=before + change,
+        jump=jump,
+        n_knots=bases.n_knots,
+        n_heads=n_heads,
+        n_docs=n_docs,
+        unit=unit,
+    )
 
 
 class _Bases:

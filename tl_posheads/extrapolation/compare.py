@@ -12,15 +12,11 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_posheads.ablation import heads_of
-from tl_posheads.checkpoint import Checkpoint
-from tl_posheads.contributions import Scale
-from tl_posheads.corpora import load_corpus
-from tl_posheads.draws import Settings, Weighting
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import Method, any_length, trained_of
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
-from tl_posheads.extrapolation.none import None_
+from tl_posheads.extrapolation.methods.theta import Theta
+from tl_posheads.extrapolation.methods.unchanged import None_
 from tl_posheads.extrapolation.observing import (
     Plan,
     TextUnder,
@@ -28,15 +24,19 @@ from tl_posheads.extrapolation.observing import (
     scored_layers,
     scores_of,
 )
-from tl_posheads.extrapolation.theta import Theta
-from tl_posheads.fused import fused_attention
-from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import by_content, digest_of, documents_of, layers_of
-from tl_posheads.lens import changes_of, model_name, require_clean, require_rotary
-from tl_posheads.passes import target_logprobs
-from tl_posheads.provenance import model_facts, versions
-from tl_posheads.results import HeadScores
-from tl_posheads.scoring import empty_accumulator, geometry_by_length, sweep
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.heads import heads_of
+from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.provenance import model_facts, versions
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.checkpoint import Checkpoint
+from tl_posheads.io.corpora import load_corpus
+from tl_posheads.rotary.contributions import Scale
+from tl_posheads.scoring.draws import Settings, Weighting
+from tl_posheads.scoring.head_scores import HeadScores
+from tl_posheads.scoring.score import empty_accumulator, geometry_by_length, sweep
 from tl_posheads.tasks.base import Prompt, Task
 
 Head = tuple[int, int]
@@ -146,13 +146,19 @@ def compare_extrapolations(
     plan = Plan(tuple(curved), tuple(wanted), known, settings, n_queries, n_scored)
     facts: dict[str, Any] = {
         **model_facts(model),
-        "trained": known, "methods": [repr(method) for method in chosen], "pairs": pairs,
-        **asdict(settings), "n_queries": n_queries, "n_scored": n_scored,
-        "heads": [list(head) for head in curved], "layers": wanted,
+        "trained": known,
+        "methods": [repr(method) for method in chosen],
+        "pairs": pairs,
+        **asdict(settings),
+        "n_queries": n_queries,
+        "n_scored": n_scored,
+        "heads": [list(head) for head in curved],
+        "layers": wanted,
         "tasks": [repr(task) for task in tasks],
         "tokens_sha256": digest_of(by_key),
-        "n_documents": len(by_key), "longest": max(len(document) for document in documents),
-    }  # fmt: skip
+        "n_documents": len(by_key),
+        "longest": max(len(document) for document in documents),
+    }
     kept = Checkpoint(checkpoint, facts)
     total = len(chosen) * (len(by_key) + sum(len(p) for _, p in prompts))
     results, answers = [], []
@@ -171,10 +177,11 @@ def compare_extrapolations(
         texts=[texts for texts, _, _ in results],
         within=[within for _, within, _ in results],
         whole=[whole for _, _, whole in results],
-        tasks=pd.DataFrame(answers, columns=["method", "task", "length", "prompt", "logprob",
-                                             "exact"]),
+        tasks=pd.DataFrame(
+            answers, columns=["method", "task", "length", "prompt", "logprob", "exact"]
+        ),
         provenance={**facts, "versions": versions()},
-    )  # fmt: skip
+    )
 
 
 def sweep_theta(
@@ -242,9 +249,13 @@ def _settings(method: Method) -> dict[str, Any]:
 
 
 def _texts(
-    model: Any, by_key: Sequence[tuple[str, Tensor]], plan: Plan, kept: Checkpoint, number: int,
+    model: Any,
+    by_key: Sequence[tuple[str, Tensor]],
+    plan: Plan,
+    kept: Checkpoint,
+    number: int,
     bar: Any,
-) -> tuple[list[TextUnder], HeadScores, HeadScores]:  # fmt: skip
+) -> tuple[list[TextUnder], HeadScores, HeadScores]:
     """Every text under the method in force: what each showed, and the scores of both kinds."""
     longest = max(len(document) for _, document in by_key)
     geometry = RotaryGeometry.from_model(model, length=longest)
@@ -272,9 +283,15 @@ def _answers(
     with fused_attention(model):
         for i, prompt in enumerate(prompts):
             logprob, hit = target_logprobs(model, prompt.tokens, prompt.targets)
-            rows.append({
-                "method": method, "task": task, "length": len(prompt.tokens), "prompt": i,
-                "logprob": float(np.mean(logprob.double().numpy())), "exact": bool(hit.all()),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "method": method,
+                    "task": task,
+                    "length": len(prompt.tokens),
+                    "prompt": i,
+                    "logprob": float(np.mean(logprob.double().numpy())),
+                    "exact": bool(hit.all()),
+                }
+            )
             bar.update(1)
     return rows

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.break_point import BreakPoint, break_point
-from tl_posheads.extrapolation.log_bins import log_bins
 from tl_posheads.extrapolation.observing import Head, TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
-from tl_posheads.result import Files, Result
-from tl_posheads.results import Comparison, HeadScores
-from tl_posheads.statistics import spearman_of_few
+from tl_posheads.io.result import Files, Result
+from tl_posheads.scoring.head_scores import Comparison, HeadScores
+from tl_posheads.statistics.log_bins import log_bins
+from tl_posheads.statistics.ranks import spearman_of_few
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,23 +104,32 @@ class ExtrapolationComparison(Result):
     ) -> ExtrapolationComparison:
         """From what each text showed under each method; texts of unequal length are padded."""
         losses = [
-            pd.DataFrame({
-                "method": methods[m], "document": d, "position": text.positions.numpy(),
-                "loss": text.loss.numpy(),
-            })
+            pd.DataFrame(
+                {
+                    "method": methods[m],
+                    "document": d,
+                    "position": text.positions.numpy(),
+                    "loss": text.loss.numpy(),
+                }
+            )
             for m, row in enumerate(texts)
             for d, text in enumerate(row)
-        ]  # fmt: skip
+        ]
         return cls(
-            methods=tuple(methods), settings=tuple(dict(s) for s in settings),
-            heads=tuple((int(layer), int(head)) for layer, head in heads), trained=trained,
+            methods=tuple(methods),
+            settings=tuple(dict(s) for s in settings),
+            heads=tuple((int(layer), int(head)) for layer, head in heads),
+            trained=trained,
             whole=torch.stack([_padded([t.whole for t in row], float("nan")) for row in texts]),
             n_whole=_padded([t.n_whole for t in texts[0]], 0),
             within=torch.stack([_padded([t.within for t in row], float("nan")) for row in texts]),
             n_within=_padded([t.n_within for t in texts[0]], 0),
-            scores_within=tuple(within), scores_whole=tuple(whole),
-            loss=pd.concat(losses, ignore_index=True), tasks=tasks, provenance=dict(provenance),
-        )  # fmt: skip
+            scores_within=tuple(within),
+            scores_whole=tuple(whole),
+            loss=pd.concat(losses, ignore_index=True),
+            tasks=tasks,
+            provenance=dict(provenance),
+        )
 
     def _number(self, method: str | int) -> int:
         if isinstance(method, int) and 0 <= method < len(self.methods):
@@ -141,9 +150,14 @@ class ExtrapolationComparison(Result):
         """
         m = self._number(method)
         return stretch(
-            self.whole[m].numpy(), self.within[0].numpy(), n_extended=self.n_whole.numpy(),
-            n_bare=self.n_within.numpy(), trained=self.trained, factor=self._factor(m), seed=seed,
-        )  # fmt: skip
+            self.whole[m].numpy(),
+            self.within[0].numpy(),
+            n_extended=self.n_whole.numpy(),
+            n_bare=self.n_within.numpy(),
+            trained=self.trained,
+            factor=self._factor(m),
+            seed=seed,
+        )
 
     def break_point(self, *, seed: int = 0) -> BreakPoint:
         """The distance at which the bare model's curves leave their trend."""
@@ -197,18 +211,28 @@ class ExtrapolationComparison(Result):
         distance = np.arange(1, self.whole.shape[-1] + 1)
         for m, method in enumerate(self.methods):
             bins = log_bins(
-                distance, self.n_whole.numpy()[:, None], self.whole[m].numpy(),
+                distance,
+                self.n_whole.numpy()[:, None],
+                self.whole[m].numpy(),
                 per_octave=per_octave,
-            )  # fmt: skip
+            )
             weight = np.where(np.isfinite(bins.mean), bins.n_pairs, 0)
             total = np.nansum(weight * np.nan_to_num(bins.mean), axis=0)
             with np.errstate(invalid="ignore"):
                 pooled = total / weight.sum(0)
             for h, (layer, head) in enumerate(self.heads):
-                frames.append(pd.DataFrame({
-                    "method": method, "layer": layer, "head": head, "distance": bins.distance,
-                    "mean": pooled[h], "n_pairs": weight.sum(0)[h],
-                }))  # fmt: skip
+                frames.append(
+                    pd.DataFrame(
+                        {
+                            "method": method,
+                            "layer": layer,
+                            "head": head,
+                            "distance": bins.distance,
+                            "mean": pooled[h],
+                            "n_pairs": weight.sum(0)[h],
+                        }
+                    )
+                )
         return pd.concat(frames, ignore_index=True)
 
     @cached_property
@@ -219,16 +243,24 @@ class ExtrapolationComparison(Result):
             loss = self.loss[self.loss["method"] == method]
             past = loss["position"] >= self.trained
             row: dict[str, Any] = {
-                "method": method, "factor": self._factor(m),
+                "method": method,
+                "factor": self._factor(m),
                 **({"base": self.settings[m]["base"]} if "base" in self.settings[m] else {}),
-                "stretch": drawn.scale, "stretch_low": drawn.ci_low, "stretch_high": drawn.ci_high,
-                "misfit": drawn.misfit, "r2": drawn.r2,
+                "stretch": drawn.scale,
+                "stretch_low": drawn.ci_low,
+                "stretch_high": drawn.ci_high,
+                "misfit": drawn.misfit,
+                "r2": drawn.r2,
                 "rho_within": self._mean_rho(self.scores_within[m]),
                 "rho_whole": self._mean_rho(self.scores_whole[m]),
-                "rank_correlation": alike.rank_correlation, "overlap": alike.overlap,
-                "k": alike.k, "chance": alike.chance, "p_chance": alike.p_chance,
-                "loss_within": loss["loss"][~past].mean(), "loss_past": loss["loss"][past].mean(),
-            }  # fmt: skip
+                "rank_correlation": alike.rank_correlation,
+                "overlap": alike.overlap,
+                "k": alike.k,
+                "chance": alike.chance,
+                "p_chance": alike.p_chance,
+                "loss_within": loss["loss"][~past].mean(),
+                "loss_past": loss["loss"][past].mean(),
+            }
             asked = self.tasks[self.tasks["method"] == method]
             for name, group in asked.groupby("task", sort=False):
                 far = group["length"] > self.trained
@@ -278,7 +310,7 @@ class ExtrapolationComparison(Result):
         Args:
             methods: what to draw, as names, texts or numbers; all by default.
         """
-        from tl_posheads.extrapolation.figure import figure
+        from tl_posheads.figures.extrapolation import figure
 
         chosen = range(len(self.methods)) if methods is None else map(self._number, methods)
         return figure(self, list(chosen))

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_posheads.ablation import by_layer
-from tl_posheads.capture import rotary_consumer
-from tl_posheads.checkpoint import Checkpoint
-from tl_posheads.curves import mean_by_distance
-from tl_posheads.draws import DocumentDraws, Settings, measure
-from tl_posheads.fused import fused_attention
-from tl_posheads.geometry import RotaryGeometry
-from tl_posheads.inputs import require_finite
-from tl_posheads.passes import target_logprobs
-from tl_posheads.results import HeadScores
+from tl_posheads.hooks.capture import rotary_consumer
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.heads import by_layer
+from tl_posheads.hooks.inputs import require_finite
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.checkpoint import Checkpoint
+from tl_posheads.scoring.curves import mean_by_distance
+from tl_posheads.scoring.draws import DocumentDraws, Settings, measure
+from tl_posheads.scoring.head_scores import HeadScores
 
 Head = tuple[int, int]
 
@@ -82,7 +82,7 @@ def observe(
     """One pass over a text longer than ``plan.trained``; ``unit``, hexadecimal, names its draws.
 
     Memory: fused attention's, where the model allows it; ``head * pos`` numbers for the curves,
-    twice, and :func:`tl_posheads.draws.measure`'s.
+    twice, and :func:`tl_posheads.scoring.draws.measure`'s.
     """
     members, settings = by_layer(plan.heads), plan.settings
     first, near, last = settings.skip_first, plan.trained, len(document)

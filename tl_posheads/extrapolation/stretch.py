@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.log_bins import BinnedCurves, bootstrap_counts, interval_of
+from tl_posheads.statistics.log_bins import BinnedCurves, bootstrap_counts, interval_of
 
 # Share of the bare curve's octaves that have to be seen in the extended one, whatever the scale.
 _OVERLAP = 0.5
@@ -199,9 +199,18 @@ def stretch(
     scale, ci_low, ci_high = 2 ** (told * [shift[0], low, high])
     misfit = float(told[0] * np.sqrt(np.nanmean(at_best**2)))
     return Stretch(
-        float(scale), float(ci_low), float(ci_high), factor, misfit,
-        float(np.sqrt(np.nanmean(unscaled**2))), float(told[0] * r2), n_heads, n_docs, unit, reason,
-    )  # fmt: skip
+        float(scale),
+        float(ci_low),
+        float(ci_high),
+        factor,
+        misfit,
+        float(np.sqrt(np.nanmean(unscaled**2))),
+        float(told[0] * r2),
+        n_heads,
+        n_docs,
+        unit,
+        reason,
+    )
 
 
 def _bounds(x: np.ndarray, x_bare: np.ndarray, factor: float) -> tuple[float, float]:

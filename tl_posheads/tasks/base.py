@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_posheads.corpora import _tokenise
 from tl_posheads.errors import PosheadsError
-from tl_posheads.lengths import context_length
+from tl_posheads.hooks.lengths import context_length
+from tl_posheads.io.corpora import _tokenise
 
 
 @dataclass(frozen=True, eq=False)

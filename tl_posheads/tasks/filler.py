@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tl_posheads.corpora import _streamed, _text, _tokenise
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.tokenizer import begin, tokenizer_of
+from tl_posheads.io.corpora import _streamed, _text, _tokenise
 from tl_posheads.tasks.base import Prompt, check_length, encode
-from tl_posheads.tokenizer import begin, tokenizer_of
 
 T = TypeVar("T")
 

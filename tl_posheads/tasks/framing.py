@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.tokenizer import begin
 from tl_posheads.tasks.base import encode
-from tl_posheads.tokenizer import begin
 
 _MESSAGE = "THE-USERS-MESSAGE"
 

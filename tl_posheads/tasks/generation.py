@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import greedy
+from tl_posheads.hooks.logprobs import greedy
+from tl_posheads.hooks.tokenizer import tokenizer_of
 from tl_posheads.tasks.base import Prompt, check_length
-from tl_posheads.tokenizer import tokenizer_of
 
 
 def generate_answers(

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.fused import fused_attention
-from tl_posheads.passes import target_logprobs
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.tokenizer import begin, tokenizer_of
 from tl_posheads.tasks.base import (
     Prompt,
     check_fields,
@@ -21,7 +22,6 @@ from tl_posheads.tasks.base import (
     plain_window,
 )
 from tl_posheads.tasks.filler import Filler
-from tl_posheads.tokenizer import begin, tokenizer_of
 
 _TRIES = 4  # stretches looked at for each prompt wanted
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.passes import target_logprobs
+from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.tasks.base import (
     Prompt,
     Task,

@@ -8,7 +8,7 @@
 from tl_posheads.views.attention import attention
 from tl_posheads.views.far_samples import far_samples
 from tl_posheads.views.looks import looks, looks_from
+from tl_posheads.views.page import View
 from tl_posheads.views.score_map import score_map
-from tl_posheads.views.shown import View
 
 __all__ = ["View", "attention", "far_samples", "looks", "looks_from", "score_map"]

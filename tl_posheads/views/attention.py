@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tl_posheads.maps import HeadMaps
-from tl_posheads.views.shown import View, page
+from tl_posheads.scoring.maps import HeadMaps
+from tl_posheads.views.page import View, page
 
 _SCRIPT = """
 draw(view, "AttentionHeads", data);
@@ -36,11 +36,13 @@ def attention(maps: HeadMaps) -> View:
             "attention": [panel.tolist() for panel in panels],
             "attentionHeadNames": names,
             "tokens": maps.cell_tokens(),
-            "maxValue": 1, "minValue": -1, "maskUpperTri": True,
+            "maxValue": 1,
+            "minValue": -1,
+            "maskUpperTri": True,
         },
         _SCRIPT,
         height=1000,
-    )  # fmt: skip
+    )
 
 
 def said_of_cells(maps: HeadMaps) -> str:

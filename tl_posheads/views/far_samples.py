@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.maps import HeadMaps
-from tl_posheads.views.shown import View, as_html, page
+from tl_posheads.scoring.maps import HeadMaps
+from tl_posheads.views.page import View, as_html, page
 
 _SCRIPT = """
 draw(view, "TopkSamples", data);
@@ -49,14 +49,16 @@ def far_samples(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
         f"Of {len(maps.tokens):,} tokens those that look farthest back, with what stands around "
         "them. Each token's value is how far back it looks itself, or by which dimension.",
         {
-            "tokens": tokens, "activations": values,
-            "zerothDimensionName": "Head", "firstDimensionName": "Value",
+            "tokens": tokens,
+            "activations": values,
+            "zerothDimensionName": "Head",
+            "firstDimensionName": "Value",
             "zerothDimensionLabels": maps.names,
             "firstDimensionLabels": ["tokens back", "dominant dimension"],
         },
         _SCRIPT,
         height=600,
-    )  # fmt: skip
+    )
 
 
 def _apart(distance: list[float], k: int, around: int) -> list[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.maps import HeadMaps
-from tl_posheads.views.shown import View, as_html, page
+from tl_posheads.scoring.maps import HeadMaps
+from tl_posheads.views.page import View, as_html, page
 
 _SCRIPT = """
 draw(view, "ColoredTokensMulti", data);

@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from tl_posheads.maps import HeadMaps
-from tl_posheads.results import HeadScores
+from tl_posheads.scoring.head_scores import HeadScores
+from tl_posheads.scoring.maps import HeadMaps
 from tl_posheads.views.attention import said_of_cells
-from tl_posheads.views.shown import View, page
+from tl_posheads.views.page import View, page
 
 _SCRIPT = """
 const table = element("table", {"aria-label": "positional score by layer and head"});
@@ -89,13 +89,15 @@ def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
         "to light (highest). Choose a head"
         + (f"; {', '.join(maps.names)} open with their maps." if maps else "."),
         {
-            "rho": scores.rho, "facts": facts, "maps": opened,
+            "rho": scores.rho,
+            "facts": facts,
+            "maps": opened,
             "tokens": maps.cell_tokens() if maps else [],
             "said": said_of_cells(maps) if maps else "",
         },
         _SCRIPT,
         height=720,
-    )  # fmt: skip
+    )
 
 
 def _facts(row: dict[Any, Any]) -> str:

@@ -1,0 +1,179 @@
+"""``tl-posheads ablate``: the study of a finished scoring run, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_posheads.cli import run_folder
+from tl_posheads.cli.command import Run, new_command
+from tl_posheads.cli.options import add_model_options, names, shares, whole
+
+if TYPE_CHECKING:
+    from tl_posheads.interventions.study.results import AblationStudy
+
+# As tasks.TASKS and controls.CONTROLS have them; named here so that --help needs no torch.
+TASKS = (
+    "passkey",
+    "needle",
+    "key-value",
+    "multi-key",
+    "variable-tracking",
+    "copying",
+    "perplexity",
+    "longppl",
+)
+CONTROLS = ("random", "layer_matched", "lowest", "norm_matched")
+
+_TEXTS = dict(
+    help="ablate the top heads, and others beside them",
+    description="""\
+Ablate the top heads of SCORES in MODEL, and other heads for comparison, and write what each does
+to long-context tasks to the folder --out. The same command on the same folder goes on with a
+stopped run, and shows a finished one.
+""",
+    epilog=f"""\
+examples:
+  tl-posheads ablate smollm2-135m scores --tasks passkey,copying --budget 20min --out ablation
+  tl-posheads ablate ./my-model scores --tasks needle,longppl --length 4096 --mode mean --out abl
+
+tasks: {", ".join(TASKS)}
+  each has a short-context control beside it
+controls: {", ".join(CONTROLS)}
+  heads that are ablated instead of the top ones; p is the top heads' rank among their draws
+
+what comes out, in the folder --out:
+  verdict.txt  a sentence per task
+  effects.csv  a row per task, variant, share of heads and control; effects.png shows it
+  study.json, *.parquet   every answer, for AblationStudy.load("FOLDER") in Python
+  run.json     what was asked for
+""",
+)
+
+
+def add_command(commands: Any) -> None:
+    """Add ``ablate`` to the parser's commands."""
+    files = (run_folder.VERDICT, run_folder.EFFECTS, run_folder.PICTURE)
+    add = new_command(commands, "ablate", _ablate, _lines, "AblationStudy", files, _TEXTS)
+    add("model", metavar="MODEL", help="the model that was scored, as score takes it")
+    add("scores", metavar="SCORES", type=Path, help="a folder that score wrote")
+    add(
+        "--tasks",
+        metavar="LIST",
+        type=names(TASKS),
+        default=["passkey", "copying"],
+        help="comma-separated, see below (passkey,copying)",
+    )
+    add("--length", metavar="N", type=whole(16), default=1024, help="tokens a prompt (1024)")
+    add("--prompts", metavar="N", type=whole(1), default=20, help="prompts a task, at most (20)")
+    add(
+        "--fractions",
+        metavar="LIST",
+        type=shares,
+        default=[0.02, 0.05],
+        help="shares of the heads to ablate, ascending (0.02,0.05)",
+    )
+    add(
+        "--controls",
+        metavar="LIST",
+        type=names(CONTROLS),
+        default=list(CONTROLS),
+        help="comma-separated, see below (all)",
+    )
+    add(
+        "--draws",
+        metavar="N",
+        type=whole(12),
+        default=32,
+        help="draws of each random control, at most (32)",
+    )
+    add(
+        "--mode",
+        choices=("zero", "mean", "resample"),
+        default="zero",
+        help="what replaces a head's output; the mean and the other texts are the corpus's (zero)",
+    )
+    add("--budget", metavar="TIME", help="like 60min or 2h: prompts and draws are chosen to fit")
+    add(
+        "--corpus",
+        metavar="NAME-OR-PATH",
+        default="python-docs",
+        help="text between the needles, as score takes it (python-docs)",
+    )
+    add_model_options(add)
+
+
+def _tasks(args: argparse.Namespace) -> list[Any]:
+    from tl_posheads.tasks import TASKS as classes
+
+    options = {"n": args.prompts, "seed": args.seed, "corpus": args.corpus}
+    lengths = {"needle": {"lengths": (args.length // 2, args.length)}}
+    one = {"length": args.length}
+    return [classes[name](**lengths.get(name, one), **options) for name in args.tasks]
+
+
+def _ablate(run: Run) -> AblationStudy:
+    from tl_posheads import HeadScores, ablation_study, load_corpus
+    from tl_posheads.interventions.study.budget import seconds_of
+
+    args, reference = run.args, None
+    seconds_of(args.budget)
+    scores, tasks, model = HeadScores.load(args.scores), _tasks(args), run.model()
+    if args.mode != "zero":
+        reference = load_corpus(
+            args.corpus, model, n_docs=4, length=args.length, seed=args.seed + 1
+        )
+    with run.started() as folder:
+        options = run.options("fractions", "controls", "mode", "budget", "seed")
+        options.update(tasks=tasks, n_control=args.draws, reference=reference)
+        options["checkpoint"] = folder / run_folder.CHECKPOINT
+        study = ablation_study(model, scores, **options)
+        verdict = "\n".join(study.verdict().values()) + "\n"
+        tables = {run_folder.EFFECTS: study.to_pandas(), run_folder.VERDICT: verdict}
+        run.save(study, folder, {**tables, run_folder.PICTURE: study.plot()})
+    return study
+
+
+def _lines(study: AblationStudy) -> list[str]:
+    return [*table_lines(study), "", *study.verdict().values()]
+
+
+def table_lines(study: AblationStudy) -> list[str]:
+    """The study's effects as lines of text: a row per task, variant, share and control."""
+    table = study.to_pandas()
+    columns = [
+        "task",
+        "variant",
+        "fraction",
+        "n_heads",
+        "unablated",
+        "effect",
+        "control",
+        "control_effect",
+        "n_draws",
+        "p",
+        "p_adjusted",
+        "p_screen",
+        "screen_rho",
+    ]
+    forms = {"fraction": "{:.3g}", "p": "{:.3f}", "p_adjusted": "{:.3f}", "p_screen": "{:.4f}"}
+    shown = table[columns].apply(
+        lambda column: [
+            value
+            if isinstance(value, str | int)
+            else "-"
+            if value != value
+            else forms.get(column.name, "{:+.2f}").format(value)
+            for value in column.tolist()
+        ]
+    )
+    lines = shown.to_string(index=False).splitlines()
+    n = sorted(set(table["n_prompts"]))
+    counts = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
+    about = "Change of the answers' log-probability, nats a token, and its rank among the controls'"
+    note = (
+        "p_screen ranks estimates from attribution patching; screen_rho is their rank correlation "
+        "with the ablations done."
+    )
+    return [f"{about} ({counts} prompts a task):", *lines, note]

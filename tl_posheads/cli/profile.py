@@ -1,0 +1,145 @@
+"""``tl-posheads profile``: the positional score beside other measures of every head."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_posheads.cli import run_folder
+from tl_posheads.cli.command import Run, aligned, new_command, number
+from tl_posheads.cli.options import add_model_options, add_scale, add_texts, names, whole
+from tl_posheads.errors import PosheadsError
+
+if TYPE_CHECKING:
+    from tl_posheads.studies.profile.results import HeadProfile
+
+# As profile.settings.MEASURES has them; named here so that --help needs no torch.
+MEASURES = (
+    "retrieval",
+    "induction",
+    "previous_token",
+    "sink",
+    "distance",
+    "long_context",
+    "massive",
+    "utility",
+)
+PICTURE = "profile.png"
+FILES = (
+    "profile.json",
+    "profile.parquet",
+    PICTURE,
+)  # beside run_folder.TABLE and run_folder.RUN_FILE
+
+_TEXTS = dict(
+    help="positional heads beside retrieval, induction and other heads",
+    description="""\
+Measure every head of MODEL in other ways than the positional score, on the same texts, and write
+how these go together to the folder --out. The same command on the same folder shows a finished
+run; one that was stopped goes on where its scores are done.
+""",
+    epilog=f"""\
+examples:
+  tl-posheads profile smollm2-135m --docs 2 --length 512 --out profile
+  tl-posheads profile ./my-model --scores scores --measures retrieval,sink,induction --out profile
+
+measures: {", ".join(MEASURES)}
+
+what comes out, in the folder --out:
+  table.csv      one row per head, a column per measure
+  profile.png    rank correlations between the measures
+  profile.json, profile.parquet   the profile, for HeadProfile.load("FOLDER") in Python
+  run.json       what was asked for
+""",
+)
+
+
+def add_command(commands: Any) -> None:
+    """Add ``profile`` to the parser's commands."""
+    files = (run_folder.TABLE, PICTURE, run_folder.RUN_FILE)
+    add = new_command(commands, "profile", _profile, table_lines, "HeadProfile", files, _TEXTS)
+    add_texts(add, docs=2, length=512)
+    add(
+        "--measures",
+        metavar="LIST",
+        type=names(MEASURES),
+        default=list(MEASURES),
+        help="comma-separated, see below (all)",
+    )
+    add(
+        "--needles",
+        metavar="N",
+        type=whole(0),
+        default=6,
+        help="questions whose answers the model has to find, for retrieval (6)",
+    )
+    text = "a folder that score wrote, with the scale it has, instead of scoring these texts"
+    add("--scores", metavar="DIR", type=Path, help=text)
+    add_scale(add)
+    add_model_options(add)
+    add(
+        "--top",
+        metavar="K",
+        type=whole(1),
+        default=20,
+        help="highest heads of each measure whose overlap is printed (20)",
+    )
+
+
+def _profile(run: Run) -> HeadProfile:
+    from tl_posheads import HeadScores, profile_heads, score_heads
+
+    given, model = run.args.scores, run.model()
+    tokens, options = run.texts(model), run.options("scale", "seed")
+    with run.started() as folder:
+        if given is None:
+            kept = folder / run_folder.CHECKPOINT
+            scores = score_heads(model, tokens, checkpoint=kept, **options)
+        else:
+            scores = HeadScores.load(given)
+        options.update(run.options("measures", "needles"))
+        found = profile_heads(model, tokens, scores=scores, **options)
+        files = {run_folder.TABLE: found.to_pandas()}
+        try:
+            files[PICTURE] = found.plot()
+        except PosheadsError as problem:  # nothing to draw; the table is there all the same
+            print(f"no picture: {problem}", file=sys.stderr)
+        run.save(found, folder, files)
+    return found
+
+
+def table_lines(profile: HeadProfile, top: int) -> list[str]:
+    """Every measure's correlation and overlap with the positional score, as lines of text.
+
+    ``-`` stands for what isn't known; the reasons follow.
+    """
+    overlap = profile.overlap(top)
+    everywhere = profile.correlation()["positional"]
+    within = profile.correlation(within_layers=True)["positional"]
+    needles = profile.provenance.get("needles") or {}
+    cells = [["measure", "rho", "rho_in_layer", "overlap", "of", "chance", "p_adjusted"]]
+    for row in overlap.to_dict("records"):
+        name = str(row["measure"])
+        known = row["overlap"] == row["overlap"]
+        cells.append(
+            [
+                name,
+                number(everywhere[name], "+.3f"),
+                number(within[name], "+.3f"),
+                number(row["overlap"], ".0f"),
+                str(row["n_top"]) if known else "-",
+                number(row["chance"], ".1f"),
+                number(row["p_adjusted"], ".2g"),
+            ]
+        )
+    out = [
+        f"Kin of the positional score over {len(profile.table)} heads, and overlap of the {top} highest:",
+        *aligned(cells, left=1),
+    ]
+    if needles.get("n_prompts"):
+        out.append(
+            f"needles: {needles['n_answered']} of {needles['n_prompts']} answered by the model"
+        )
+    missing = profile.provenance.get("missing", {})
+    return out + [f"{name} has gaps: {why}" for name, why in missing.items()]

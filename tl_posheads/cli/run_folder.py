@@ -1,0 +1,230 @@
+"""The folder that a ``tl-posheads`` run fills: whose it is, who may write there, what goes on.
+
+A run fills ``.unfinished`` in its folder and is moved out of it when it is finished. Until then the
+results that are there stay. ``run.json`` is the label of both: there before anything is computed,
+so that a run that was stopped can be told from another's, and nothing is removed without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.io.files import is_leftover, read_bytes, write_text
+
+CHECKPOINT = "checkpoint"
+RUN_FILE = "run.json"
+TABLE = "table.csv"
+PAGE = "index.html"
+CURVE, MAPS = "curve", "maps"
+EFFECTS, VERDICT, PICTURE = "effects.csv", "verdict.txt", "effects.png"
+LAGS, TRAINING = "lags.csv", "training.png"
+# Everything that a run leaves, the label last. --overwrite touches these names and no others.
+MADE_BY_US = (
+    "scores.json",
+    "scores.safetensors",
+    "table.parquet",
+    CURVE,
+    MAPS,
+    "study.json",
+    "conditions.parquet",
+    "cells.parquet",
+    "screen.parquet",
+    "screen_tests.parquet",
+    EFFECTS,
+    VERDICT,
+    PICTURE,
+    "emergence.json",
+    "emergence.safetensors",
+    "emergence.parquet",
+    LAGS,
+    TRAINING,
+    "codes.json",
+    "codes.safetensors",
+    "profile.json",
+    "profile.parquet",
+    "profile.png",
+    "unseen.json",
+    "unseen.safetensors",
+    "loss.parquet",
+    "unseen.png",
+    "summary.csv",
+    "by_pair.csv",
+    "losses.csv",
+    "pairs.csv",
+    "change.csv",
+    TABLE,
+    PAGE,
+    RUN_FILE,
+)
+_UNFINISHED, _LOCK = ".unfinished", ".tl-posheads.lock"
+_PROGRAM = "tl-posheads"
+
+State = Literal["new", "resume", "finished"]
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """What ``out/run.json`` says: ``{"program", "finished", "request"}``; None if there is none.
+
+    Raises:
+        PosheadsError: the file can't be read, or another program wrote it.
+    """
+    try:
+        run = json.loads(read_bytes(out / RUN_FILE, largest=2**26))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise PosheadsError(
+            f"{out / RUN_FILE} can't be read as the label of a run ({problem}); "
+            "choose another --out"
+        ) from problem
+    kinds = {"program": str, "finished": bool, "request": dict}
+    fits = isinstance(run, dict) and all(isinstance(run.get(k), kinds[k]) for k in kinds)
+    if not fits or run["program"] != _PROGRAM:
+        raise PosheadsError(
+            f"{out / RUN_FILE} was not written by tl-posheads; choose another --out"
+        )
+    return dict(run)
+
+
+def was_stopped(out: Path) -> bool:
+    """Whether ``out`` holds a run that was begun and no finished one."""
+    return read_run(out) is None and read_run(out / _UNFINISHED) is not None
+
+
+def look(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> State:
+    """Decide what a run with ``request`` may do in ``out``; changes nothing.
+
+    Raises:
+        PosheadsError: ``out`` is no folder, holds files that aren't ours, or another run's results.
+    """
+    if out.exists() and not out.is_dir():
+        raise PosheadsError(f"--out {out} is a file; give a folder, new or empty")
+    begun, finished = read_run(out / _UNFINISHED), read_run(out)
+    if begun is None and finished is None:
+        if others := sorted(path.name for path in _not_ours(out)):
+            raise PosheadsError(
+                f"--out {out} is not empty ({', '.join(others[:3])}) and holds no {RUN_FILE}, so "
+                "its files are not ours to touch; choose another --out"
+            )
+        return "new"
+    if overwrite:
+        return "new"
+    # What is begun again beside finished results is gone on with.
+    if begun is not None and begun["request"] == request:
+        return "resume"
+    if finished is not None and finished["request"] == request:
+        return "finished"
+    old = (finished or begun or {})["request"]
+    differs = [key for key in {**request, **old} if old.get(key) != request.get(key)]
+    raise PosheadsError(
+        f"--out {out} holds another run's results (differs in: {', '.join(differs)});"
+        " choose another --out or pass --overwrite"
+    )
+
+
+def _not_ours(out: Path) -> list[Path]:
+    """What is in a folder without a label and can't be what a kill left."""
+    begun, ours = out / _UNFINISHED, {*MADE_BY_US, CHECKPOINT}
+    left = [path for path in out.iterdir() if path.name != _LOCK] if out.exists() else []
+    if begun.is_dir() and not begun.is_symlink():
+        left.remove(begun)
+        left += [path for path in begun.iterdir() if path.name not in ours]
+    return [path for path in left if not is_leftover(path)]
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other processes out of ``out``; finish moving results where a kill cut that off.
+
+    Leaves no folder behind that it made and nothing was put in.
+
+    Raises:
+        PosheadsError: another process is at work there.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise PosheadsError(
+            f"another tl-posheads is at work in {out}; wait for it, or choose another --out"
+        ) from None
+    try:
+        begun = read_run(out / _UNFINISHED)
+        if begun is not None and begun["finished"]:
+            _move(out / _UNFINISHED, out)
+        yield
+    finally:
+        # While it is held: one who waits for a lock whose file is gone doesn't get it.
+        with suppress(OSError):
+            (out / _LOCK).unlink()
+        lock.release()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move(begun: Path, out: Path) -> None:
+    """Put a finished run in the place of another; cut off, it can be called again.
+
+    The label goes last both times: while ``out`` has one, what it holds is the old run's.
+    """
+    if (out / RUN_FILE).exists():
+        for name in MADE_BY_US:
+            _remove(out / name)
+    for name in MADE_BY_US:
+        if os.path.lexists(begun / name):
+            _remove(out / name)
+            os.replace(begun / name, out / name)
+    _remove(begun)
+
+
+def _label(folder: Path, request: dict[str, Any], *, finished: bool) -> None:
+    run = {"program": _PROGRAM, "finished": finished, "request": request}
+    write_text(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
+
+
+@contextmanager
+def running(out: Path, request: dict[str, Any], state: State) -> Iterator[Path]:
+    """Run the body, which fills the folder it gets, and put what it made into ``out``.
+
+    Results that are in ``out`` stay until then. What was computed before a failure or a stop
+    stays in ``.unfinished``, to be gone on with; a run that computed nothing leaves nothing. The
+    caller holds the lock.
+    """
+    begun = out / _UNFINISHED
+    checkpoint = begun / CHECKPOINT
+    if state == "new":
+        _remove(begun)
+        begun.mkdir()
+        _label(begun, request, finished=False)
+    else:  # without what it was saving when it was stopped
+        for path in begun.iterdir():
+            if path.name not in (RUN_FILE, CHECKPOINT):
+                _remove(path)
+    try:
+        yield begun
+    except BaseException:
+        if not (checkpoint.is_dir() and any(checkpoint.iterdir())):
+            _remove(begun)
+        raise
+    _remove(checkpoint)
+    _label(begun, request, finished=True)
+    _move(begun, out)

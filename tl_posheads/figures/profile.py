@@ -1,0 +1,93 @@
+"""The correlations of a profile as a map, alike measures side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.figures.style import picture, styled
+
+if TYPE_CHECKING:
+    from tl_posheads.studies.profile.results import HeadProfile
+
+_MAP = "RdBu_r"  # red and blue through white, told apart by colour-blind readers
+_DARK = 0.6  # correlations whose cell needs light numbers
+
+
+def clustered(correlation: pd.DataFrame) -> list[str]:
+    """Names of the rows, alike ones side by side: average linkage on one minus correlation.
+
+    An unknown correlation counts as none.
+
+    Example:
+        >>> names = list("abc")
+        >>> rho = pd.DataFrame([[1, 0, 0.9], [0, 1, 0], [0.9, 0, 1]], names, names)
+        >>> abs(clustered(rho).index("a") - clustered(rho).index("c"))
+        1
+    """
+    names = [str(name) for name in correlation.index]
+    if len(names) < 3:
+        return names
+    apart = 1 - correlation.fillna(0.0).to_numpy(dtype=float, copy=True)
+    np.fill_diagonal(apart, 0.0)
+    tree = hierarchy.linkage(
+        squareform(np.clip(apart, 0.0, 2.0), checks=False), "average", optimal_ordering=True
+    )
+    return [names[i] for i in hierarchy.leaves_list(tree)]
+
+
+@styled
+def correlation_figure(profile: HeadProfile, within_layers: bool = False) -> Any:
+    """Map of the correlations, with the numbers in the cells."""
+    rho = profile.correlation(within_layers=within_layers)
+    known = [name for name in rho.index if np.isfinite(rho.loc[name, name])]
+    if len(known) < 2:
+        raise PosheadsError(
+            f"of the measures {', '.join(rho.index)} fewer than two differ between heads; there is "
+            "nothing to draw"
+        )
+    order = clustered(rho.loc[known, known])
+    values = rho.loc[order, order].to_numpy(dtype=float)
+    n = len(order)
+    fig = picture(figsize=(2.6 + 0.52 * n, 1.9 + 0.46 * n))
+    ax = fig.subplots()
+    ax.grid(False)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=_MAP, vmin=-1, vmax=1, aspect="auto")
+    for i in range(n):
+        for j in range(n):
+            value = values[i, j]
+            light = np.isfinite(value) and abs(value) > _DARK
+            ax.text(
+                j,
+                i,
+                f"{value:.2f}" if np.isfinite(value) else "-",
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if light else "black",
+            )
+    labels = [name.replace("_", " ") for name in order]
+    ax.set_xticks(range(n), labels, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(n), labels)
+    for name, label in zip(order, ax.get_yticklabels()):
+        label.set_fontweight("bold" if name == "positional" else "normal")
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    kind = "within layers" if within_layers else f"over {len(profile.table):,} heads"
+    model = profile.provenance.get("model", "the model")
+    ax.set_title(f"Spearman's rho between measures of {model}'s heads, {kind}")
+    fig.colorbar(image, ax=ax, label="Spearman's rho", fraction=0.05)
+    left_out = [name for name in rho.index if name not in known]
+    if left_out:
+        fig.supxlabel(
+            "not shown, the same for all heads or without values: "
+            + ", ".join(name.replace("_", " ") for name in left_out),
+            fontsize=8,
+        )
+    return fig

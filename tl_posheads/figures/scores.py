@@ -1,0 +1,49 @@
+"""Picture of all heads' scores beside what the rotation alone gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tl_posheads.figures.style import COLOURS, picture, styled
+
+if TYPE_CHECKING:
+    from tl_posheads.scoring.head_scores import HeadScores
+
+_ALPHA = 0.05
+
+
+@styled
+def score_figure(scores: HeadScores) -> Any:
+    """Histogram of rho, of the heads above zero after correction, and of ``rotation``."""
+    known = scores.rho.isfinite()
+    rho, rotation, p = (x[known].numpy() for x in (scores.rho, scores.rotation, scores.p_adjusted))
+    above, rotation = rho[(rho > 0) & (p < _ALPHA)], rotation[np.isfinite(rotation)]
+    fig = picture(figsize=(8.0, 3.8))
+    ax = fig.subplots()
+    everything = np.concatenate([rho, rotation])
+    edges = np.linspace(everything.min(), everything.max() + 1e-9, 41)
+    ax.hist(rho, edges, color="0.8", label=f"all {len(rho):,} heads")
+    if np.isfinite(p).any():  # one document gives no test
+        ax.hist(
+            above,
+            edges,
+            color=COLOURS[0],
+            label=f"{len(above):,} above zero (p < {_ALPHA}, corrected)",
+        )
+    if len(rotation):
+        ax.hist(
+            rotation,
+            edges,
+            histtype="step",
+            color=COLOURS[1],
+            linewidth=1.6,
+            label="rotation alone",
+        )
+    ax.axvline(0, color="0.4", linewidth=1)
+    ax.set_xlabel("positional score (Spearman's rho)")
+    ax.set_ylabel("heads")
+    ax.set_title(f"Scores of {scores.provenance.get('model', 'the model')}")
+    ax.legend(loc="best")
+    return fig

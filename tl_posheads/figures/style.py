@@ -1,0 +1,77 @@
+"""One style for all figures: legible at a notebook's width and in print, told apart by everyone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+# Okabe and Ito's colours, told apart by colour-blind readers; dashes and markers for print.
+# Black is for what everything else is compared with.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+DASHES = ("-", "--", "-.", ":")  # as many have no divisor in common with the colours
+MARKERS = "osD^vPX*"
+_STYLE: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "image.cmap": "viridis",
+}
+_OWN_COLOURS = (
+    "axes.facecolor",
+    "axes.edgecolor",
+    "axes.labelcolor",
+    "figure.facecolor",
+    "text.color",
+    "xtick.color",
+    "ytick.color",
+    "font.size",
+)
+
+Draws = TypeVar("Draws", bound=Callable[..., Any])
+
+
+def picture(**options: Any) -> Any:
+    """An empty figure that a notebook shows, without pyplot and its list of open figures.
+
+    Args:
+        options: of ``matplotlib.figure.Figure``.
+    """
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            return png(self, dpi=80)
+
+    return Shown(layout="constrained", **options)
+
+
+def png(figure: Any, dpi: int = 120) -> bytes:
+    """A matplotlib figure as the content of a PNG file."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    return out.getvalue()
+
+
+def styled(draw: Draws) -> Draws:
+    """A function that draws, in the style of this package and whatever the user's own is."""
+
+    @wraps(draw)
+    def in_style(*args: Any, **options: Any) -> Any:
+        from matplotlib import rc_context, rcParamsDefault
+
+        # What a notebook chose for its own figures, dark axes for one, would not fit.
+        default: Any = rcParamsDefault
+        style: Any = {key: default[key] for key in _OWN_COLOURS} | _STYLE
+        with rc_context(style):
+            return draw(*args, **options)
+
+    return in_style  # type: ignore[return-value]

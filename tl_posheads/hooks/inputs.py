@@ -1,0 +1,184 @@
+"""What may be scored: documents, layers and pairs, checked before anything expensive begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.lengths import context_length, own_length_matters
+from tl_posheads.hooks.model import changes_of, model_name
+
+
+def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
+    """The stretch of a padded row that holds the text.
+
+    Raises:
+        PosheadsError: the mask is not one run of ones.
+    """
+    on = torch.nonzero(attention_mask).flatten()
+    if len(on) == 0 or int(on[-1] - on[0]) + 1 != len(on):
+        raise PosheadsError(
+            f"the attention mask of document {document} is not one run of ones; pad texts on the "
+            "left or on the right, and put each in a row of its own"
+        )
+    return slice(int(on[0]), int(on[-1]) + 1)
+
+
+def require_unpadded(model: Any, tokens: Int[Tensor, "doc pos"]) -> None:
+    """Refuse a batch whose rows seem to be padded: nobody has said where their texts stand.
+
+    A pad token at an end of a row is padding. Where the tokenizer begins or ends texts with the
+    same token (GPT-2, Pythia), one of them at an end is text if all rows have it there; two of
+    them, or one in some rows alone, are padding.
+
+    Raises:
+        PosheadsError: it does.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return
+    special = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    allowed = int(pad in special)
+    is_pad = (tokens == pad).long()
+    for end, row in (("begins", is_pad), ("ends", is_pad.flip(1))):
+        lengths = row.cumprod(1).sum(1)
+        if int(lengths.max()) > allowed or int(lengths.max()) > int(lengths.min()):
+            first = int(lengths.argmax())
+            raise PosheadsError(
+                f"row {first} of the tokens {end} with {int(lengths[first])} of the pad token "
+                f"{pad}, and nothing says where its text stands; give attention_mask= where that "
+                "is an argument, or a list of the texts without padding: [row[on.bool()] for row, "
+                "on in zip(tokens, mask)] (list(tokens) where the pad token is text)"
+            )
+
+
+def documents_of(
+    model: Any, tokens: Any, attention_mask: Tensor | None, skip_first: int
+) -> list[Int[Tensor, "pos"]]:
+    """Texts without their padding, checked.
+
+    Args:
+        tokens: ``[doc, pos]``, ``[pos]``, or a list of ``[pos]``, which are taken for unpadded.
+        attention_mask: 1 for tokens, 0 for padding; without it a tensor must not be padded.
+
+    Raises:
+        PosheadsError: as it says, before anything is run.
+    """
+    if isinstance(tokens, list | tuple):
+        rows = [torch.as_tensor(row) for row in tokens]
+        if attention_mask is not None:
+            raise PosheadsError(
+                "an attention_mask was given with a list of texts; a list needs none, give the "
+                "texts without padding"
+            )
+    elif isinstance(tokens, Tensor):
+        rows = list(tokens[None] if tokens.ndim == 1 else tokens)
+    else:
+        raise PosheadsError(
+            f"tokens of type {type(tokens).__name__} were given; expected a tensor [doc, pos] of "
+            "token ids or a list of them (model.to_tokens(text) makes one)"
+        )
+    if not rows or any(row.ndim != 1 or row.is_floating_point() for row in rows):
+        shape = (
+            tuple(tokens.shape) if isinstance(tokens, Tensor) else [tuple(r.shape) for r in rows]
+        )
+        raise PosheadsError(
+            f"tokens of shape {shape} were given; expected whole numbers of shape [doc, pos]"
+        )
+    if attention_mask is None and isinstance(tokens, Tensor):
+        require_unpadded(model, torch.stack(rows))
+    if attention_mask is not None:
+        if attention_mask.shape != (len(rows), len(rows[0])):
+            raise PosheadsError(
+                f"an attention mask of shape {tuple(attention_mask.shape)} was given for tokens of "
+                f"shape {(len(rows), len(rows[0]))}; expected the same"
+            )
+        rows = [
+            row[token_run(mask.cpu(), i)]
+            for i, (row, mask) in enumerate(zip(rows, attention_mask, strict=True))
+        ]
+    if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
+        raise PosheadsError(f"skip_first={skip_first!r} was given; expected a whole number from 0")
+    shortest = min(len(row) for row in rows)
+    if shortest - skip_first < 2:
+        raise PosheadsError(
+            f"a document of {shortest} tokens was given with skip_first={skip_first}; a pair of "
+            "tokens needs at least 2 positions beyond those skipped"
+        )
+    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    n_vocab = int(model.cfg.d_vocab)
+    if low < 0 or high >= n_vocab:
+        raise PosheadsError(
+            f"token id {low if low < 0 else high} was given, but {model_name(model)} has ids 0 to "
+            f"{n_vocab - 1}; were the tokens made by another model's tokenizer?"
+        )
+    longest, n_ctx = max(len(row) for row in rows), context_length(model)
+    if n_ctx and longest > n_ctx:
+        raise PosheadsError(
+            f"a document of {longest} tokens was given, but {model_name(model)} is set up for at "
+            f"most {n_ctx}; give shorter documents, or do it inside a method of "
+            "tl_posheads.extrapolation (`with None_()(model):` lets the bare model read on)"
+        )
+    return [row.long().cpu() for row in rows]
+
+
+def layers_of(model: Any, layers: Sequence[int] | None) -> list[int]:
+    n_layers = int(model.cfg.n_layers)
+    wanted = sorted({int(layer) for layer in (range(n_layers) if layers is None else layers)})
+    wrong = [layer for layer in wanted if not 0 <= layer < n_layers]
+    if wrong or not wanted:
+        raise PosheadsError(
+            f"layers={list(layers or [])} was given, but {model_name(model)} has layers 0 to "
+            f"{n_layers - 1}; choose among those"
+        )
+    return wanted
+
+
+def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """Documents by the hash of their tokens: their order in the batch then decides nothing.
+
+    Raises:
+        PosheadsError: the same text twice; documents are replicates, and a copy is none.
+    """
+    found: dict[str, int] = {}
+    for number, document in enumerate(documents):
+        digest = hashlib.sha256(document.numpy().tobytes()).hexdigest()[:24]
+        if digest in found:
+            raise PosheadsError(
+                f"documents {found[digest]} and {number} are the same text; give every text once: "
+                "intervals and p-values take documents for independent"
+            )
+        found[digest] = number
+    return sorted(((digest, documents[i]) for digest, i in found.items()), key=lambda pair: pair[0])
+
+
+def digest_of(by_key: Sequence[tuple[str, Tensor]]) -> str:
+    """SHA-256 of what :func:`by_content` gave."""
+    return hashlib.sha256("".join(unit for unit, _ in by_key).encode()).hexdigest()
+
+
+def length_matters(model: Any) -> bool:
+    """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
+    return own_length_matters(model) or any(c.length_matters for c in changes_of(model))
+
+
+def require_finite(layer: int, rot_q: Tensor, rot_k: Tensor, kv_head: Sequence[int]) -> None:
+    """Refuse NaN and infinity in ``[pos, head, d_head]`` tensors, by layer and head."""
+    for kind, x in (("queries", rot_q), ("keys", rot_k)):
+        if bool(x.sum(dtype=torch.float32).isfinite()):  # one pass, where nothing is wrong
+            continue
+        bad = ~torch.isfinite(x).all(-1).all(0)
+        if bool(bad.any()):
+            at = int(torch.nonzero(bad)[0])
+            head = at if kind == "queries" else list(kv_head).index(at)
+            raise PosheadsError(
+                f"the {kind} of layer {layer} head {head} hold NaN or infinity; load the model "
+                "with dtype float32 or bfloat16, or leave the layer out"
+            )

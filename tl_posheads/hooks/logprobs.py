@@ -1,0 +1,266 @@
+"""Forward passes that score chosen tokens and compute nothing that the score does not need.
+
+Three savings, none of which changes a number beyond rounding: logits are computed at the scored
+positions alone; attention runs through ``scaled_dot_product_attention`` while nobody watches
+scores or pattern; and passes that differ from some layer on share what lies before it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.lengths import own_border, own_frequencies
+from tl_posheads.hooks.model import (
+    changes_of,
+    input_device,
+    instance_method,
+    model_name,
+    others_hooks_suspended,
+    own_hooks,
+)
+from tl_posheads.hooks.tokenizer import end_tokens
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+
+@contextmanager
+def unembed_only(model: Any, positions: Tensor) -> Iterator[None]:
+    """Inside, logits are computed at ``positions`` alone: the vocabulary is the widest layer."""
+
+    def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, positions.to(args[0].device)], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def generate(
+    model: Any, tokens: Int[Tensor, "batch pos"], n_new: int, ends: Sequence[int], **options: Any
+) -> Int[Tensor, "batch pos_and_new"]:
+    """The lens's own ``generate``: at most ``n_new`` tokens more, up to one of ``ends``.
+
+    Keys and values are cached where the model reads what it caches. No token is padding: a
+    HookedTransformer would mask pad tokens at the edge of a prompt, and many chats end with one.
+
+    Args:
+        options: for the model's ``generate``.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(own_frequencies(model))
+        cached = reads_cache(model)
+        if not hasattr(model, "original_model"):
+            kept, model.tokenizer = model.tokenizer, None
+            stack.callback(setattr, model, "tokenizer", kept)
+        stack.enter_context(torch.no_grad())
+        for length in _whole_passes(model, tokens.shape[1], n_new):
+            tokens = model.generate(
+                tokens.to(input_device(model)),
+                max_new_tokens=length - tokens.shape[1],
+                use_past_kv_cache=cached,
+                stop_at_eos=bool(ends),
+                eos_token_id=list(ends) or None,
+                return_type="tokens",
+                verbose=False,
+                **options,
+            )
+            if tokens.shape[1] < length:  # every row has ended
+                break
+    return tokens
+
+
+def _whole_passes(model: Any, length: int, n_new: int) -> list[int]:
+    """Lengths at which generation from ``length`` tokens begins anew, and where it ends.
+
+    Past LongRoPE's border every key turns otherwise, and what was cached is of no use.
+    """
+    end = length + n_new
+    borders = {own_border(model), *(change.border for change in changes_of(model))}
+    return [*sorted(b + 1 for b in borders if b is not None and length <= b < end - 1), end]
+
+
+# Whether a model reads its cache; asked once of each.
+_CACHES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def reads_cache(model: Any) -> bool:
+    """Whether cached generation says what uncached does, tried on four tokens.
+
+    From transformers 5.24 on the cache has another name, by which the Bridge of 4.3 doesn't know
+    it: a new token would attend to itself alone. transformers' own attention, as in GPT-J, does.
+    """
+    if not hasattr(model, "original_model"):
+        return True
+    if model not in _CACHES:
+        tokens = torch.arange(3)[None] * (int(model.cfg.d_vocab) // 4) + 1
+        tokens = tokens.to(input_device(model))
+        with torch.no_grad(), others_hooks_suspended(model):
+            found = model.generate(
+                tokens,
+                max_new_tokens=2,
+                do_sample=False,
+                stop_at_eos=False,
+                output_logits=True,
+                use_past_kv_cache=True,
+                return_type="tokens",
+                verbose=False,
+            )
+            whole = found.sequences[:, :4]
+            full, alone = (model(x, return_type="logits")[0, -1] for x in (whole, whole[:, 3:]))
+        gap = (found.logits[1][0] - full).abs().max()
+        _CACHES[model] = bool(gap <= 0.1 * (alone - full).abs().max())
+        if not _CACHES[model]:
+            warnings.warn(
+                f"{model_name(model)} reads no cache of keys and values with transformers "
+                f"{version('transformers')} and transformer-lens {version('transformer-lens')}; "
+                "texts are generated without one, which takes longer",
+                stacklevel=4,
+            )
+    return _CACHES[model]
+
+
+def settle_cache(model: Any) -> None:
+    """Where a Bridge's ``generate`` wouldn't read its cache, have it do without; warns once.
+
+    Nothing is tried where transformers gives the cache the name that all Bridges know.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    renamed = "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__
+    rotary = getattr(model.cfg, "positional_embedding_type", None) == "rotary"
+    if renamed and rotary and not reads_cache(model):
+        model.adapter.supports_kv_cache = False
+
+
+def greedy(model: Any, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
+    """The tokens that the model writes after a prompt, at most ``n_new``, up to an end token.
+
+    Ends are EOS and what else the checkpoint's ``generation_config`` lists.
+    """
+    ends = end_tokens(model, getattr(model, "tokenizer", None))
+    out = generate(model, prompt[None], n_new, ends, do_sample=False)
+    written = out[0, len(prompt) :].cpu()
+    stop = torch.nonzero(torch.isin(written, torch.tensor(ends, dtype=torch.long))).flatten()
+    return written[: int(stop[0])] if len(stop) else written
+
+
+def target_logits(
+    model: Any, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
+) -> Float[Tensor, "target d_vocab"]:
+    """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it."""
+    with own_frequencies(model), unembed_only(model, targets - 1):
+        inputs = tokens[None].to(input_device(model))
+        logits: Tensor = model(inputs, return_type="logits")[0].float()
+        return logits
+
+
+def _scored(
+    logits: Tensor, tokens: Tensor, targets: Tensor
+) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
+    wanted = tokens[targets].to(logits.device)
+    logprob = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+    return logprob.cpu(), (logits.argmax(-1) == wanted).cpu()
+
+
+def target_logprobs(
+    model: Any, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
+) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
+    """Log-probability of the tokens at ``targets``, and whether each was the likeliest.
+
+    One forward pass without gradient; hooks on the model are in force. The logits of other
+    positions are never computed.
+
+    Returns:
+        Natural logarithms in float32 and booleans, on the CPU.
+    """
+    with torch.no_grad():
+        return _scored(target_logits(model, tokens, targets), tokens, targets)
+
+
+def mean_loss(
+    model: Any, documents: Sequence[Int[Tensor, "pos"]], targets: Sequence[Int[Tensor, "target"]]
+) -> float:
+    """Mean negative log-probability of the texts' tokens at ``targets``, in nats."""
+    both = zip(documents, targets, strict=True)
+    with fused_attention(model):
+        found = [target_logprobs(model, document, at)[0].double() for document, at in both]
+    return -float(torch.cat(found).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """An unablated pass over a text, and what left some of its blocks.
+
+    Attributes:
+        logprob, hit: of the targets, as :func:`target_logprobs` gives them.
+        outputs: for layer ``l``, what block ``l - 1`` returned, in the block's own form.
+    """
+
+    logprob: Float[Tensor, "target"]
+    hit: Bool[Tensor, "target"]
+    outputs: dict[int, Any]
+
+
+def run_trunk(
+    model: Any,
+    tokens: Int[Tensor, "pos"],
+    targets: Int[Tensor, "target"],
+    layers: Sequence[int],
+) -> Trunk:
+    """Run a text once, keeping what enters each of ``layers``.
+
+    Memory: ``len(layers) * pos * d_model`` numbers on the model's device.
+    """
+    outputs: dict[int, Any] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            outputs[layer] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in {layer for layer in layers if layer > 0}:
+            block = model.blocks[layer - 1]
+            stack.callback(block.register_forward_hook(keep(layer)).remove)
+        logprob, hit = target_logprobs(model, tokens, targets)
+    return Trunk(logprob, hit, outputs)
+
+
+def run_branch(
+    model: Any,
+    tokens: Int[Tensor, "pos"],
+    targets: Int[Tensor, "target"],
+    trunk: Trunk,
+    layer: int,
+    hooks: Hooks,
+) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
+    """The same text under ``hooks``, none of which lies below ``layer``; blocks below don't run.
+
+    Returns:
+        As :func:`target_logprobs`.
+    """
+    points = model.hook_dict
+    with ExitStack() as stack:
+        if layer > 0:
+            output = trunk.outputs[layer]
+            for below in range(layer):
+                # Each hands on what the last of them returned; their input decides nothing.
+                stack.enter_context(
+                    instance_method(model.blocks[below], "forward", lambda *a, **k: output)
+                )
+        stack.enter_context(own_hooks([(points[name], hook) for name, hook in hooks]))
+        return target_logprobs(model, tokens, targets)

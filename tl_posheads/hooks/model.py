@@ -1,0 +1,303 @@
+"""The live model: is it one that we can read, who hooks it, and hooks that leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.lengths import checkpoint_length, own_frequencies
+
+POSITIONS = {
+    "standard": "learned absolute positions",
+    "shortformer": "learned absolute positions added to queries and keys",
+    "alibi": "ALiBi biases",
+    "relative_positional_bias": "relative position biases (T5)",
+    "none": "no position embedding that TransformerLens knows of (a recurrent, convolutional or "
+    "hybrid model)",
+}
+
+
+def model_name(model: Any) -> str:
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def require_lens(model: Any) -> None:
+    """Refuse what isn't a TransformerLens model."""
+    if getattr(model, "cfg", None) is None or not hasattr(model, "run_with_hooks"):
+        raise PosheadsError(
+            f"a {type(model).__name__} was given; expected a HookedTransformer or a "
+            "TransformerBridge, as tl_posheads.load_model returns"
+        )
+
+
+def require_rotary(model: Any) -> None:
+    """Refuse what isn't a TransformerLens model with RoPE, by name, before anything is run."""
+    require_lens(model)
+    kind = str(getattr(model.cfg, "positional_embedding_type", None) or "none")
+    if kind != "rotary":
+        used = POSITIONS.get(kind, f"positions of the kind {kind!r}")
+        raise PosheadsError(
+            f"{model_name(model)} uses {used}, not RoPE, so it has no rotary dimensions to score; "
+            "choose a model with rotary position embedding, like Llama, Pythia or SmolLM2"
+        )
+    if not hasattr(model, "blocks"):
+        raise PosheadsError(
+            f"{model_name(model)} has no single row of blocks in TransformerLens (encoder and "
+            "decoder, or stacks that take turns), so its layers have no numbers; choose a "
+            "decoder-only model"
+        )
+
+
+def attention(model: Any, layer: int) -> nn.Module | None:
+    """The layer's attention component; None in layers that have none (hybrid models)."""
+    block = model.blocks[layer]
+    return block._modules.get("attn") if isinstance(block, nn.Module) else None
+
+
+def is_native(attn: Any) -> bool:
+    """Whether the lens only looks on as transformers' own attention runs, as with GPT-J."""
+    return type(attn).__name__ == "AttentionBridge"
+
+
+@contextmanager
+def instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Shadow a method on one object; the class, and other objects, keep theirs."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = wrapper
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+@contextmanager
+def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[list[Any]]:
+    """Hooks on HookPoints that go when this leaves; everyone else's stay, in their order.
+
+    ``run_with_hooks`` would do, but for two things: it may also clear hooks of a caller's level,
+    and on the Bridge it looks up thousands of names at every call.
+    """
+    ours: list[tuple[Any, Any]] = []
+    try:
+        for point, hook in hooks:
+            before = {id(handle) for handle in point.fwd_hooks}
+            # "Permanent" keeps a reset_hooks() that runs meanwhile from cutting the pass short.
+            point.add_hook(hook, is_permanent=True)
+            ours += [(point, h) for h in point.fwd_hooks if id(h) not in before]
+        yield [handle for _, handle in ours]
+    finally:
+        for point, handle in ours:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
+
+
+@contextmanager
+def others_hooks_suspended(model: Any) -> Iterator[None]:
+    """Inside, no HookPoint calls anyone; afterwards all do again, in their order."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    kept = [(point, point.__dict__["_forward_hooks"]) for point in points]
+    for point, hooks in kept:
+        point.__dict__["_forward_hooks"] = type(hooks)()
+    try:
+        yield
+    finally:
+        for point, hooks in kept:
+            point.__dict__["_forward_hooks"] = hooks
+
+
+def require_clean(model: Any) -> None:
+    """Refuse a model on which someone forgot hooks: scores would be those of another model.
+
+    Permanent hooks and those of a ``with model.hooks(...)`` that is still open are meant, and
+    stay in force.
+    """
+    dirty = [
+        name
+        for name, point in model.hook_dict.items()
+        for handle in (*point.fwd_hooks, *point.bwd_hooks)
+        if not handle.is_permanent and not handle.context_level
+    ]
+    if dirty:
+        more = f" and {len(set(dirty)) - 1} other hook points" if len(set(dirty)) > 1 else ""
+        raise PosheadsError(
+            f"{model_name(model)} still carries hooks on {dirty[0]}{more}; call "
+            "model.reset_hooks() first, or set those you mean inside `with model.hooks(...)`"
+        )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch works in the calling thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _offloading(module: nn.Module) -> list[Any]:
+    """The hooks by which accelerate brings a module's weights for a pass, and takes them away."""
+    found = [getattr(module, "_hf_hook", None)]
+    for hook in found:
+        found += getattr(hook, "hooks", ())  # several, one after the other
+    return [hook for hook in found if getattr(hook, "offload", False)]
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its tokens: that of its embedding, while it runs.
+
+    Weights that accelerate offloaded lie on the device ``meta`` between passes.
+    """
+    embed = getattr(model, "embed", model)
+    device: torch.device = next(embed.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = [hook for module in embed.modules() for hook in _offloading(module)]
+    if not hooks:
+        raise PosheadsError(
+            f"{model_name(model)} has no weights (they are on the device 'meta', and no hook of "
+            "accelerate brings them); load the model with its weights"
+        )
+    return torch.device(hooks[0].execution_device)
+
+
+@contextmanager
+def readable(module: nn.Module) -> Iterator[None]:
+    """Inside, weights of the module that accelerate offloaded are there; afterwards gone again."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            for hook in _offloading(part):
+                hook.pre_forward(part)
+                stack.callback(hook.post_forward, part, None)
+        yield
+
+
+def require_own_biases(model: Any, layers: Iterable[int], what: str) -> None:
+    """Refuse heads a part of whose output the lens moved into the layer's output bias.
+
+    ``fold_value_biases``, which ``enable_compatibility_mode()`` and
+    ``HookedTransformer.from_pretrained`` do by themselves, adds ``b_V W_O`` of all heads up in
+    ``b_O`` and sets ``b_V`` to zero. Which head had which part is then lost. Training leaves no
+    such model behind: biases that are there are not zero, all of them.
+
+    Raises:
+        PosheadsError: one of the layers' value biases are all zero, and its output bias isn't.
+    """
+    for layer in layers:
+        attn = attention(model, layer)
+        if attn is None or "MLA" in type(attn).__name__:  # which has none
+            continue
+        with readable(attn):
+            b_v, b_o = (getattr(attn, name, None) for name in ("b_V", "b_O"))
+            if b_v is None or b_o is None or bool(b_v.any()) or not bool(b_o.any()):
+                continue
+        raise PosheadsError(
+            f"{what} was asked of {model_name(model)}, in whose layer {layer} the value biases are "
+            "folded into the output bias: what the heads add by them would stay. Load it without "
+            "fold_value_biases (enable_compatibility_mode(fold_value_biases=False), "
+            "from_pretrained_no_processing, or tl_posheads.load_model), or use mode 'mean'"
+        )
+
+
+class PassDone(Exception):
+    """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
+
+
+def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+    device = input_device(model)
+    options = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
+    with torch.no_grad():
+        model(tokens.to(device), return_type=None, **options)
+
+
+def read_pass(
+    model: Any, tokens: Tensor, readers: Sequence[tuple[Any, Callable[[Tensor], Any]]]
+) -> None:
+    """One pass whose hook points show their values to ``readers``; it ends when all have seen."""
+    waiting = set(range(len(readers)))
+
+    def hook_of(number: int, read: Callable[[Tensor], Any]) -> Callable[..., None]:
+        def show(value: Tensor, hook: Any) -> None:
+            read(value.detach())
+            waiting.discard(number)
+            if not waiting:
+                raise PassDone
+
+        return show
+
+    hooks = [(point, hook_of(number, read)) for number, (point, read) in enumerate(readers)]
+    with own_frequencies(model), own_hooks(hooks), suppress(PassDone):
+        run_forward(model, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a context of ours has changed in the rotary dimensions of a live model.
+
+    Attributes:
+        name: for provenance: the method or edit, with all its settings.
+        kind: ``"extrapolation"`` or ``"edit"``.
+        trained: positions that the model was trained on.
+        geometry: a layer's geometry and a text's length to its geometry under the change.
+        length_matters: whether ``geometry`` depends on the length.
+        border: tokens past which all keys turn otherwise, so that those in a KV cache are of no
+            use; None where there is no such length.
+        remapped: for a change of scores, the layers' changed geometry.
+        handles: its hooks on scores, which attention without scores does the work of.
+    """
+
+    name: str
+    kind: str
+    trained: int
+    geometry: Callable[[Any, int], Any]
+    length_matters: bool = False
+    border: int | None = None
+    remapped: dict[int, Any] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+
+
+_CHANGES_ATTRIBUTE = "_tl_posheads_changes"
+
+
+def changes_of(model: Any) -> tuple[Change, ...]:
+    """Changes in force, the outermost first."""
+    return tuple(model.__dict__.get(_CHANGES_ATTRIBUTE, ()))
+
+
+@contextmanager
+def changed(model: Any, change: Change) -> Iterator[None]:
+    """Inside, ``change`` is known to everyone who reads the model's geometry."""
+    before = changes_of(model)
+    model.__dict__[_CHANGES_ATTRIBUTE] = (*before, change)
+    try:
+        yield
+    finally:
+        if before:
+            model.__dict__[_CHANGES_ATTRIBUTE] = before
+        else:
+            del model.__dict__[_CHANGES_ATTRIBUTE]
+
+
+def trained_length(model: Any) -> int:
+    """Positions that the model was trained on, also inside a context that lets it read more.
+
+    Raises:
+        PosheadsError: nobody knows.
+    """
+    changes = changes_of(model)
+    known = changes[0].trained if changes else checkpoint_length(model)
+    if known is None:
+        raise PosheadsError(
+            f"{model_name(model)} doesn't say how long its training texts were; give trained="
+        )
+    return known

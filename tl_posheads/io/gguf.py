@@ -1,0 +1,212 @@
+"""GGUF files as folders that transformers loads: converted once, kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.io.gguf_rope import FileRope, file_rope
+from tl_posheads.io.gguf_tokenizer import as_trained, require_known_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+# To be raised with every change of what a conversion writes.
+_CONVERSION = 2
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """One short line of a message that may run over pages, as transformers' do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and banners of other libraries between the lines of our own output."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; ``TL_POSHEADS_CACHE`` overrides the user's cache."""
+    own = os.environ.get("TL_POSHEADS_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tl_posheads"
+
+
+def converted(gguf: Path) -> Path:
+    """The GGUF file as a ``save_pretrained`` folder in the cache, made if it isn't there.
+
+    Raises:
+        PosheadsError: the file is damaged, lacks weights, or says something of its positions or
+            its tokenizer that isn't understood; the cache can't be written.
+    """
+    try:
+        with gguf.open("rb") as file:
+            digest = (
+                hashlib.file_digest(file, "sha256")
+                if sys.version_info >= (3, 11)
+                else (hashlib.sha256(file.read()))
+            )
+    except OSError as error:
+        raise PosheadsError(f"{gguf} can't be read ({error.strerror}); check the path") from None
+    made_by = f"{_CONVERSION}-transformers-{version('transformers')}"
+    folder = cache_folder() / f"gguf-{digest.hexdigest()}-{made_by}"
+    if (folder / "config.json").is_file():
+        return folder
+    reader = _read(gguf)
+    require_known_tokenizer(reader, gguf.name)
+    rope = file_rope(reader, gguf.name)
+    print(f"Converting {gguf.name}, once, into {folder.parent}", file=sys.stderr)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: a run that is stopped, or a second one, sees all or nothing.
+        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
+    try:
+        _convert(gguf, reader, rope, aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> PosheadsError:
+    return PosheadsError(
+        f"the converted model can't be written to {folder} ({first_line(error, 80)}); set "
+        "TL_POSHEADS_CACHE to a folder with room for it"
+    )
+
+
+def require_complete(loaded: dict[str, Any], what: str) -> None:
+    """Refuse weights that transformers made up because it found none of their names.
+
+    Weights that it found no use for give a warning: they may be of a second head, or of layers that
+    the config has forgotten.
+
+    Args:
+        loaded: what ``from_pretrained(..., output_loading_info=True)`` says.
+        what: the model's name for people.
+    """
+    if missing := sorted(loaded["missing_keys"]):
+        raise PosheadsError(
+            f"{what} lacks {named(missing)}: transformers would draw them at random; get the model "
+            "again, or make its config say what it has"
+        )
+    if unused := sorted(loaded["unexpected_keys"]):
+        warnings.warn(
+            f"{what} holds {named(unused)}, for which its config has no place", stacklevel=3
+        )
+
+
+def named(names: list[str], limit: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _read(path: Path) -> GGUFReader:
+    """Read every header and tensor extent; a file cut short fails here, not as wrong weights."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(str(path))
+    # the reader has no error of its own: numpy's, mmap's and struct's come through
+    except Exception as error:
+        raise PosheadsError(
+            f"{path} isn't a whole GGUF file ({first_line(error, 80)}); get it again"
+        ) from None
+
+
+def _convert(gguf: Path, reader: GGUFReader, rope: FileRope, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = dict(gguf_file=gguf.name, local_files_only=True)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(gguf.parent), **where)
+            rope.write(config)
+            options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+            both: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options, **where)
+            read, loaded = both
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+    except Exception as error:
+        raise PosheadsError(
+            f"transformers can't read the GGUF file {gguf} ({first_line(error)}); give a "
+            "folder or hub id of the same model"
+        ) from None
+    require_complete(loaded, gguf.name)
+    _require_all_read(read, reader, gguf.name)
+    rope.check(read)
+    tokenizer = as_trained(tokenizer, reader, gguf.name)
+    # transformers marks the model as quantised and then refuses to save it, although the
+    # weights are plain numbers by now; a twin without the mark can be saved.
+    config = read.config
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        config.__dict__.pop(mark, None)
+    with torch.device("meta"):
+        twin = type(read)(config)
+    state = read.state_dict()
+    twin.load_state_dict(state, assign=True)
+    # Dequantised weights need float32; a file of 16 bit weights is kept at half the size.
+    lossless = next(
+        (
+            dtype
+            for dtype in (torch.bfloat16, torch.float16)
+            if all(torch.equal(x.to(dtype).float(), x.float()) for x in state.values())
+        ),
+        torch.float32,
+    )
+    with quiet():
+        torch.nn.Module.to(twin, dtype=lossless).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _require_all_read(model: Any, reader: GGUFReader, name: str) -> None:
+    """Refuse a file with tensors that transformers has no place for, such as biases."""
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    if getattr(getattr(model, "hf_quantizer", None), "supported", False):
+        return  # its newer reader leaves out layers of other predictors, rightly
+    tensors = {x.name: int(x.n_elements) for x in reader.tensors if "rope" not in x.name}
+    if model.config.tie_word_embeddings:
+        tensors.pop("output.weight", None)
+    if sum(tensors.values()) == sum(x.numel() for x in model.parameters()):
+        return
+    places = get_gguf_hf_weights_map(model, TensorProcessor())
+    if left := sorted(set(tensors) - set(places)):
+        raise PosheadsError(
+            f"{name} holds {named(left)}, for which transformers' {type(model).__name__} has no "
+            "place; give a folder or hub id of the same model"
+        )

@@ -1,0 +1,218 @@
+"""One base for results that are saved in a folder and checked when they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from jaxtyping import AbstractArray, Shaped, jaxtyped
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, contiguous_format
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.io.files import facts_sha256, read_bytes, table_bytes, write_labelled
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Files:
+    """Names of a result's files, and what to say of them."""
+
+    stem: str  # of the label, STEM.json, and of the tensors, STEM.safetensors
+    what: str  # for messages, in the plural
+    again: str  # what to do about damage
+    version: int = 1  # of the files and of what is measured; others are refused
+    export: str | None = None  # Parquet file of to_pandas(), for other programs
+
+    def of(self, name: str) -> str:
+        """File of a table."""
+        return f"{self.stem if name == 'table' else name}.parquet"
+
+
+class Result:
+    """Base of frozen dataclasses that are saved in a folder.
+
+    Type hints say where fields go and what may stand there: tensors in a safetensors file, tables
+    (``Annotated`` with the columns they have, unless empty, and these columns' kinds as
+    :func:`pandas.api.types.infer_dtype` names them) in Parquet files, all else in the label, as
+    JSON (lists ``Annotated`` with the dimension that they are as long as; whole numbers count
+    something or are indices, and none is below 0). Dataclasses in them are taken apart alike.
+    """
+
+    _files: ClassVar[Files]
+
+    def _check(self) -> None:
+        """Raises ValueError for what can't be, of what type hints don't say."""
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write tensors, tables, and at last a label with their checksums into a folder.
+
+        Each file is written whole or not at all: what a crash left is refused by :meth:`load`.
+
+        Raises:
+            PosheadsError: ``folder`` is a file.
+        """
+        own, parts, tensors = self._files, dict[str, Any](), {}
+        facts = {"format": f"tl_posheads.{type(self).__name__}", "version": own.version}
+        facts |= _apart(self, "", parts)
+        files = {} if own.export is None else {own.export: table_bytes(self.to_pandas())}
+        for name, part in parts.items():
+            if isinstance(part, Tensor):  # may share memory, which safetensors won't write twice
+                tensors[name] = part.detach().cpu().clone(memory_format=contiguous_format)
+            else:
+                files[own.of(name)] = table_bytes(part)
+        if tensors:
+            files[f"{own.stem}.safetensors"] = save_tensors(tensors)
+        return write_labelled(folder, f"{own.stem}.json", files, facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Raises:
+            PosheadsError: no such folder, another program's files, an earlier version's, which
+                measured otherwise, or damaged ones.
+        """
+        own, name, folder = cls._files, cls.__name__, Path(folder)
+        label = folder / f"{own.stem}.json"
+        try:
+            facts = json.loads(read_bytes(label, largest=2**26))
+            if not isinstance(facts, dict) or facts.get("format") != f"tl_posheads.{name}":
+                raise PosheadsError(f"{label} was not written by {name}.save; give {own.what}")
+            sha256 = facts.pop("sha256", None)
+            own_sha256 = facts_sha256(facts)
+            del facts["format"]
+            if (version := facts.pop("version", None)) != own.version:
+                old = isinstance(version, int) and version < own.version
+                advice = f"they were measured otherwise: {own.again}"
+                raise PosheadsError(
+                    f"{folder} holds {own.what} of format version {_short(version)}, but this "
+                    f"tl_posheads reads {own.version}; {advice if old else 'install a newer one'}"
+                )
+            if not isinstance(sha256, dict):
+                raise ValueError("its label has no checksums")
+            if sha256.pop(label.name, None) != own_sha256:
+                raise ValueError(f"the checksum of {label.name} differs")
+            parts = cls._read(folder, sha256)
+            found: Self = _together(cls, facts, "", parts)
+            if parts:
+                raise ValueError(f"{_short(sorted(parts))} were not asked for")
+            return found
+        except PosheadsError:
+            raise
+        except (FileNotFoundError, NotADirectoryError) as problem:
+            raise PosheadsError(
+                f"{folder} holds no {own.what} ({problem.filename} is missing); give a folder that "
+                f"{name}.save or tl-posheads wrote"
+            ) from problem
+        except Exception as problem:  # readers of Parquet raise all kinds of errors
+            raise PosheadsError(
+                f"the {own.what} in {folder} are damaged ({_short(problem)}); {own.again}"
+            ) from problem
+
+    @classmethod
+    def _read(cls, folder: Path, sha256: dict[str, Any]) -> dict[str, Any]:
+        """Tensors and tables by the fields that they belong to."""
+        own, parts = cls._files, dict[str, Any]()
+        tables = {own.of(x): x for x, hint in _hints(cls).items() if _kind(hint) is pd.DataFrame}
+        known = {f"{own.stem}.safetensors", *tables, own.export}
+        if not sha256.keys() <= known:
+            raise ValueError("its label has checksums of other files")
+        for file, digest in sha256.items():
+            data = read_bytes(folder / file)
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError(f"the checksum of {file} differs")
+            if file in tables:
+                parts[tables[file]] = pd.read_parquet(io.BytesIO(data))
+            elif file != own.export:
+                parts |= load_tensors(data)
+        return parts
+
+
+def _short(value: object) -> str:
+    return " ".join(str(value).split())[:200]
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _kind(hint: Any) -> Any:
+    """A type without None and without a table's columns."""
+    args = [x for x in typing.get_args(hint) if x is not type(None)]
+    bare = typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated)
+    return args[0] if bare else hint
+
+
+def _in_file(hint: Any) -> bool:
+    plain = typing.get_origin(kind := _kind(hint)) is None and isinstance(kind, type)
+    return plain and issubclass(kind, AbstractArray | pd.DataFrame)
+
+
+def _apart(value: Any, at: str, parts: dict[str, Any]) -> Any:
+    """A value as JSON; the tensors and tables in it go into ``parts``."""
+    if is_dataclass(value):
+        hints = _hints(type(value))
+        whole = {x: _apart(getattr(value, x), f"{at}.{x}", parts) for x in hints}
+        return {x: part for x, part in whole.items() if not _in_file(hints[x])}
+    if isinstance(value, tuple | list):
+        return [_apart(x, f"{at}.{i}", parts) for i, x in enumerate(value)]
+    if isinstance(value, Tensor | pd.DataFrame):
+        parts[at[1:]] = value
+    return value
+
+
+def _together(hint: Any, value: Any, at: str, parts: dict[str, Any]) -> Any:
+    """The inverse of :func:`_apart`; takes what belongs there out of ``parts``."""
+    kind, name = _kind(hint), at[1:] or "the label"
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    value = parts.pop(name, None) if _in_file(hint) else value
+    if kind is Any or (value is None and type(None) in typing.get_args(hint)):
+        return value
+    if is_dataclass(kind):
+        hints = _hints(kind)
+        expected = {x for x in hints if not _in_file(hints[x])}
+        if not isinstance(value, dict) or value.keys() != expected:
+            raise ValueError(f"{name} has other keys than {sorted(expected)}")
+        with jaxtyped("context"):  # isinstance compares dimensions of the same name
+            pairs = [(x, _together(hints[x], value.get(x), f"{at}.{x}", parts)) for x in hints]
+        whole: Any = typing.cast(Any, kind)(**dict(pairs))
+        if isinstance(whole, Result):
+            whole._check()
+        return whole
+    note = getattr(hint, "__metadata__", [""])[0]
+    if origin in (tuple, list) and isinstance(value, list):
+        length: Any = Shaped[np.ndarray, note or "_"]
+        if not isinstance(np.empty(len(value)), length):
+            raise ValueError(f"{name} are {len(value)}, not one a {note}")
+        kinds = args if origin is tuple and args[-1] is not ... else args[:1] * len(value)
+        items = enumerate(zip(kinds, value, strict=True))
+        return origin(_together(x, y, f"{at}.{i}", parts) for i, (x, y) in items)
+    if kind is float and type(value) is int:
+        return float(value)
+    fits = value in args if origin is typing.Literal else isinstance(value, origin or kind)
+    if not fits or (kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)):
+        shown = f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else _short(value)
+        raise ValueError(f"{name} is {shown}, not {getattr(kind, '__name__', kind)}")
+    if kind is pd.DataFrame and len(value):
+        for column, _, expected in (word.partition(":") for word in note.split()):
+            if column not in value:
+                raise ValueError(f"{name} has no column {column}")
+            found = pd.api.types.infer_dtype(value[column], skipna=False)
+            if expected and found != expected:
+                raise ValueError(f"{column} of {name} is {found}, not {expected}")
+    return value

@@ -1,0 +1,315 @@
+"""What each rotary pair contributes to attention: the mathematics, on tensors alone.
+
+Definitions after Hong et al. 2024 (arXiv 2410.08703). Nothing here needs a model: the functions
+take rotated queries and keys, as TransformerLens hooks give them, and the layer's geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.rotary.precision import widened
+
+Scale = Literal["none", "attention"]
+"""Contributions as ``q . k`` has them, or times the factor on the model's scores."""
+
+
+class PairGeometry(Protocol):
+    """The part of ``LayerGeometry`` that the mathematics needs."""
+
+    @property
+    def layout(self) -> Literal["half", "adjacent"]: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    @property
+    def inv_freq(self) -> Tensor: ...
+    @property
+    def attention_scale(self) -> float: ...
+    @property
+    def kv_head(self) -> tuple[int, ...]: ...
+
+
+def split_pairs(
+    x: Float[Tensor, "... d_head"], geometry: PairGeometry
+) -> tuple[Float[Tensor, "... pair"], Float[Tensor, "... pair"]]:
+    """The two coordinates of every rotary pair, fastest pair first.
+
+    Half-split layout: coordinates ``m`` and ``m + rotary_dim/2``; adjacent: ``2m`` and ``2m+1``.
+    Coordinates past ``rotary_dim`` are no pairs and are left out.
+    """
+    if x.shape[-1] != geometry.d_head:
+        raise PosheadsError(
+            f"a tensor of shape {tuple(x.shape)} was given, but the layer's geometry has "
+            f"d_head={geometry.d_head} in the last place; pass the geometry of the layer that "
+            "the tensor comes from"
+        )
+    rotated = x[..., : geometry.rotary_dim]
+    pattern = "... (two pair) -> two ... pair"
+    if geometry.layout == "adjacent":
+        pattern = "... (pair two) -> two ... pair"
+    first, second = rearrange(rotated, pattern, two=2)
+    return first, second
+
+
+def join_pairs(
+    first: Float[Tensor, "... pair"],
+    second: Float[Tensor, "... pair"],
+    rest: Float[Tensor, "... rest"],
+    geometry: PairGeometry,
+) -> Float[Tensor, "... d_head"]:
+    """The inverse of :func:`split_pairs`, with the unrotated coordinates put back behind."""
+    pattern = "two ... pair -> ... (two pair)"
+    if geometry.layout == "adjacent":
+        pattern = "two ... pair -> ... (pair two)"
+    return torch.cat([rearrange(torch.stack([first, second]), pattern), rest], dim=-1)
+
+
+def rotate_by(
+    x: Float[Tensor, "... pos head d_head"],
+    steps: Int[Tensor, "*batch pos"],
+    geometry: PairGeometry,
+) -> Float[Tensor, "... pos head d_head"]:
+    """Turn every pair ``m`` by ``steps * theta_m``: move rotated vectors to other positions.
+
+    A vector that RoPE rotated at position ``p`` becomes, with ``steps = r - p``, the one that it
+    would have been at ``r`` (rotations in one plane commute, and the amplitude stays).
+    """
+    angle = (steps[..., None].double() * geometry.inv_freq.to(steps.device))[..., None, :]
+    return turn(x, angle.cos(), angle.sin(), geometry)
+
+
+def turn(
+    x: Float[Tensor, "... d_head"],
+    cos: Float[Tensor, "... pair"],
+    sin: Float[Tensor, "... pair"],
+    geometry: PairGeometry,
+) -> Float[Tensor, "... d_head"]:
+    """Multiply every pair, read as a complex number, by ``cos + i sin``.
+
+    Coordinates past ``rotary_dim`` stay. Where ``cos`` is 1 and ``sin`` is 0, the pair stays too,
+    bit for bit. In float32 at least: what has half precision is rounded to it once, at the end.
+    """
+    wide = widened(x)
+    cos, sin = cos.to(wide.dtype), sin.to(wide.dtype)
+    first, second = split_pairs(wide, geometry)
+    rest = wide[..., geometry.rotary_dim :]
+    turned = join_pairs(first * cos - second * sin, second * cos + first * sin, rest, geometry)
+    return turned.to(x.dtype)
+
+
+def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:
+    """One key per query head, whichever way grouped-query attention shares them."""
+    n_heads, n_kv = len(geometry.kv_head), max(geometry.kv_head) + 1
+    if rot_q.shape[-2] != n_heads or rot_k.shape[-2] != n_kv:
+        raise PosheadsError(
+            f"queries with {rot_q.shape[-2]} heads and keys with {rot_k.shape[-2]} were given, "
+            f"but the geometry has {n_heads} query heads and {n_kv} key heads; pass tensors of "
+            "shape [batch, pos, head, d_head] of this layer"
+        )
+    index = torch.as_tensor(geometry.kv_head, device=rot_k.device)
+    return rot_k.index_select(-2, index)
+
+
+def check_scale(scale: object) -> None:
+    """Refuse another ``scale`` than the two that there are.
+
+    Raises:
+        PosheadsError: it is neither ``"none"`` nor ``"attention"``.
+    """
+    if scale not in ("none", "attention"):
+        raise PosheadsError(f"scale={scale!r} was given; expected 'none' or 'attention'")
+
+
+def scale_factor(scale: Scale, geometry: PairGeometry) -> float:
+    """What contributions are multiplied by: nothing, or the model's own factor on scores."""
+    check_scale(scale)
+    return geometry.attention_scale if scale == "attention" else 1.0
+
+
+def dimension_contributions(
+    rot_q: Float[Tensor, "*batch q_pos head d_head"],
+    rot_k: Float[Tensor, "*batch k_pos kv_head d_head"],
+    geometry: PairGeometry,
+    *,
+    scale: Scale = "none",
+) -> Float[Tensor, "*batch head q_pos k_pos pair"]:
+    """What every rotary pair adds to every query-key product: ``c_m(i, j)``.
+
+    The Hadamard product of rotated query and rotated key, summed over the pair's two coordinates
+    (Hong et al. 2024, section 3). Summed over pairs, plus :func:`unrotated_contribution`, it is
+    the head's ``q . k``; with ``scale="attention"`` it is that times the model's own factor.
+
+    The result is whole: ``head * q_pos * k_pos * pair`` floats. It is meant for looking at some
+    positions; pass a slice of the queries for long texts. Scoring never builds it.
+
+    Raises:
+        PosheadsError: shapes that don't belong to the geometry, or an unknown ``scale``.
+
+    Example:
+        >>> import torch
+        >>> from tl_posheads import LayerGeometry, dimension_contributions
+        >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]), n_heads=1)
+        >>> q, k = torch.randn(2, 1, 7, 1, 4)
+        >>> c = dimension_contributions(q, k, g)
+        >>> c.shape
+        torch.Size([1, 1, 7, 7, 2])
+        >>> torch.allclose(c.sum(-1)[0, 0], q[0, :, 0] @ k[0, :, 0].T, atol=1e-5)
+        True
+    """
+    factor = scale_factor(scale, geometry)
+    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
+    axes = "... q_pos head pair, ... k_pos head pair -> ... head q_pos k_pos pair"
+    q1, q2 = split_pairs(rot_q, geometry)
+    k1, k2 = split_pairs(keys, geometry)
+    contributions = einsum(q1, k1, axes) + einsum(q2, k2, axes)
+    return contributions * factor
+
+
+def unrotated_contribution(
+    rot_q: Float[Tensor, "*batch q_pos head d_head"],
+    rot_k: Float[Tensor, "*batch k_pos kv_head d_head"],
+    geometry: PairGeometry,
+) -> Float[Tensor, "*batch head q_pos k_pos"]:
+    """The part of ``q . k`` that comes from coordinates RoPE leaves alone (partial rotary)."""
+    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
+    rest = slice(geometry.rotary_dim, None)
+    axes = "... q_pos head rest, ... k_pos head rest -> ... head q_pos k_pos"
+    return einsum(rot_q[..., rest], keys[..., rest], axes)
+
+
+def dominant_dimension(
+    contributions: Float[Tensor, "... pair"],
+) -> Float[Tensor, "..."]:
+    """``D = sum_m m * softmax_m(c)``: the pair index that a query-key product rests on.
+
+    Real, between 0 (fastest pair) and ``pair - 1`` (slowest). In float64, so that heads whose
+    D crowds against a whole number keep their order.
+
+    Example:
+        >>> import torch
+        >>> dominant_dimension(torch.tensor([0.0, 0.0, 0.0])).item()
+        1.0
+    """
+    weights = torch.softmax(contributions.double(), dim=-1)
+    return weights @ torch.arange(contributions.shape[-1], device=weights.device).double()
+
+
+_CHUNK = 1 << 18  # elements of D at a time: its arrays then stay near the cache
+
+
+class PairVectors:
+    """Queries and keys of one text and layer, laid out so that D can be had block by block.
+
+    Holds ``2 * pair * head * pos`` floats for each of q and k. :meth:`dominant_rows` keeps the
+    pair axis in a loop, so its peak is five arrays of shape ``[head, rows, keys]``.
+
+    Args:
+        rot_q: rotated queries of one text, any float dtype.
+        rot_k: rotated keys of the same text.
+        geometry: of the layer.
+        scale: as in :func:`dimension_contributions`.
+        precision: of the products and exponentials, at least; sums are float64.
+    """
+
+    def __init__(
+        self,
+        rot_q: Float[Tensor, "q_pos head d_head"],
+        rot_k: Float[Tensor, "k_pos kv_head d_head"],
+        geometry: PairGeometry,
+        *,
+        scale: Scale = "none",
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        keys = expand_keys(rot_k, rot_q, geometry)
+        factor = scale_factor(scale, geometry)
+        layout = "two pos head pair -> two pair head pos"
+        precision = torch.promote_types(rot_q.dtype, precision)
+        self.q, self.k = (
+            rearrange(torch.stack(split_pairs(x.to(precision), geometry)), layout).contiguous()
+            for x in (rot_q, keys)
+        )
+        self.q *= factor
+        self.n_pairs, self.n_heads = self.q.shape[1], self.q.shape[2]
+
+    def dominant_rows(
+        self, rows: Int[Tensor, "rows"], keys: slice
+    ) -> Float[Tensor, "head rows keys"]:
+        """D of the queries at ``rows`` against a stretch of keys; float64."""
+        contribution, peak = self._rows(rows, keys)
+        # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
+        # of a whole number, and the order of those last digits is part of its score.
+        total = torch.zeros(peak.shape, dtype=torch.float64, device=peak.device)
+        moment = torch.zeros_like(total)
+        for m in range(self.n_pairs):
+            weight = contribution(m).sub_(peak).exp_()
+            total += weight
+            moment.add_(weight, alpha=m)
+        return moment.div_(total)
+
+    def weight_rows(
+        self, rows: Int[Tensor, "rows"], keys: slice
+    ) -> Iterator[Float[Tensor, "head rows keys"]]:
+        """The softmax weight of one pair after the other, ``m`` ascending; float32."""
+        contribution, peak = self._rows(rows, keys)
+        total = torch.zeros_like(peak)
+        for m in range(self.n_pairs):
+            total += contribution(m).sub_(peak).exp_()
+        for m in range(self.n_pairs):
+            yield contribution(m).sub_(peak).exp_().div_(total)
+
+    def contribution(self, rows: Int[Tensor, "rows"], keys: slice) -> Callable[[int], Tensor]:
+        """``m`` to the contributions of pair ``m``, ``[head, rows, keys]``, a new array."""
+        q, k = self.q[..., rows, None], self.k[..., None, keys]
+        return lambda m: torch.mul(q[0, m], k[0, m]).addcmul_(q[1, m], k[1, m])
+
+    def _rows(self, rows: Tensor, keys: slice) -> tuple[Callable[[int], Tensor], Tensor]:
+        contribution = self.contribution(rows, keys)
+        peak = contribution(0)
+        for m in range(1, self.n_pairs):
+            torch.maximum(peak, contribution(m), out=peak)
+        return contribution, peak
+
+
+def rows_of(
+    vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """D of the queries at ``rows``, ascending, and all keys before them, half a million at a time.
+
+    Yields ``(dominant [head, row, key], distance [row, key], valid [row, key], query [row, key])``,
+    where valid are the keys before the query and inside the window. The last key is the one
+    before the last row.
+    """
+    start = 0
+    while start < len(rows):
+        step = max(1, _CHUNK // max(1, vectors.n_heads * int(rows[-1])))
+        some = rows[start : start + step]
+        start += step
+        keys = slice(0 if window is None else max(0, int(some[0]) - window + 1), int(some[-1]))
+        if keys.stop <= keys.start:
+            continue
+        distance = some[:, None] - torch.arange(keys.start, keys.stop, device=rows.device)
+        valid = distance >= 1
+        if window is not None:
+            valid &= distance < window
+        yield vectors.dominant_rows(some, keys), distance, valid, some[:, None].expand(valid.shape)
+
+
+def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
+    """Up to ``n`` query positions with at least one key before them, the last one included."""
+    if n_pos - 1 <= n:
+        return torch.arange(1, n_pos, device=device)
+    return torch.linspace(1, n_pos - 1, n, dtype=torch.float64, device=device).round().long()
+
+
+def farthest(n_pos: int, window: int | None) -> int:
+    """The largest distance between a query and a key that it sees."""
+    return n_pos - 1 if window is None else min(n_pos, window) - 1

@@ -1,0 +1,326 @@
+"""Dominant dimension, and the softmax weight of every pair, by token distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
+from tl_posheads.hooks.inputs import documents_of, layers_of
+from tl_posheads.hooks.model import model_name, require_clean, require_rotary
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.result import Files, Result
+from tl_posheads.rotary.contributions import Scale, check_scale, evenly, rows_of
+from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.rotary.remapping import pair_vectors
+from tl_posheads.scoring.score import geometry_by_length
+
+_BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
+
+
+@dataclass(frozen=True, eq=False)
+class DominantDimensionCurve(Result):
+    """What some heads rest on at every token distance.
+
+    Attributes:
+        heads: ``(layer, head)`` of each.
+        distance: token distances, from 1.
+        n_pairs: query-key pairs at each distance; 0 beyond a head's sliding window.
+        mean: mean dominant dimension, NaN where there is no pair.
+        quantiles: of the dominant dimension, at ``levels``; exact to 1/16 of a dimension.
+        levels: the quantiles' levels.
+        allocation: mean softmax weight of every pair; over pairs it sums to 1.
+        wavelengths: tokens per full turn of every pair; in the longest text, where they depend on
+            the length.
+        scale: of the contributions, as in ``dimension_contributions``.
+    """
+
+    heads: Annotated[list[tuple[int, int]], "head"]
+    distance: Int[Tensor, "distance"]
+    n_pairs: Int[Tensor, "head distance"]
+    mean: Float[Tensor, "head distance"]
+    quantiles: Float[Tensor, "head level distance"]
+    levels: Annotated[tuple[float, ...], "level"]
+    allocation: Float[Tensor, "head pair distance"]
+    wavelengths: Float[Tensor, "head pair"]
+    scale: Scale = "none"
+
+    _files = Files("curve", "curves", "make them again", version=2)
+
+    def _check(self) -> None:
+        if not all(0 < level < 1 for level in self.levels):
+            raise ValueError(f"quantiles at {self.levels}")
+        ascends = bool((self.distance.diff() > 0).all()) and bool((self.distance > 0).all())
+        if not self.heads or not ascends or bool((self.n_pairs < 0).any()):
+            raise ValueError("no heads, distances that don't ascend from 1, or less than no pair")
+
+    def plot(self, *, trained: int | None = None) -> Any:
+        """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
+
+        Args:
+            trained: training length, marked by an upright line.
+        """
+        from tl_posheads.figures.curves import curve_figure
+
+        return curve_figure(self, trained)
+
+    def plot_allocation(
+        self, head: tuple[int, int] | None = None, *, trained: int | None = None
+    ) -> Any:
+        """Weight of every rotary pair by distance, wavelengths on the right axis.
+
+        Args:
+            head: one of :attr:`heads`; the first by default.
+            trained: training length, marked by an upright line.
+
+        Raises:
+            PosheadsError: a head that the curve hasn't.
+        """
+        from tl_posheads.figures.curves import allocation_figure
+
+        place = self.heads[0] if head is None else tuple(head)
+        if place not in self.heads:
+            raise PosheadsError(f"head={head!r} was given; the curve has {self.heads}")
+        return allocation_figure(self, self.heads.index(place), trained)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Long form: layer, head, distance, n_pairs, mean and a column per quantile."""
+        frames = []
+        for i, (layer, head) in enumerate(self.heads):
+            columns: dict[str, Any] = {
+                "layer": layer,
+                "head": head,
+                "distance": self.distance.numpy(),
+                "n_pairs": self.n_pairs[i].numpy(),
+                "mean": self.mean[i].numpy(),
+            }
+            for q, level in enumerate(self.levels):
+                columns[f"q{100 * level:g}"] = self.quantiles[i, q].numpy()
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+
+def sum_by_distance(block: Float[Tensor, "head row key"]) -> Float[Tensor, "head distance"]:
+    """Sums along the diagonals of queries in a row, each one further from the same keys.
+
+    Index 0 of the result is the smallest distance, that of the first query from the last key.
+
+    Example:
+        >>> import torch
+        >>> sum_by_distance(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        tensor([[2., 5., 3.]])
+    """
+    heads, rows, keys = block.shape
+    # Each row, nearest key first, starts one column further right than the row above.
+    skewed = pad(block.flip(-1), (0, rows)).reshape(heads, -1)
+    width = rows + keys - 1
+    return skewed[:, : rows * width].view(heads, rows, width).sum(1)
+
+
+def dominant_dimension_curve(
+    model: Any,
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    *,
+    heads: Sequence[tuple[int, int]],
+    scale: Scale = "none",
+    attention_mask: Int[Tensor, "doc pos"] | None = None,
+    skip_first: int = 0,
+    levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
+    progress: bool = True,
+) -> DominantDimensionCurve:
+    """Mean, quantiles and allocation map of chosen heads by token distance.
+
+    Args:
+        model, tokens, scale, attention_mask, skip_first, progress: as in ``score_heads``.
+        heads: ``(layer, head)`` pairs, ``scores.top(8)`` for one. They need equally many rotary
+            pairs.
+        levels: quantiles between 0 and 1.
+
+    Memory: ``8 * heads * pos * 18 * pairs`` bytes, and 30 MB of bites.
+
+    Raises:
+        PosheadsError: no heads, heads the model hasn't, or what ``score_heads`` refuses.
+
+    Example:
+        >>> curve = dominant_dimension_curve(model, tokens, heads=[(3, 1)])   # doctest: +SKIP
+        >>> curve.to_pandas().plot(x="distance", y="mean")                    # doctest: +SKIP
+    """
+    require_rotary(model)
+    check_scale(scale)
+    require_clean(model)
+    wanted = [(int(layer), int(head)) for layer, head in heads]
+    layers = layers_of(model, [layer for layer, _ in wanted]) if wanted else []
+    documents = documents_of(model, tokens, attention_mask, skip_first)
+    if not wanted or not all(0 < level < 1 for level in levels):
+        raise PosheadsError(
+            f"heads={heads!r} and levels={levels!r} were given; expected at least one "
+            "(layer, head) and levels between 0 and 1"
+        )
+    longest = max(len(document) for document in documents)
+    with rotary_hook_points(model):
+        geometry = RotaryGeometry.from_model(model, length=longest, layers=layers)
+        wrong = [p for p in wanted if not 0 <= p[1] < geometry[p[0]].n_heads]
+        sizes = {geometry[layer].n_pairs for layer in layers}
+        if wrong or len(sizes) != 1 or 0 in sizes:
+            raise PosheadsError(
+                f"heads {wrong or wanted} were asked for, but {model_name(model)} has "
+                f"{geometry.n_heads} heads a layer and {sorted(sizes)} rotary pairs in those "
+                "layers; choose heads of layers with RoPE and equally many pairs"
+            )
+        sums = {
+            place: _HeadSums(longest - skip_first, geometry[place[0]].n_pairs) for place in wanted
+        }
+        geometry_of = geometry_by_length(model, geometry, layers)
+        bar = tqdm(total=len(documents) * len(layers), desc="curves", disable=not progress)
+
+        def consumer(own: RotaryGeometry, layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+            chosen = sorted({head for at, head in wanted if at == layer})
+            q, k = rot_q[0, skip_first:], rot_k[0, skip_first:]
+            here = own[layer].after(skip_first)
+            _add_document(q, k, here, chosen, scale, [sums[layer, h] for h in chosen])
+            bar.update(1)
+
+        with bar:
+            for document in documents:
+                own = geometry_of(len(document))
+                capture_rotary(model, document[None], partial(consumer, own), layers=layers)
+    return _curve(wanted, [sums[place] for place in wanted], geometry, levels, scale)
+
+
+def mean_by_distance(
+    rot_q: Float[Tensor, "pos head d_head"],
+    rot_k: Float[Tensor, "pos kv_head d_head"],
+    geometry: LayerGeometry,
+    heads: Sequence[int],
+    *,
+    n_queries: int | None = None,
+    scale: Scale = "none",
+) -> tuple[Float[Tensor, "head distance"], Int[Tensor, "distance"]]:
+    """Mean dominant dimension of some heads of one text at distances from 1.
+
+    Args:
+        rot_q, rot_k, geometry: of one layer; :func:`tl_posheads.capture_rotary` gives them.
+        heads: those wanted.
+        n_queries: so many queries, evenly spread, stand for all; None takes all.
+        scale: as in ``dimension_contributions``.
+
+    Returns:
+        The mean in float64, NaN where there is no query-key pair, and how many of one head there
+        are at each distance.
+
+    Raises:
+        PosheadsError: another ``scale``.
+
+    Example:
+        >>> import torch
+        >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]))
+        >>> mean, n_pairs = mean_by_distance(torch.zeros(4, 1, 4), torch.zeros(4, 1, 4), g, [0])
+        >>> mean.tolist(), n_pairs.tolist()
+        ([[0.5, 0.5, 0.5]], [3, 2, 1])
+    """
+    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
+    n_pos = rot_q.shape[0]
+    rows = evenly(n_pos, n_pos if n_queries is None else n_queries, rot_q.device)
+    total = torch.zeros(len(heads), n_pos, dtype=torch.float64, device=rot_q.device)
+    count = torch.zeros(n_pos, dtype=torch.long, device=rot_q.device)
+    for dominant, distance, valid, _ in rows_of(vectors, rows, geometry.window):
+        apart = distance[valid]
+        total.index_add_(1, apart, dominant[:, valid])
+        count += torch.bincount(apart, minlength=n_pos)
+    n_pairs = count[1:].cpu()
+    over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
+    return total[:, 1:].cpu() / over, n_pairs
+
+
+class _HeadSums:
+    """What is added up of one head, by distance."""
+
+    def __init__(self, n_pos: int, n_pairs: int) -> None:
+        n_bins = (n_pairs - 1) * _BINS_PER_DIMENSION + 1
+        self.n_pairs = torch.zeros(n_pos, dtype=torch.long)
+        self.mean = torch.zeros(n_pos, dtype=torch.float64)
+        self.weights = torch.zeros(n_pairs, n_pos, dtype=torch.float64)
+        self.histogram = torch.zeros(n_bins, n_pos, dtype=torch.long)
+
+
+def _add_document(
+    rot_q: Tensor,
+    rot_k: Tensor,
+    geometry: LayerGeometry,
+    heads: Sequence[int],
+    scale: Scale,
+    sums: Sequence[_HeadSums],
+) -> None:
+    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
+    rows = torch.arange(1, rot_q.shape[0], device=rot_q.device)
+    n_pos = rot_q.shape[0]
+    for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):
+        first_key = int(query[0, 0] - distance[0, 0])
+        keys_seen = slice(first_key, first_key + distance.shape[1])
+        # Diagonal 0 is the first query's distance from the last key: 1 - (rows - 1) at least.
+        lowest = int(distance[0, -1])
+        stretch = slice(max(0, 1 - lowest), None)
+        masked = torch.where(valid, dominant, 0.0)
+        by_distance = sum_by_distance(masked)[:, stretch].cpu()
+        count = sum_by_distance(valid[None].double())[0, stretch].round().long().cpu()
+        at = slice(max(1, lowest), max(1, lowest) + len(count))
+        weights = torch.stack(
+            [
+                sum_by_distance(torch.where(valid, w, 0.0))[:, stretch].double().cpu()
+                for w in vectors.weight_rows(query[:, 0], keys_seen)
+            ],
+            dim=1,
+        )
+        bins = (dominant[:, valid] * _BINS_PER_DIMENSION).round().long()
+        apart = distance[valid]
+        for i, one in enumerate(sums):
+            one.n_pairs[at] += count
+            one.mean[at] += by_distance[i]
+            one.weights[:, at] += weights[i]
+            n_bins = one.histogram.shape[0]
+            code = bins[i] * n_pos + apart
+            counted = torch.bincount(code, minlength=n_bins * n_pos).view(n_bins, n_pos)
+            one.histogram[:, :n_pos] += counted.cpu()
+
+
+def _curve(
+    heads: list[tuple[int, int]],
+    sums: Sequence[_HeadSums],
+    geometry: RotaryGeometry,
+    levels: Sequence[float],
+    scale: Scale,
+) -> DominantDimensionCurve:
+    n_pairs = torch.stack([one.n_pairs[1:] for one in sums])
+    over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
+    return DominantDimensionCurve(
+        heads=heads,
+        distance=torch.arange(1, len(sums[0].n_pairs)),
+        n_pairs=n_pairs,
+        mean=torch.stack([one.mean[1:] for one in sums]) / over,
+        quantiles=torch.stack([_quantiles(one.histogram[:, 1:], levels) for one in sums]),
+        levels=tuple(float(level) for level in levels),
+        allocation=torch.stack([one.weights[:, 1:] for one in sums]) / over[:, None],
+        wavelengths=torch.stack([geometry[layer].wavelengths for layer, _ in heads]),
+        scale=scale,
+    )
+
+
+def _quantiles(histogram: Tensor, levels: Sequence[float]) -> Tensor:
+    below = histogram.cumsum(0).double()
+    total = below[-1]
+    rows = []
+    for level in levels:
+        value = (below < level * total).sum(0).double() / _BINS_PER_DIMENSION
+        rows.append(torch.where(total > 0, value, float(np.nan)))
+    return torch.stack(rows)

@@ -1,0 +1,335 @@
+"""One text and layer measured: rank correlations over drawn query-key pairs, or over all.
+
+RoPE is exact, and so is the counterfactual: the query and key of one pair, turned on to the
+positions of another, are what the model would have had there. Of the complex product
+``q_m conj(k_m)`` of a rotary pair the real part is its contribution; turning the product by
+``theta_m`` times the change of distance moves the content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.rotary.contributions import (
+    Scale,
+    check_scale,
+    expand_keys,
+    farthest,
+    scale_factor,
+    split_pairs,
+)
+from tl_posheads.rotary.geometry import LayerGeometry, share_keys
+from tl_posheads.scoring.all_pairs import Weighting, n_visible, spearman_of_all
+from tl_posheads.statistics.ranks import correlation, draws_for, midranks
+
+MEASURES = ("rho", "rotation", "content", "d_near", "d_far", "n_pairs")
+_OCTAVE_DRAWS = 256  # pairs of the nearest and of the farthest octave, each
+_CHUNK, _CHUNK_GPU = 1 << 18, 1 << 26  # contributions of drawn pairs at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, the same for every layer and document.
+
+    Attributes:
+        draws: query-key pairs drawn in every document; all of them where there are no more.
+        exact: rank all pairs of every document for rho, whatever its length.
+        weighting: ``"pair"``: every pair that attention sees weighs the same; ``"distance"``:
+            every distance does.
+        scale: of the contributions, as in ``dimension_contributions``.
+        skip_first: positions at each text's start left out, as queries and as keys.
+        seed: of the draws.
+    """
+
+    draws: int
+    exact: bool = False
+    weighting: Weighting = "pair"
+    scale: Scale = "none"
+    skip_first: int = 0
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        pairs: object,
+        n_documents: int,
+        *,
+        target_se: float = 0.005,
+        weighting: Weighting = "pair",
+        scale: Scale = "none",
+        skip_first: int = 0,
+        seed: int = 0,
+    ) -> Settings:
+        """From the arguments of ``score_heads``, checked.
+
+        Raises:
+            PosheadsError: another ``pairs``, ``weighting`` or ``scale``; a ``target_se`` that is
+                no number between 0 and 1; a ``seed`` that is no whole number from 0 on.
+        """
+        check_scale(scale)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise PosheadsError(f"seed={seed!r} was given; expected a whole number from 0")
+        if weighting not in ("pair", "distance"):
+            raise PosheadsError(
+                f"weighting={weighting!r} was given; expected 'pair' (every query-key pair weighs "
+                "the same) or 'distance' (every distance does)"
+            )
+        known = isinstance(target_se, int | float) and not isinstance(target_se, bool)
+        if not known or not 0 < target_se < 1:
+            raise PosheadsError(
+                f"target_se={target_se!r} was given; expected a standard error for drawing to "
+                "stay under, like 0.005"
+            )
+        draws = max(3, -(-draws_for(target_se) // n_documents))
+        if pairs not in ("auto", "all"):
+            if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 3:
+                raise PosheadsError(
+                    f"pairs={pairs!r} was given; expected 'auto', 'all' or a number of pairs "
+                    "(at least 3) to draw in every document"
+                )
+            draws = pairs
+        return cls(draws, pairs == "all", weighting, scale, skip_first, seed)
+
+
+class Pairs(NamedTuple):
+    """Query-key pairs of a text, the same for all heads: positions of queries and of keys."""
+
+    q_pos: Int[Tensor, "n"]
+    k_pos: Int[Tensor, "n"]
+
+    @property
+    def distance(self) -> Int[Tensor, "n"]:
+        return self.q_pos - self.k_pos
+
+
+def draw_pairs(
+    n_pos: int,
+    nearest: int,
+    longest: int,
+    n: int,
+    weighting: Weighting,
+    generator: np.random.Generator,
+) -> tuple[Pairs, Float[Tensor, "n"] | None]:
+    """Pairs ``nearest`` to ``longest`` tokens apart, drawn with replacement; all if no more than n.
+
+    Distances are drawn one from each of ``n`` equal shares of the pairs, so that what D does with
+    distance adds nothing to the error of drawing; only how D varies at one distance does.
+
+    Returns:
+        The pairs and their weights; None is 1 each.
+
+    Example:
+        >>> import numpy as np
+        >>> draw_pairs(3, 1, 2, 9, "pair", np.random.default_rng(0))
+        (Pairs(q_pos=tensor([1, 2, 2]), k_pos=tensor([0, 1, 0])), None)
+    """
+    apart = np.arange(nearest, longest + 1)
+    there = n_pos - apart  # pairs at each distance
+    weights = None
+    if there.sum() <= n:
+        distance = np.repeat(apart, there)
+        q_pos = distance + np.concatenate([np.arange(m) for m in there])
+        if weighting == "distance":
+            weights = torch.as_tensor(np.repeat(1 / there, there))
+    else:
+        share = np.cumsum(there if weighting == "pair" else np.ones_like(there))
+        within = (np.arange(n) + generator.random(n)) / n
+        at = np.searchsorted(share, within * share[-1], side="right")
+        distance = apart[np.minimum(at, len(apart) - 1)]
+        q_pos = distance + (generator.random(n) * (n_pos - distance)).astype(np.int64)
+        order = np.argsort(q_pos)  # neighbours in memory are read together
+        q_pos, distance = q_pos[order], distance[order]
+    return Pairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance)), weights
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is looked at in one document by all layers that see as far.
+
+    Attributes:
+        pairs: those that rho is taken over; behind them pairs 1 or 2 tokens apart, and pairs of the
+            farthest octave.
+        sizes: how many of each.
+        given: at whose positions the contents of each of the first are put.
+        weights: of the first; None is 1 each.
+        moved_weights: of contents and given positions together.
+        ranks: of the distance, and among the moved contents of the distance that they came from
+            and of the distance given.
+    """
+
+    pairs: Pairs
+    sizes: tuple[int, int, int]
+    given: Pairs
+    weights: Float[Tensor, "n"] | None
+    moved_weights: Float[Tensor, "n"] | None
+    ranks: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Pairs,
+        weights: Tensor | None,
+        order: Int[Tensor, "n"],
+        near: Pairs,
+        far: Pairs,
+        device: torch.device,
+    ) -> Draw:
+        """From pairs, the order in which their positions are given, and both octaves' pairs."""
+        given = Pairs(*(x[order] for x in pairs))
+        moved = None if weights is None else weights * weights[order]
+        ranks = [
+            midranks(x.distance, w) for x, w in ((pairs, weights), (pairs, moved), (given, moved))
+        ]
+        read = Pairs(*(torch.cat(x).to(device) for x in zip(pairs, near, far, strict=True)))
+        sizes = (len(pairs.q_pos), len(near.q_pos), len(far.q_pos))
+        weights, moved = (None if x is None else x.to(device) for x in (weights, moved))
+        own, came, put = (x.to(device) for x in ranks)
+        given = Pairs(*(x.to(device) for x in given))
+        return cls(read, sizes, given, weights, moved, (own, came, put))
+
+
+class DocumentDraws:
+    """The draws of one document: layers with the same reach share theirs.
+
+    Args:
+        document: its name; with the seed it decides what is drawn.
+        n_pos: its positions, those skipped not counted.
+    """
+
+    def __init__(self, document: str, n_pos: int, settings: Settings) -> None:
+        self.name, self.settings = document, settings
+        self._n_pos = n_pos
+        self._known: dict[tuple[int, torch.device], Draw] = {}
+
+    def within(self, window: int | None, device: torch.device) -> Draw:
+        """For layers with this sliding window."""
+        longest = farthest(self._n_pos, window)
+        key = (longest, device)
+        if key not in self._known:
+            self._known[key] = self._draw(longest, device)
+        return self._known[key]
+
+    def _draw(self, longest: int, device: torch.device) -> Draw:
+        settings, n_pos = self.settings, self._n_pos
+        name = hashlib.sha256(self.name.encode()).digest()
+        generator = np.random.default_rng([settings.seed, *name])
+        pairs, weights = draw_pairs(
+            n_pos, 1, longest, settings.draws, settings.weighting, generator
+        )
+        order = torch.as_tensor(generator.permutation(len(pairs.q_pos)))
+        near, far = (
+            draw_pairs(n_pos, *octave, _OCTAVE_DRAWS, "pair", generator)[0]
+            for octave in ((1, min(2, longest)), ((longest + 1) // 2, longest))
+        )
+        return Draw.of(pairs, weights, order, near, far, device)
+
+
+def measure(
+    rot_q: Float[Tensor, "pos head d_head"],
+    rot_k: Float[Tensor, "pos kv_head d_head"],
+    geometry: LayerGeometry,
+    draws: DocumentDraws,
+) -> Float[Tensor, "measure head"]:
+    """A layer's :data:`MEASURES` of one text, without the positions that are skipped; float64.
+
+    Memory: some 20 MB on a CPU, 2 GB on a GPU; with ``exact`` that of :func:`spearman_of_all`.
+    """
+    settings = draws.settings
+    draw = draws.within(geometry.window, rot_q.device)
+    n, dominant, moved = draw.sizes[0], [], []
+    for chunk, product in _products(rot_q, rot_k, geometry, draw.pairs, settings.scale):
+        dominant.append(product.dominant())
+        there = Pairs(*(x[chunk] for x in draw.given))
+        moved.append(product.first(len(there.q_pos)).dominant(there))
+    at_own, near, far = torch.cat(dominant).T.split(draw.sizes, 1)
+    own, came, put = draw.ranks
+    n_ranked, n_all = n, n_visible(rot_q.shape[0], geometry.window)
+    if settings.exact and n < n_all:
+        n_ranked = n_all
+        rho = spearman_of_all(
+            rot_q, rot_k, geometry, scale=settings.scale, weighting=settings.weighting
+        )
+    else:
+        rho = correlation(midranks(at_own, draw.weights), own, draw.weights)
+    rotation = content = torch.full_like(rho, float("nan"))
+    if geometry.is_rotation:
+        ranks = midranks(torch.cat(moved).T, draw.moved_weights)
+        rotation, content = (correlation(ranks, x, draw.moved_weights) for x in (put, came))
+    return torch.stack(
+        [rho, rotation, content, near.mean(1), far.mean(1), torch.full_like(rho, n_ranked)]
+    )
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``q_m conj(k_m)`` of some query-key pairs."""
+
+    real: Float[Tensor, "n head pair"]
+    imag: Float[Tensor, "n head pair"]
+    pairs: Pairs
+    geometry: LayerGeometry
+
+    def first(self, n: int) -> _Product:
+        pairs = Pairs(self.pairs.q_pos[:n], self.pairs.k_pos[:n])
+        return _Product(self.real[:n], self.imag[:n], pairs, self.geometry)
+
+    def dominant(self, at: Pairs | None = None) -> Float[Tensor, "n head"]:
+        """D of the contents, at their own positions or put at others; float64."""
+        contribution = self.real
+        if at is not None or self.geometry.remapping is not None:
+            contribution = self._turned(self.pairs if at is None else at)
+        weight = (contribution - contribution.amax(-1, keepdim=True)).exp_()
+        # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
+        # of a whole number, and the order of those last digits is part of its score.
+        weight = weight.double()
+        index = torch.arange(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+        total, moment = (weight @ torch.stack([torch.ones_like(index), index], 1)).unbind(-1)
+        return moment / total
+
+    def _turned(self, at: Pairs) -> Float[Tensor, "n head pair"]:
+        """The contributions that the contents would make at these positions."""
+        distance = at.distance[:, None, None].double()
+        factor, remapping = None, self.geometry.remapping
+        if remapping is not None:
+            distance, factor = remapping.distances(at.q_pos, at.k_pos, self.geometry.n_heads)
+        steps = distance - self.pairs.distance[:, None, None]
+        # In float64 up to here: thousands of turns leave float32 no digits.
+        angle = torch.remainder(steps * self.geometry.inv_freq.to(steps.device), 2 * math.pi)
+        angle = angle.to(self.real.dtype)
+        turned = (self.real * angle.cos()).addcmul_(self.imag, angle.sin(), value=-1)
+        return turned if factor is None else turned * factor.to(turned.dtype)
+
+
+def _products(
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, pairs: Pairs, scale: Scale
+) -> Iterator[tuple[slice, _Product]]:
+    at_once = _CHUNK_GPU if rot_q.is_cuda else _CHUNK
+    step = max(1, at_once // (geometry.n_heads * geometry.n_pairs))
+    precision = torch.promote_types(rot_q.dtype, torch.float32)
+    factor = scale_factor(scale, geometry)
+    # Where neighbours share a key, as everywhere but by hand, no key is copied for each of them.
+    neighbours = geometry.kv_head == share_keys(rot_q.shape[1], rot_k.shape[1])
+    for start in range(0, len(pairs.q_pos), step):
+        chunk = slice(start, start + step)
+        some = Pairs(*(x[chunk] for x in pairs))
+        q, k = rot_q.index_select(0, some.q_pos), rot_k.index_select(0, some.k_pos)
+        if neighbours:
+            q, k = q.unflatten(1, (k.shape[1], -1)), k[:, :, None]
+        else:
+            q, k = q[:, :, None], expand_keys(k, q, geometry)[:, :, None]
+        (q1, q2), (k1, k2) = (split_pairs(x.to(precision), geometry) for x in (q, k))
+        real = (q1 * k1).addcmul_(q2, k2).flatten(1, 2)
+        imag = (q2 * k1).addcmul_(q1, k2, value=-1).flatten(1, 2)
+        if factor != 1:
+            real, imag = real.mul_(factor), imag.mul_(factor)
+        yield chunk, _Product(real, imag, some, geometry)

@@ -1,0 +1,222 @@
+"""What chosen heads attend to in one text, and the rotary dimension that each pair rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
+from tl_posheads.hooks.inputs import documents_of, layers_of
+from tl_posheads.hooks.model import attention, model_name, read_pass, require_clean, require_rotary
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.result import Files, Result
+from tl_posheads.rotary.contributions import Scale, check_scale, rows_of
+from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.rotary.remapping import pair_vectors
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMaps(Result):
+    """Attention and dominant dimension of some heads on one text.
+
+    Attributes:
+        model: name.
+        heads: ``(layer, head)`` of each.
+        tokens: the text's tokens as strings.
+        step: positions a side that are one cell of the maps.
+        pattern: attention from a cell's queries to a cell's keys, mean over the queries.
+        dominant: mean dominant dimension of the cell's query-key pairs; NaN where there is none.
+        distance: mean distance that each position looks back, weighted by attention; a look at
+            itself is 0.
+        dimension: mean dominant dimension of those looks, itself left out; NaN at position 0.
+        q_pos: positions whose looks are kept token by token.
+        row_pattern: their attention to every token.
+        row_dominant: dominant dimension of those query-key pairs; NaN where there is none.
+        n_pairs: rotary pairs of each head.
+        scale: of the contributions, as in ``dimension_contributions``.
+    """
+
+    model: str
+    heads: Annotated[list[tuple[int, int]], "head"]
+    tokens: Annotated[list[str], "pos"]
+    step: int
+    pattern: Float[Tensor, "head q_cell k_cell"]
+    dominant: Float[Tensor, "head q_cell k_cell"]
+    distance: Float[Tensor, "head pos"]
+    dimension: Float[Tensor, "head pos"]
+    q_pos: Annotated[list[int], "row"]
+    row_pattern: Float[Tensor, "head row pos"]
+    row_dominant: Float[Tensor, "head row pos"]
+    n_pairs: Annotated[list[int], "head"]
+    scale: Scale = "none"
+
+    _files = Files("maps", "maps", "make them again", version=2)
+
+    def _check(self) -> None:
+        n_pos = len(self.tokens)
+        if self.step < 1 or {*self.pattern.shape[1:]} != {math.ceil(n_pos / self.step)}:
+            raise ValueError(f"cells of {self.step} positions")
+        if not all(0 <= i < n_pos for i in self.q_pos):
+            raise ValueError(f"rows of positions {self.q_pos}")
+
+    @property
+    def names(self) -> list[str]:
+        """``L3H1`` and so on."""
+        return [f"L{layer}H{head}" for layer, head in self.heads]
+
+    def cell_tokens(self) -> list[str]:
+        """What stands at the cells: tokens, or the first token of each cell and its position."""
+        if self.step == 1:
+            return list(self.tokens)
+        at = range(0, len(self.tokens), self.step)
+        return [f"{i}: {self.tokens[i]}" for i in at]
+
+
+def head_maps(
+    model: Any,
+    tokens: Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
+    heads: Sequence[tuple[int, int]],
+    *,
+    q_pos: Sequence[int] = (-1,),
+    max_cells: int = 80,
+    scale: Scale = "none",
+) -> HeadMaps:
+    """Attention pattern and dominant-dimension map of chosen heads on one text.
+
+    Args:
+        model: HookedTransformer or TransformerBridge with RoPE and a tokenizer.
+        tokens: one text, without padding; a batch or a list of one is one, too.
+        heads: ``(layer, head)``, like ``scores.top(4)``.
+        q_pos: positions whose looks are kept token by token; negative ones from the end.
+        max_cells: cells a side of the maps at most; longer texts are put together.
+        scale: of the contributions that the dominant dimension is taken of, as in ``score_heads``.
+
+    Returns:
+        :class:`HeadMaps`, which ``tl_posheads.views`` draws. The pattern is the lens's own.
+
+    Memory: the lens's eager attention, and 8 bytes for every query-key pair and chosen head of one
+    layer.
+
+    Raises:
+        PosheadsError: no heads, heads that the model hasn't, more than one text, positions
+            outside of it, ``max_cells`` below 2; what ``score_heads`` refuses.
+
+    Example:
+        >>> maps = head_maps(model, tokens[0], scores.top(4))           # doctest: +SKIP
+        >>> views.attention(maps).save("heads.html")                    # doctest: +SKIP
+    """
+    require_rotary(model)
+    check_scale(scale)
+    require_clean(model)
+    documents = documents_of(model, tokens, None, 0)
+    if len(documents) != 1 or max_cells < 2 or not heads:
+        raise PosheadsError(
+            f"{len(documents)} texts, heads={list(heads)!r} and max_cells={max_cells!r} were "
+            "given; expected one text, at least one (layer, head) and at least 2 cells"
+        )
+    document = documents[0]
+    n_pos = len(document)
+    at = [int(i) + n_pos * (int(i) < 0) for i in q_pos]
+    if not all(0 <= i < n_pos for i in at):
+        raise PosheadsError(
+            f"q_pos={list(q_pos)!r} was given; the text's positions are 0 to {n_pos - 1}"
+        )
+    wanted = [(int(layer), int(head)) for layer, head in heads]
+    layers = layers_of(model, sorted({layer for layer, _ in wanted}))
+    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    with rotary_hook_points(model):
+        geometry = RotaryGeometry.from_model(model, length=n_pos, layers=layers)
+        wrong = [p for p in wanted if not 0 <= p[1] < geometry[p[0]].n_heads]
+        if wrong:
+            raise PosheadsError(
+                f"heads {wrong} were asked for, but {model_name(model)} has {geometry.n_heads} "
+                "heads a layer; choose among those"
+            )
+        step = math.ceil(n_pos / max_cells)
+        dominant: dict[int, Tensor] = {}
+
+        def chosen(layer: int) -> list[int]:
+            return sorted({head for at, head in wanted if at == layer})
+
+        def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+            dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], chosen(layer), scale)
+
+        def read(layer: int, pattern: Tensor) -> None:
+            here = dominant.pop(layer)
+            for i, head in enumerate(chosen(layer)):
+                whole = pattern[0, head].double()
+                rows = whole[at], here[i][at]
+                found[layer, head] = (*_reduced(whole, here[i], step), *rows)
+
+        with rotary_consumer(model, keep_dominant, layers):
+            parts: dict[int, Any] = {layer: attention(model, layer) for layer in layers}
+            readers = [(attn.hook_pattern, partial(read, i)) for i, attn in parts.items()]
+            read_pass(model, document[None], readers)
+    pattern, cells, distance, dimension, row_pattern, row_dominant = (
+        torch.stack(part).cpu() for part in zip(*(found[place] for place in wanted))
+    )
+    words = [str(token) for token in model.to_str_tokens(document)]
+    return HeadMaps(
+        model=model_name(model),
+        heads=wanted,
+        tokens=words,
+        step=step,
+        pattern=pattern,
+        dominant=cells,
+        distance=distance,
+        dimension=dimension,
+        q_pos=at,
+        row_pattern=row_pattern,
+        row_dominant=row_dominant,
+        n_pairs=[geometry[layer].n_pairs for layer, _ in wanted],
+        scale=scale,
+    )
+
+
+def _dominant(
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: list[int], scale: Scale
+) -> Float[Tensor, "head q_pos k_pos"]:
+    """D of every query-key pair, NaN where there is none."""
+    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
+    n_pos = rot_q.shape[0]
+    out = torch.full((len(heads), n_pos, n_pos), float("nan"), dtype=torch.float64)
+    out = out.to(rot_q.device)
+    rows = torch.arange(1, n_pos, device=rot_q.device)
+    for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):
+        row, key = int(query[0, 0]), int(query[0, 0] - distance[0, 0])
+        place = out[:, row : row + valid.shape[0], key : key + valid.shape[1]]
+        place.copy_(dominant.masked_fill(~valid, float("nan")))
+    return out
+
+
+def _reduced(
+    pattern: Float[Tensor, "q_pos k_pos"], dominant: Float[Tensor, "q_pos k_pos"], step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pattern and D in cells, and where and by which dimension every position looks."""
+    n_pos = pattern.shape[0]
+    seen = torch.isfinite(dominant)
+    at = torch.arange(n_pos, device=pattern.device)
+    distance = (pattern * (at[:, None] - at)).sum(1)
+    weight = torch.where(seen, pattern, 0.0)
+    looks = torch.where(seen, dominant, 0.0)
+    dimension = (weight * looks).sum(1) / weight.sum(1)
+
+    def cells(x: Tensor) -> Tensor:
+        short = -n_pos % step
+        x = pad(x.double(), (0, short, 0, short))
+        x = rearrange(x, "(q a) (k b) -> q k (a b)", a=step, b=step)
+        return x.sum(-1)
+
+    n_queries = torch.bincount(at // step)[:, None]
+    mean = cells(looks) / cells(seen)
+    return cells(pattern) / n_queries, mean, distance, dimension

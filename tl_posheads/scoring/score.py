@@ -1,0 +1,200 @@
+"""Scores every head of a model: capture, measure, put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
+
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
+from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of, length_matters
+from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.provenance import model_facts, versions
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.checkpoint import Checkpoint
+from tl_posheads.rotary.contributions import Scale
+from tl_posheads.scoring.accumulator import Consumer, ScoreAccumulator
+from tl_posheads.scoring.draws import Settings, Weighting
+from tl_posheads.scoring.head_scores import HeadScores
+
+Units = Sequence[tuple[str, Tensor]]
+
+
+def score_heads(
+    model: Any,
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    *,
+    layers: Sequence[int] | None = None,
+    pairs: Literal["auto", "all"] | int = "auto",
+    weighting: Weighting = "pair",
+    scale: Scale = "none",
+    target_se: float = 0.005,
+    attention_mask: Int[Tensor, "doc pos"] | None = None,
+    skip_first: int = 0,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+) -> HeadScores:
+    """The positional score of every head (Hong et al. 2024, arXiv 2410.08703), with uncertainty.
+
+    A document's score of a head is Spearman's rho between token distance and dominant dimension
+    over the query-key pairs that attention sees; a head's score is the mean over documents, which
+    are the replicates of its interval and p-value. Give eight or more.
+
+    Args:
+        model: HookedTransformer or TransformerBridge with RoPE. Hooks inside a
+            ``with model.hooks(...)`` stay in force; the model is left as it was.
+        tokens: documents of at least two positions, no two the same; a list holds texts of unequal
+            length.
+        layers: those to score; all by default.
+        pairs: ``"auto"`` draws, in every document, as many query-key pairs as ``target_se`` asks
+            for; ``"all"`` ranks every pair, at any length; a number draws that many a document.
+            Where a document has no more, all are taken. ``rotation`` and ``content`` are drawn
+            with ``"all"``, too.
+        weighting: ``"pair"``: every pair weighs the same, so that short distances, of which there
+            are more, weigh more; ``"distance"``: every distance weighs the same.
+        scale: ``"none"`` takes contributions as they are, ``"attention"`` times the factor on the
+            model's scores. The two rank heads differently.
+        target_se: standard error of a head's mean rho that drawing may cause with ``"auto"``.
+        attention_mask: 1 for tokens, 0 for padding, on the left or the right. Each document is
+            run by itself and without its padding. A tensor with padding needs it.
+        skip_first: positions at the start of every document that are left out, as queries and as
+            keys (the attention sink).
+        seed: of everything drawn. The same seed gives the same numbers.
+        checkpoint: folder that keeps every finished document; the same call goes on from there.
+        progress: show a bar.
+        provenance: more facts to keep with the result, the corpus' name for one.
+
+    Returns:
+        :class:`HeadScores`, NaN for heads of layers that were not asked for, have no RoPE, or
+        whose dominant dimension is constant.
+
+    Memory: one layer of one document at a time; beyond the model's own forward pass some 100 MB on
+    a CPU. ``pairs="all"``: 1.8 GB.
+
+    Raises:
+        PosheadsError: a model without RoPE or with forgotten hooks; tokens that are too short,
+            outside the vocabulary or too long for the model; padding without a mask; the same
+            text twice; layers it doesn't have; NaN or infinity in a head; a checkpoint of another
+            run.
+
+    Example:
+        >>> scores = score_heads(model, tokens)                 # doctest: +SKIP
+        >>> scores.positional()                                 # doctest: +SKIP
+    """
+    require_rotary(model)
+    Settings.of(pairs, 1, target_se=target_se, weighting=weighting, scale=scale)
+    require_clean(model)
+    documents = documents_of(model, tokens, attention_mask, skip_first)
+    wanted = layers_of(model, layers)
+    units = by_content(documents)
+    settings = Settings.of(
+        pairs,
+        len(units),
+        target_se=target_se,
+        weighting=weighting,
+        scale=scale,
+        skip_first=skip_first,
+        seed=seed,
+    )
+    with rotary_hook_points(model):
+        accumulator = empty_accumulator(model, units, wanted, settings)
+        kept = Checkpoint(checkpoint, plan_of(model, accumulator, units))
+        sweep(model, accumulator, units, kept, progress=progress)
+    return accumulator.scores({**facts_of(model, units), "pairs": pairs, **(provenance or {})})
+
+
+def empty_accumulator(
+    model: Any, units: Units, layers: Sequence[int], settings: Settings
+) -> ScoreAccumulator:
+    """What these documents' measures are put into.
+
+    Raises:
+        PosheadsError: none of the layers has RoPE.
+    """
+    longest = max(len(document) for _, document in units)
+    geometry = RotaryGeometry.from_model(model, length=longest, layers=layers)
+    accumulator = ScoreAccumulator.of(geometry, layers, settings)
+    if not accumulator.layers:
+        raise PosheadsError(
+            f"none of the layers asked for in {model_name(model)} has RoPE; ask for others"
+        )
+    return accumulator
+
+
+def geometry_by_length(
+    model: Any, geometry: RotaryGeometry, layers: Sequence[int]
+) -> Callable[[int], RotaryGeometry]:
+    """A text's length to its geometry: another one where frequencies depend on the length."""
+    if not length_matters(model):
+        return lambda length: geometry
+    return cache(lambda length: RotaryGeometry.from_model(model, length=length, layers=layers))
+
+
+def plan_of(model: Any, accumulator: ScoreAccumulator, units: Units) -> dict[str, Any]:
+    """What decides the numbers: a checkpoint of another plan is another run's."""
+    geometry = accumulator.geometry
+    return {
+        "texts": [unit for unit, _ in units],
+        "settings": repr(accumulator.settings),
+        "layers": accumulator.layers,
+        "model": [model_name(model), str(next(model.parameters()).dtype)],
+        "inside": [change.name for change in changes_of(model)],
+        "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
+    }
+
+
+def facts_of(model: Any, units: Units) -> dict[str, Any]:
+    """Provenance of scores of these documents."""
+    return {
+        **model_facts(model),
+        "inside": [change.name for change in changes_of(model)],
+        "n_tokens": sum(len(document) for _, document in units),
+        "longest": max(len(document) for _, document in units),
+        "tokens_sha256": digest_of(units),
+        "versions": versions(),
+    }
+
+
+def sweep(
+    model: Any,
+    accumulator: ScoreAccumulator,
+    units: Units,
+    kept: Checkpoint,
+    *,
+    progress: bool = False,
+) -> None:
+    """Measure every document, a pass each; those that the checkpoint holds are read from it."""
+    layers = accumulator.layers
+    geometry_of = geometry_by_length(model, accumulator.geometry, layers)
+    total = len(layers) * sum(len(document) for _, document in units)
+    bar = tqdm(
+        total=total,
+        desc="scoring",
+        unit=" tokens x layers",
+        unit_scale=True,
+        disable=not progress,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for unit, document in units:
+            found = kept.read(unit)
+            if found is not None and sorted(found) == sorted(map(str, layers)):
+                accumulator.rows[unit] = {int(layer): row for layer, row in found.items()}
+                bar.update(len(document) * len(layers))
+                continue
+            consumer = accumulator.consumer(unit, geometry_of(len(document)))
+
+            def measured(layer: int, q: Tensor, k: Tensor, consumer: Consumer = consumer) -> None:
+                consumer(layer, q, k)
+                bar.update(q.shape[1])
+
+            capture_rotary(model, document[None], measured, layers=layers)
+            kept.write(unit, {str(layer): row for layer, row in accumulator.rows[unit].items()})

@@ -1,0 +1,129 @@
+"""Retrieval scores of a live model: it answers questions greedily, and its heads are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.lengths import context_length
+from tl_posheads.hooks.logprobs import greedy
+from tl_posheads.hooks.model import attention, model_name, read_pass
+from tl_posheads.studies.profile.retrieval import copied_share, copies_of, recall
+from tl_posheads.tasks.base import Prompt, Task, check_length
+from tl_posheads.tasks.needle import Needle
+
+_LENGTH = 512  # tokens of the default needles' prompts, at most
+_DEPTHS = 3
+_ANSWERED = 0.5  # recall that Wu et al. ask for
+
+
+def prompts_of(model: Any, needles: int | Task | Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Prompts by number, from a task, or as they are.
+
+    Raises:
+        PosheadsError: a negative number, prompts that are too long, or what the task refuses.
+    """
+    if isinstance(needles, bool) or (isinstance(needles, int) and needles < 0):
+        raise PosheadsError(
+            f"needles={needles!r} was given; expected a number of prompts, a task like "
+            "tasks.Needle(), or a list of prompts"
+        )
+    if isinstance(needles, int):
+        if needles == 0:
+            return []
+        length = min(_LENGTH, context_length(model) or _LENGTH)
+        short = max(2, length // 4)
+        needles = Needle(
+            lengths=(length,), depths=_DEPTHS, n=needles, seed=seed, short_length=short
+        )
+    prompts = needles.prompts(model) if isinstance(needles, Task) else list(needles)
+    check_length(model, prompts)
+    return prompts
+
+
+def most_attended(
+    model: Any, tokens: Int[Tensor, "pos"], rows: slice
+) -> Int[Tensor, "layer head row"]:
+    """The position that every head attends to most, for some queries; -1 where there is no head.
+
+    One pass, a layer's pattern at a time; on leaving, the model's hooks are as they were.
+    """
+    n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+    n_rows = len(range(*rows.indices(len(tokens))))
+    out = torch.full((n_layers, n_heads, n_rows), -1, dtype=torch.long)
+
+    def read(layer: int, pattern: Tensor) -> None:
+        out[layer] = pattern[0, :, rows].argmax(-1).cpu()
+
+    parts: dict[int, Any] = {layer: attention(model, layer) for layer in range(n_layers)}
+    readers = [
+        (attn.hook_pattern, partial(read, layer))
+        for layer, attn in parts.items()
+        if attn is not None
+    ]
+    read_pass(model, tokens[None], readers)
+    return out
+
+
+def retrieval_scores(
+    model: Any, prompts: Sequence[Prompt], tick: Callable[[], Any] = lambda: None
+) -> tuple[Float[Tensor, "layer head"], dict[str, Any]]:
+    """The retrieval score of every head, mean over the needles that the model answered.
+
+    The model answers each prompt by greedy decoding, as many tokens as the answer has. Then one
+    pass over prompt and answer shows where every head looked as each token was written: attention
+    is causal, so that these are the rows that decoding saw. A prompt counts where more than half
+    of the answer's tokens were written (Wu et al. 2024), and where its text holds the answer's
+    tokens in a row.
+
+    Args:
+        model: HookedTransformer or TransformerBridge. prompts: with the answers as targets.
+        tick: called after each prompt.
+
+    Returns:
+        ``[layer, head]`` in float64, NaN where no prompt counts, and facts: ``n_prompts``,
+        ``n_answered``, ``n_without_copy`` (text without the answer), ``recall`` of each, and
+        ``reason`` where the scores are NaN.
+
+    Memory: the lens's eager attention of one layer.
+    """
+    total = torch.zeros(int(model.cfg.n_layers), int(model.cfg.n_heads), dtype=torch.float64)
+    recalls: list[float] = []
+    n_answered = n_without = 0
+    for prompt in prompts:
+        first, last = int(prompt.targets[0]), int(prompt.targets[-1])
+        asked, answer = prompt.tokens[:first].cpu(), prompt.tokens[first : last + 1].cpu()
+        needle = copies_of(asked, answer)
+        if len(needle) == 0:
+            n_without += 1
+            tick()
+            continue
+        written = greedy(model, asked, len(answer))
+        recalls.append(recall(written, answer))
+        if recalls[-1] > _ANSWERED:
+            n_answered += 1
+            seen = torch.cat([asked, written[:-1]])
+            looks = most_attended(model, seen, slice(first - 1, len(seen)))
+            share = copied_share(looks.clamp(min=0), written, seen, needle)
+            total += torch.where(looks[..., 0] < 0, float("nan"), share)
+        tick()
+    facts: dict[str, Any] = {
+        "n_prompts": len(prompts),
+        "n_answered": n_answered,
+        "n_without_copy": n_without,
+        "recall": recalls,
+    }
+    if n_answered == 0:
+        facts["reason"] = (
+            f"{model_name(model)} answered none of {len(prompts)} needles"
+            if prompts
+            else "no needles were asked for"
+        )
+        return torch.full_like(total, float("nan")), facts
+    return total / n_answered, facts

@@ -1,0 +1,162 @@
+"""What a profile of a model's heads holds: a table, its correlations, its overlaps, its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from tl_posheads.io.result import Files, Result
+from tl_posheads.scoring.head_scores import count_of
+from tl_posheads.statistics.ranks import benjamini_hochberg, chance_overlap
+from tl_posheads.studies.profile.settings import POSITIONAL
+
+_PLACE = ("layer", "head")
+_FEWEST = 3  # heads of a correlation
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile(Result):
+    """Measures of every head of a model, the positional score first.
+
+    Attributes:
+        table: one row per head: ``layer``, ``head``, ``positional`` and the measures' columns as
+            :func:`~tl_posheads.profile_heads` lists them; NaN where there is no value.
+        provenance: how it came about; ``missing`` says of every column with NaN why,
+            ``needles`` how many the model answered.
+    """
+
+    table: Annotated[pd.DataFrame, "layer:integer head:integer positional:floating"]
+    provenance: dict[str, Any]
+
+    _files = Files("profile", "profiles", "make them again")
+
+    def _check(self) -> None:
+        if self.table.duplicated([*_PLACE]).any() or (self.table[[*_PLACE]] < 0).any(axis=None):
+            raise ValueError("a head twice, or of a number below 0")
+        for name in self.columns:
+            if self.table[name].dtype.kind not in "fiub":
+                raise ValueError(f"{name} is no measure")
+        missing, needles = (self.provenance.get(x) or {} for x in ("missing", "needles"))
+        if not isinstance(missing, dict) or not isinstance(needles, dict):
+            raise ValueError("what is missing and the needles are told otherwise")
+
+    def __repr__(self) -> str:
+        return (
+            f"HeadProfile({self.provenance.get('model')}: {len(self.table)} heads, "
+            f"{', '.join(self.columns)})"
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the measures, the positional score first."""
+        return [str(name) for name in self.table.columns if name not in _PLACE]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per head, in order of layer and head; a copy."""
+        return self.table.copy()
+
+    def correlation(self, *, within_layers: bool = False) -> pd.DataFrame:
+        """Spearman's rho between every two measures, over the heads that have both.
+
+        NaN where fewer than three heads have both, or one of the two is the same for all.
+
+        Args:
+            within_layers: compare heads with those of their own layer only: of each measure's
+                rank its layer's mean rank is taken away, and what is left is correlated. What
+                depth alone explains, two measures that both grow with the layer, is then gone.
+
+        Example:
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"layer": 0, "head": range(4),
+            ...                       "positional": [0.1, 0.2, 0.3, 0.4], "sink": [4, 2, 3, 1.0]})
+            >>> float(HeadProfile(table, {}).correlation().loc["positional", "sink"])
+            -0.8
+        """
+        values = self.table[self.columns].astype(float)
+        return _pairwise(values, self.table["layer"], within=within_layers)
+
+    def overlap(self, k: int | float = 0.05) -> pd.DataFrame:
+        """How many of each measure's ``k`` highest heads are among the ``k`` most positional ones.
+
+        Args:
+            k: a count, or a share of the heads that have both values (rounded, at least one).
+
+        Returns:
+            A row per measure: ``n_heads`` that have both values; ``n_positional`` and ``n_top``,
+            how many heads of each list were compared; ``overlap``; ``chance``, what two random
+            lists would have on average; ``p``, the probability that they have at least so many
+            (hypergeometric); ``p_adjusted`` for the number of measures (Benjamini-Hochberg).
+            Heads that share the value at the cut with one below it are left out of a list, so
+            that it may be shorter than ``k``; NaN where none is left.
+
+        Raises:
+            PosheadsError: a ``k`` that is no count and no share.
+        """
+        rows = []
+        for name in self.columns:
+            if name == POSITIONAL:
+                continue
+            both = self.table[[POSITIONAL, name]].astype(float).dropna().to_numpy()
+            n = len(both)
+            best, kin = (_highest(column, count_of(k, n)) for column in both.T)
+            row = {"measure": name, "n_heads": n, "n_positional": len(best), "n_top": len(kin)}
+            shared, chance, p = float("nan"), float("nan"), float("nan")
+            if best and kin:
+                shared = len(best & kin)
+                chance, p = chance_overlap(n, len(best), len(kin), int(shared))
+            rows.append({**row, "overlap": shared, "chance": chance, "p": p})
+        columns = ["measure", "n_heads", "n_positional", "n_top", "overlap", "chance", "p"]
+        out = pd.DataFrame(rows, columns=columns)
+        out["p_adjusted"] = benjamini_hochberg(out["p"].to_numpy(dtype=float))
+        return out
+
+    def plot(self, *, within_layers: bool = False) -> Any:
+        """The correlations as a map, alike measures side by side, as a matplotlib figure.
+
+        Args:
+            within_layers: as in :meth:`correlation`.
+
+        Raises:
+            PosheadsError: fewer than two measures can be correlated.
+        """
+        from tl_posheads.figures.profile import correlation_figure
+
+        return correlation_figure(self, within_layers)
+
+
+def _pairwise(values: pd.DataFrame, layer: pd.Series[Any], within: bool) -> pd.DataFrame:
+    names = list(values.columns)
+    out = pd.DataFrame(np.nan, index=names, columns=names)
+    for i, a in enumerate(names):
+        for b in names[i:]:
+            both = (values[a].notna() & values[b].notna()).to_numpy()
+            if both.sum() < _FEWEST:
+                continue
+            x, y = (stats.rankdata(values[name].to_numpy()[both]) for name in (a, b))
+            if within:
+                x, y = (_centred(ranks, layer.to_numpy()[both]) for ranks in (x, y))
+            x, y = x - x.mean(), y - y.mean()
+            norm = float(np.sqrt((x @ x) * (y @ y)))
+            # Ranks are multiples of 1/2: less than this is what rounding left of a constant.
+            if min(x @ x, y @ y) > 1e-9:
+                out.loc[a, b] = out.loc[b, a] = np.clip(float(x @ y) / norm, -1.0, 1.0)
+    return out
+
+
+def _centred(ranks: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    means = pd.Series(ranks).groupby(groups).transform("mean")
+    return np.asarray(ranks - means.to_numpy())
+
+
+def _highest(values: np.ndarray, count: int) -> set[int]:
+    """Places of the ``count`` highest values, those that tie across the cut left out."""
+    if count >= len(values):
+        return set(range(len(values)))
+    cut = np.sort(values)[::-1]
+    clear = cut[count - 1] > cut[count]
+    chosen = values >= cut[count - 1] if clear else values > cut[count]
+    return set(np.flatnonzero(chosen).tolist())

@@ -1,0 +1,352 @@
+"""Reads texts longer than those of training, bare and under clamps, and adds up what they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation.base import any_length, trained_of
+from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.observing import scored_positions
+from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
+from tl_posheads.hooks.fused import fused_attention
+from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.inputs import (
+    by_content,
+    digest_of,
+    documents_of,
+    length_matters,
+    require_finite,
+)
+from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.provenance import model_facts, versions
+from tl_posheads.hooks.rescoring import remapped
+from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.rotary.contributions import Scale, check_scale, evenly, farthest
+from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.studies.unseen.clamping import (
+    JOINT,
+    ClampSums,
+    DistanceBins,
+    bare_by_bin,
+    clamp_by_bin,
+    unseen_pairs,
+)
+from tl_posheads.studies.unseen.live import clamped, hiding, require_room
+from tl_posheads.studies.unseen.results import UnseenAngles
+
+Head = tuple[int, int]
+Live = Literal["pairs", "joint", "none"]
+
+_NEAREST = -3  # octave, from the training length, that has all nearer positions' losses
+
+
+def unseen_angles(
+    model: Any,
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    *,
+    trained: int | None = None,
+    heads: Sequence[Head] | None = None,
+    factor: float = 4,
+    n_queries: int = 256,
+    n_scored: int = 4096,
+    per_octave: int = 4,
+    scale: Scale = "none",
+    live: Live = "pairs",
+    seed: int = 0,
+    progress: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+) -> UnseenAngles:
+    """How much of the change beyond the training length comes from angles never seen in training.
+
+    A pair whose wavelength is longer than the training length has seen angles up to
+    ``theta * (trained - 1)`` and no others. Beyond, its relative angle is held there,
+    ``theta * min(d, trained - 1)``, and the dominant dimension D (Hong et al. 2024,
+    arXiv 2410.08703) is taken again: pair by pair, all unseen pairs together, and, as a control,
+    all others together, whose angles are not new. What D changes by is that pair's part.
+
+    Two levels. *Direct*: the bare model's own rotated queries and keys, with the angle of the pair
+    in the score held; earlier layers stay as they are. *Through the model*: the clamp is in force
+    in all chosen heads as the texts are read (:func:`clamp_rotary`), so that later layers change
+    too; this gives the loss, and D once more.
+
+    Args:
+        model: HookedTransformer or TransformerBridge with RoPE.
+        tokens: texts longer than the training length. ``load_corpus`` makes them inside
+            ``with None_()(model):``.
+        trained: tokens of a training text; the checkpoint's own length by default.
+        heads: ``(layer, head)`` pairs; by default all that see further than the training length.
+        factor: distances up to this many times the training length; texts are cut there.
+        n_queries: of a text that D is taken of, evenly spread.
+        n_scored: tokens of a text whose loss is measured, evenly spread.
+        per_octave: bins in a doubling of the distance; one begins at the training length.
+        scale: of the contributions that D is taken of, as in ``score_heads``.
+        live: what is clamped through the model: all unseen pairs, all others and all pairs
+            (``"joint"``), each unseen pair by itself too (``"pairs"``), or nothing (``"none"``).
+            Beside them a pass in which the heads don't see keys as far away as that at all.
+        seed: of the bootstrap in the result's tables; nothing else is drawn.
+        progress: show a bar.
+        provenance: more facts to keep with the result, the corpus' name for one.
+
+    Returns:
+        :class:`UnseenAngles`.
+
+    Memory: one text and layer at a time, ``12 * pair * head * pos`` doubles and bites of 100 MB,
+    beside what a forward pass needs: fused attention where the model allows it, else the lens's
+    eager ``[head, pos, pos]``. Linear in the text's length where fused.
+
+    Raises:
+        PosheadsError: no RoPE; texts no longer than the training length; heads that don't exist or
+            see no further; another method or edit in force; frequencies that depend on the text's
+            length; with ``live``, GPT-J and DeepSeek, whose scores can't be computed again.
+
+    Example:
+        >>> found = unseen_angles(model, tokens, trained=256)           # doctest: +SKIP
+        >>> found.summary(); found.by_pair(); found.losses(); found.plot()  # doctest: +SKIP
+    """
+    require_rotary(model)
+    check_scale(scale)
+    require_clean(model)
+    if changes_of(model):
+        raise PosheadsError(
+            f"{changes_of(model)[0].name} is in force on {model_name(model)}; the bare model is "
+            "what is asked about, call it outside"
+        )
+    known = trained_of(model, trained)
+    _check(model, factor, live, n_queries=n_queries, n_scored=n_scored, per_octave=per_octave)
+    asked = None if heads is None else heads_of(model, heads)
+    last = math.floor(factor * known)
+    with any_length(model):
+        documents = [text[:last] for text in documents_of(model, tokens, None, 0)]
+    shortest = min(len(document) for document in documents)
+    if shortest <= known:
+        raise PosheadsError(
+            f"a text of {shortest} tokens was given for a model trained on {known}; give texts "
+            "that are longer, or set trained="
+        )
+    by_key = by_content(documents)
+    longest = max(len(document) for document in documents)
+    facts = {
+        **model_facts(model),
+        "trained": known,
+        "factor": factor,
+        "n_queries": n_queries,
+        "n_scored": n_scored,
+        "per_octave": per_octave,
+        "scale": scale,
+        "live": live,
+        "seed": seed,
+        "tokens_sha256": digest_of(by_key),
+        "n_documents": len(by_key),
+        "longest": longest,
+        "versions": versions(),
+        **(provenance or {}),
+    }
+    with None_()(model, trained=known), rotary_hook_points(model):
+        geometry = RotaryGeometry.from_model(model)
+        chosen = _heads(model, geometry, asked, known, longest)
+        bins = DistanceBins.up_to(longest - 1, known, per_octave)
+        reader = _Reader(model, geometry, by_layer(chosen), bins, n_queries, n_scored, scale)
+        conditions = reader.conditions(live)
+        bar = tqdm(
+            total=len(by_key) * len(conditions),
+            desc="unseen angles",
+            unit="pass",
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        direct: list[dict[int, ClampSums]] = []
+        through: list[dict[int, Tensor]] = []
+        losses: list[dict[str, Any]] = []
+        with bar:
+            for text, (_, document) in enumerate(by_key):
+                for name, pairs in conditions.items():
+                    loss, seen = reader.read(document, name, pairs)
+                    if name == "bare":
+                        direct.append(seen)
+                    elif name == "unseen":
+                        through.append(seen)
+                    losses += _by_octave(loss, name, text, known)
+                    bar.update(1)
+    return UnseenAngles(
+        heads=list(chosen),
+        trained=known,
+        bin_start=bins.start,
+        bin_end=bins.end,
+        bin_octave=bins.octave,
+        inv_freq=_inv_freq(geometry, chosen),
+        n_pairs=torch.stack(
+            [torch.stack([text[layer].n_pairs for layer, _ in chosen]) for text in direct]
+        ),
+        bare=_stacked([{i: s.bare for i, s in text.items()} for text in direct], chosen),
+        paired=_stacked([{i: s.paired for i, s in text.items()} for text in direct], chosen),
+        joint=_stacked([{i: s.joint for i, s in text.items()} for text in direct], chosen),
+        single=_stacked([{i: s.single for i, s in text.items()} for text in direct], chosen),
+        live=_stacked(through, chosen) if through else None,
+        loss=pd.DataFrame(losses),
+        seed=seed,
+        provenance={**facts, "inside": ["None_()"]},
+    )
+
+
+def _check(model: Any, factor: Any, live: Any, **whole: Any) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 < factor < math.inf:
+        raise PosheadsError(f"factor={factor!r} was given; expected a number above 1")
+    for name, value in whole.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PosheadsError(f"{name}={value!r} was given; expected a whole number from 1")
+    if live not in ("pairs", "joint", "none"):
+        raise PosheadsError(f"live={live!r} was given; expected 'pairs', 'joint' or 'none'")
+    if live != "none":
+        try:
+            require_room(model)
+        except PosheadsError as problem:
+            raise PosheadsError(f"{problem}; or give live='none'") from None
+    elif length_matters(model):
+        raise PosheadsError(
+            f"{model_name(model)} was given, whose frequencies depend on the text's length, so "
+            "that no angle of training can be told; give another model"
+        )
+
+
+def _heads(
+    model: Any, geometry: RotaryGeometry, asked: Sequence[Head] | None, trained: int, longest: int
+) -> list[Head]:
+    """Heads that see further than the training length, or all that were asked for."""
+
+    def sees(layer: int) -> bool:
+        here = geometry[layer]
+        return here.n_pairs > 0 and farthest(longest, here.window) >= trained
+
+    far = [layer for layer in range(geometry.n_layers) if sees(layer)]
+    if asked is None:
+        asked = [(layer, head) for layer in far for head in range(geometry[layer].n_heads)]
+    short = [head for head in asked if head[0] not in far]
+    if short or not asked:
+        what = f"layer {short[0][0]} head {short[0][1]}" if short else "no head"
+        raise PosheadsError(
+            f"{what} of {model_name(model)} sees {'no' if short else 'any'} distance of {trained} "
+            "tokens by RoPE (it has none, or a sliding window); choose other heads or trained="
+        )
+    return list(asked)
+
+
+class _Reader:
+    """Reads texts under clamps of chosen heads."""
+
+    def __init__(
+        self,
+        model: Any,
+        geometry: RotaryGeometry,
+        members: dict[int, list[int]],
+        bins: DistanceBins,
+        n_queries: int,
+        n_scored: int,
+        scale: Scale,
+    ) -> None:
+        self.model, self.geometry, self.members, self.bins = model, geometry, members, bins
+        self.n_queries, self.n_scored, self.scale = n_queries, n_scored, scale
+        self.unseen = {
+            layer: torch.nonzero(unseen_pairs(geometry[layer].inv_freq, bins.trained))
+            .flatten()
+            .tolist()
+            for layer in members
+        }
+
+    def conditions(self, live: Live) -> dict[str, dict[int, list[int]]]:
+        """Pairs clamped in every layer, by the condition's name; the bare model first."""
+        out: dict[str, dict[int, list[int]]] = {"bare": {}}
+        if live == "none":
+            return out
+        every = {layer: list(range(self.geometry[layer].n_pairs)) for layer in self.members}
+        seen = {i: [m for m in pairs if m not in self.unseen[i]] for i, pairs in every.items()}
+        out |= dict(zip(JOINT, (self.unseen, seen, every), strict=True))
+        out["hidden"] = every
+        if live == "pairs":
+            for pair in sorted({m for pairs in self.unseen.values() for m in pairs}):
+                mine = {i: [pair] for i, pairs in self.unseen.items() if pair in pairs}
+                out[f"pair {pair}"] = mine
+        return out
+
+    def read(
+        self, document: Int[Tensor, "pos"], name: str, pairs: Mapping[int, list[int]]
+    ) -> tuple[tuple[Tensor, Tensor], dict[int, Any]]:
+        """One pass: loss and positions, and of the bare and the unseen condition sums by layer."""
+        layers: dict[int, LayerGeometry] = {
+            layer: clamped(self.geometry[layer], self.members[layer], held, self.bins.trained)
+            for layer, held in pairs.items()
+            if held
+        }
+        seen: dict[int, Any] = {}
+
+        def consumer(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+            here = layers.get(layer, self.geometry[layer])
+            q, k = rot_q[0], rot_k[0]
+            require_finite(layer, q, k, here.kv_head)
+            rows = evenly(len(q), self.n_queries, q.device)
+            given = (q, k, here, self.members[layer], self.bins, rows, self.scale)
+            seen[layer] = clamp_by_bin(*given) if name == "bare" else bare_by_bin(*given)[0]
+
+        targets = scored_positions(len(document), self.n_scored)
+        with ExitStack() as stack:
+            if name == "hidden":
+                stack.enter_context(hiding(self.model, layers, self.bins.trained))
+            elif layers:
+                stack.enter_context(remapped(self.model, layers, name=f"clamp of {name}"))
+            looks = name in ("bare", "unseen")
+            watch = rotary_consumer(self.model, consumer, list(self.members))
+            stack.enter_context(watch if looks else nullcontext())
+            stack.enter_context(fused_attention(self.model))
+            logprob, _ = target_logprobs(self.model, document, targets)
+        return (-logprob.double(), targets), seen
+
+
+def _by_octave(
+    loss: tuple[Tensor, Tensor], condition: str, text: int, trained: int
+) -> list[dict[str, Any]]:
+    """Mean loss by octave of the position, counted from the training length; near ones are one."""
+    values, position = loss
+    octave = torch.floor(torch.log2(position.double() / trained)).long().clamp(min=_NEAREST)
+    rows = []
+    for number in octave.unique().tolist():
+        mine = values[octave == number]
+        rows.append(
+            {
+                "condition": condition,
+                "text": text,
+                "octave": number,
+                "n": len(mine),
+                "loss": float(mine.mean()),
+            }
+        )
+    return rows
+
+
+def _stacked(
+    texts: Sequence[Mapping[int, Float[Tensor, "head *rest"]]], heads: Sequence[Head]
+) -> Float[Tensor, "doc head *rest"]:
+    """By text and head; layers with fewer rotary pairs are filled up with NaN."""
+    members = by_layer(heads)
+    rows = [[text[layer][members[layer].index(head)] for layer, head in heads] for text in texts]
+    widest = max(row.shape[0] for row in rows[0])
+    return torch.stack([torch.stack([_filled(row, widest) for row in text]) for text in rows])
+
+
+def _inv_freq(geometry: RotaryGeometry, heads: Sequence[Head]) -> Float[Tensor, "head pair"]:
+    widest = max(geometry[layer].n_pairs for layer, _ in heads)
+    return torch.stack([_filled(geometry[layer].inv_freq.cpu(), widest) for layer, _ in heads])
+
+
+def _filled(row: Tensor, size: int) -> Tensor:
+    more = row.new_full((size - row.shape[0], *row.shape[1:]), math.nan)
+    return torch.cat([row, more])

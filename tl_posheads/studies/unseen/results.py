@@ -1,0 +1,249 @@
+"""What clamping unseen angles did to a model's dominant dimensions and loss: tables, files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_posheads.io.result import Files, Result
+from tl_posheads.statistics.log_bins import bootstrap_counts, interval_of
+from tl_posheads.studies.unseen.clamping import unseen_pairs
+from tl_posheads.studies.unseen.shares import Bootstrap, Parts
+
+
+@dataclass(frozen=True, eq=False)
+class UnseenAngles(Result):
+    """Dominant dimension past the training length, as it is and with angles held.
+
+    ``bare``, ``paired``, ``joint``, ``single`` and ``live`` are sums over the query-key pairs of a
+    bin, so that texts add up; the tables have the means.
+
+    Attributes:
+        heads: ``(layer, head)`` of each.
+        trained: tokens of a training text.
+        bin_start, bin_end: first distance of each bin, and the one after its last, tokens.
+        bin_octave: octave of each bin from the training length; -1 is the last one inside.
+        inv_freq: radians a token of each head's pairs; NaN where a layer has fewer.
+        n_pairs: query-key pairs.
+        bare: of D in the bare model.
+        paired: past training, of the mean D that each pair's query has in the last octave inside.
+        joint: past training, of D with the unseen, the seen and all pairs clamped.
+        single: past training, of D with each pair clamped.
+        live: of D where all unseen pairs are clamped in the model as it reads; None without.
+        loss: a row per condition, text and octave of the position: mean loss, nats a token.
+        seed: of the bootstrap.
+        provenance: how it came about.
+    """
+
+    heads: Annotated[list[tuple[int, int]], "head"]
+    trained: int
+    bin_start: Int[Tensor, "bin"]
+    bin_end: Int[Tensor, "bin"]
+    bin_octave: Int[Tensor, "bin"]
+    inv_freq: Float[Tensor, "head pair"]
+    n_pairs: Int[Tensor, "doc head bin"]
+    bare: Float[Tensor, "doc head bin"]
+    paired: Float[Tensor, "doc head bin"]
+    joint: Float[Tensor, "doc head set=3 bin"]
+    single: Float[Tensor, "doc head pair bin"]
+    live: Float[Tensor, "doc head bin"] | None
+    loss: Annotated[
+        pd.DataFrame, "condition:string text:integer octave:integer n:integer loss:floating"
+    ]
+    seed: int
+    provenance: dict[str, Any]
+
+    _files = Files("unseen", "results on unseen angles", "run it again", version=2)
+
+    def _check(self) -> None:
+        if self.trained < 1 or self.seed < 0:
+            raise ValueError("a training length below 1, or a seed below 0")
+        ascends = bool((self.bin_start.diff() > 0).all()) and bool((self.bin_start > 0).all())
+        if not ascends or not bool((self.bin_end > self.bin_start).all()) or not self.heads:
+            raise ValueError("bins that don't ascend, or no heads")
+        if bool((self.bin_octave.abs() > 63).any()) or bool((self.n_pairs < 0).any()):
+            raise ValueError("octaves beyond all distances, or less than no pair")
+        if len(self.loss):
+            keys = ["condition", "octave", "text"]
+            octaves = {*self.loss.loc[self.loss["condition"] == "bare", "octave"]}
+            octaves &= {*range(-63, 64)}
+            inside = self.loss["text"].between(0, self.bare.shape[0] - 1).all()
+            if not inside or {*self.loss["octave"]} - octaves or self.loss.duplicated(keys).any():
+                raise ValueError("losses of other texts, without the bare model's, or twice")
+
+    @cached_property
+    def unseen(self) -> np.ndarray:
+        """Which pairs of which heads saw less than a full turn in training, ``[head, pair]``."""
+        found: np.ndarray = unseen_pairs(self.inv_freq.nan_to_num(0.0), self.trained).numpy()
+        return found
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The change and what it is made of; texts pooled."""
+        return Parts.of(self, np.ones(self.bare.shape[0]))
+
+    def pairs(self) -> pd.DataFrame:
+        """A row per head and pair: wavelength in tokens, turns in training, largest angle seen.
+
+        ``seen_max_angle`` is ``theta * (trained - 1)``, radians; ``unseen`` says whether the pair
+        turned less than once.
+        """
+        rows = []
+        for h, (layer, head) in enumerate(self.heads):
+            for m, theta in enumerate(self.inv_freq[h].tolist()):
+                if math.isnan(theta):
+                    continue
+                rows.append(
+                    {
+                        "layer": layer,
+                        "head": head,
+                        "pair": m,
+                        "wavelength": 2 * math.pi / theta if theta else math.inf,
+                        "turns_in_training": theta * self.trained / (2 * math.pi),
+                        "seen_max_angle": theta * (self.trained - 1),
+                        "unseen": bool(self.unseen[h, m]),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def change(self) -> pd.DataFrame:
+        """A row per head and bin of distance past training; texts pooled, rotary dimensions.
+
+        ``change = d_bare - d_reference``, the level in the last octave inside training; it is
+        ``change_from_unseen + change_from_seen + interaction + other``. ``other`` is what is left
+        with the angles of all pairs held: content, the queries' places, and the level at the last
+        distance seen against the octave's mean. ``change_from_unseen`` is the sum of its pairs'
+        single parts (:meth:`attribution`) and ``remainder``. ``share`` is ``change_from_unseen /
+        change``, as good as the change is large. ``d_paired`` is the reference of the same queries
+        that the bin has, ``d_live`` D where the model reads under the clamp, ``change_live``
+        against that model's own reference.
+        """
+        return self._long(
+            {name: values for name, values in vars(self.parts).items() if values.ndim == 2}
+        )
+
+    def attribution(self) -> pd.DataFrame:
+        """A row per head, pair and bin past training: what clamping that pair alone takes away."""
+        frames = []
+        wavelength = 2 * math.pi / self.inv_freq.numpy()
+        for m in range(self.single.shape[2]):
+            values = {"change_from_pair": self.parts.single[:, m]}
+            table = self._long({**values, "_which": self._which})
+            which = table.pop("_which").to_numpy()
+            table.insert(4, "pair", m)
+            table.insert(5, "wavelength", wavelength[which, m])
+            table.insert(6, "unseen", self.unseen[which, m])
+            frames.append(table.dropna(subset="wavelength"))
+        return pd.concat(frames, ignore_index=True)
+
+    @property
+    def _which(self) -> np.ndarray:
+        """The head's number, by head and bin."""
+        return np.repeat(np.arange(len(self.heads))[:, None], len(self.bin_start), axis=1)
+
+    def _long(self, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+        past = np.flatnonzero(self.bin_octave.numpy() >= 0)
+        which = np.repeat(np.arange(len(self.heads)), len(past))
+        at = np.tile(past, len(self.heads))
+        heads = np.array(self.heads)
+        n_pairs = self.n_pairs.sum(0).numpy()[which, at]
+        table = pd.DataFrame(
+            {
+                "layer": heads[which, 0],
+                "head": heads[which, 1],
+                "start": self.bin_start.numpy()[at],
+                "end": self.bin_end.numpy()[at],
+                "n_pairs": n_pairs,
+                **{name: values[which, at] for name, values in columns.items()},
+            }
+        )
+        return table[n_pairs > 0].reset_index(drop=True)
+
+    def summary(self, *, n_boot: int = 1000) -> pd.DataFrame:
+        """Means over heads and bins past training, by octave and over all, with 95 % intervals.
+
+        Every bin counts alike, and every head. ``share`` is of the mean curve: mean
+        ``change_from_unseen`` over mean ``change``; heads that move up and heads that move down
+        cancel in it. ``head_share`` is how much of each head's own change it explains: the slope of
+        ``change_from_unseen`` on ``change`` through the origin, over heads and bins; ``_seen`` is
+        the control's, ``_other`` that of content, and with ``head_share_interaction`` they sum to
+        1. ``_paired`` is against each query's own reference.
+
+        The interval is a percentile bootstrap over heads and texts at once; where there are fewer
+        than four of one, only the other is drawn, and with fewer than four of both it is NaN.
+        Heads of one model are no random sample of heads.
+
+        Args:
+            n_boot: bootstrap draws.
+        """
+        return Bootstrap(self, n_boot).summary()
+
+    def by_pair(self, *, n_boot: int = 1000) -> pd.DataFrame:
+        """A row per pair: its part past training by single clamps, mean over heads and bins.
+
+        ``change_from_pair`` in rotary dimensions, ``head_share`` as in :meth:`summary`, each with
+        its 95 % interval. ``wavelength`` is the mean over heads, ``unseen`` the share of heads
+        whose pair it is unseen in.
+        """
+        return Bootstrap(self, n_boot).by_pair()
+
+    def losses(self, *, n_boot: int = 1000) -> pd.DataFrame:
+        """Loss by octave of the token's position, a row per condition, nats a token.
+
+        Conditions are ``bare``; ``unseen``, ``seen`` and ``all`` pairs clamped; ``hidden``, where
+        the heads see no key at a distance that training hadn't: what can be won by being spared
+        those keys, whatever their angles; and single pairs. Texts count by their tokens.
+        ``change`` is against the bare model with its 95 % bootstrap interval over texts (NaN with
+        fewer than four). ``recovered`` is the share of the bare model's rise since the last octave
+        inside training that is taken back; NaN without a rise.
+        """
+        if self.loss.empty:
+            return pd.DataFrame()
+        n_texts = self.bare.shape[0]
+        counts = bootstrap_counts(n_texts, n_boot, self.seed)
+        totals: dict[tuple[str, int], np.ndarray] = {}
+        for (condition, octave), mine in self.loss.groupby(["condition", "octave"], sort=False):
+            both = np.zeros((2, n_texts))
+            both[0, mine["text"]], both[1, mine["text"]] = mine["loss"] * mine["n"], mine["n"]
+            totals[str(condition), int(octave)] = both
+        inside = totals.get(("bare", -1), np.full((2, n_texts), np.nan)).sum(1)
+        rows = []
+        for (condition, octave), both in totals.items():
+            bare = totals["bare", octave]
+            value, was = both[0].sum() / both[1].sum(), bare[0].sum() / bare[1].sum()
+            low = high = recovered = math.nan
+            if condition != "bare":
+                with np.errstate(invalid="ignore"):
+                    drawn = (counts @ (both[0] - bare[0])) / (counts @ both[1])
+                low, high = interval_of(np.nan_to_num(drawn), n_texts)
+                rise = was - inside[0] / inside[1]
+                recovered = (was - value) / rise if octave >= 0 and rise > 0 else math.nan
+            start, end = (math.ceil(self.trained * 2.0**k) for k in (octave, octave + 1))
+            start = 1 if octave == self.loss["octave"].min() else start
+            rows.append(
+                {
+                    "condition": condition,
+                    "start": start,
+                    "end": end,
+                    "n": int(both[1].sum()),
+                    "loss": value,
+                    "change": value - was,
+                    "ci_low": low,
+                    "ci_high": high,
+                    "recovered": recovered,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Any:
+        """Mean curve bare and clamped, each pair's part, and the loss; a matplotlib figure."""
+        from tl_posheads.figures.unseen import figure
+
+        return figure(self)

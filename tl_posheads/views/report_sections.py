@@ -1,0 +1,140 @@
+"""Parts of the report that other results than scores bring: an ablation study, a comparison."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from tl_posheads.figures.style import png
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tl_posheads.extrapolation.comparison import ExtrapolationComparison
+    from tl_posheads.interventions.study.results import AblationStudy
+    from tl_posheads.scoring.curves import DominantDimensionCurve
+    from tl_posheads.scoring.head_scores import HeadScores
+    from tl_posheads.scoring.maps import HeadMaps
+
+
+def curve_section(curve: DominantDimensionCurve) -> str:
+    """What some heads rest on by token distance, and where the first one puts its weight."""
+    names = ", ".join(f"layer {layer} head {head}" for layer, head in curve.heads)
+    ends = "; ".join(
+        f"layer {layer} head {head}: {_number(curve.mean[i, 0])} at distance 1, "
+        f"{_number(curve.mean[i, curve.mean.shape[1] // 2])} at {curve.mean.shape[1] // 2 + 1:,}"
+        for i, (layer, head) in enumerate(curve.heads)
+    )
+    layer, head = curve.heads[0]
+    return _section(
+        "curves",
+        "What the heads rest on",
+        f"<p>Mean dominant dimension by token distance of {escape(names)}, with the band that "
+        "holds the middle of the pairs; below, the first head's weight on every rotary pair.</p>"
+        + _image(curve.plot(), f"Mean dominant dimension by token distance. {ends}.")
+        + _image(
+            curve.plot_allocation(),
+            f"Softmax weight of layer {layer} head {head} on every rotary pair, by distance.",
+        ),
+    )
+
+
+def maps_section(maps: HeadMaps) -> tuple[str, list[str]]:
+    """Attention of some heads beside their dominant dimension, and the scripts that draw it."""
+    from tl_posheads.views import attention
+
+    view = attention(maps)
+    return _section(
+        "views",
+        "What the heads attend to",
+        f"<p>In the first {len(maps.tokens):,} tokens of the first text. Choose a head; D is its "
+        f"dominant dimension.</p>{view.frame('attention beside dominant dimension')}",
+    ), view.scripts
+
+
+def ablation_section(study: AblationStudy) -> str:
+    """The study's verdicts in its own words, its picture and its table."""
+    verdicts = "".join(f"<li>{escape(text)}</li>" for text in study.verdict().values())
+    table = study.to_pandas()
+    columns = [
+        "task",
+        "variant",
+        "fraction",
+        "n_heads",
+        "control",
+        "effect",
+        "ci_low",
+        "ci_high",
+        "control_effect",
+        "p_adjusted",
+    ]
+    said = f"Effects of ablating the top heads beside {', '.join(study.controls)} heads, by task."
+    return _section(
+        "ablation",
+        "Do these heads matter?",
+        f"<ul>{verdicts}</ul>{_image(study.plot(), said)}"
+        "<details><summary>Every effect: change of the scored tokens' mean log-probability, in "
+        f"nats a token</summary>{_table(table[columns], 'effects of ablation')}</details>",
+    )
+
+
+def spread_section(scores: HeadScores) -> str:
+    """How the heads' scores are spread, beside what the rotation alone gives."""
+    rho = scores.rho[scores.rho.isfinite()]
+    said = (
+        f"{len(rho)} heads; lowest {float(rho.min()):+.3f}, median {float(rho.median()):+.3f}, "
+        f"highest {float(rho.max()):+.3f}."
+    )
+    return _section(
+        "spread", "How the scores are spread", f"<p>{said}</p>{_image(scores.plot(), said)}"
+    )
+
+
+def extrapolation_section(comparison: ExtrapolationComparison) -> str:
+    """The comparison's picture and table."""
+    said = (
+        f"Curves, loss and answers of {', '.join(comparison.methods)} beyond a training length of "
+        f"{comparison.trained:,} tokens."
+    )
+    return _section(
+        "extrapolation",
+        "Beyond the training length",
+        f"<p>{escape(said)}</p>{_image(comparison.plot(), said)}"
+        + _table(comparison.to_pandas(), "methods compared"),
+    )
+
+
+def _section(name: str, title: str, body: str) -> str:
+    return (
+        f'<section aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n{body}\n'
+        "</section>"
+    )
+
+
+def _image(figure: Any, said: str) -> str:
+    data = base64.b64encode(png(figure, dpi=110)).decode()
+    # Figures are drawn on white, also where the page is dark.
+    return f'<p><img class="figure" alt="{escape(said)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _table(table: pd.DataFrame, name: str) -> str:
+    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in table.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_number(value))}</td>" for value in row) + "</tr>"
+        for row in table.itertuples(index=False)
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table: {name}">'
+        f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        return "\N{EN DASH}" if value is None else str(value)
+    number = float(value)
+    if number != number:
+        return "\N{EN DASH}"
+    whole = number == int(number) and abs(number) < 1e15
+    return f"{number:,.0f}" if whole else f"{number:.3g}"
