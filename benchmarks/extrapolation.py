@@ -28,7 +28,7 @@ def small(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str, A
 
     folder = Path(__file__).parents[1] / "notebooks" / "small-llama"
     model = ph.load_model(str(folder))
-    with ex.None_()(model):
+    with ex.Unchanged()(model):
         tokens = ph.load_corpus(str(folder / HELD_OUT), model, n_docs=texts, length=2048)
     methods = [
         ex.Linear(8),
@@ -52,7 +52,7 @@ def small(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str, A
 def smollm2(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str, Any]]:
     """The same of SmolLM2, trained on 8,192 tokens."""
     model = ph.load_model("smollm2-135m")
-    with ex.None_()(model):
+    with ex.Unchanged()(model):
         tokens = ph.load_corpus("python-docs", model, n_docs=texts, length=16384)
     methods = [ex.NTK(2), ex.YaRN(2), ex.SelfExtend(4, 2048)]
     tasks = [ph.tasks.Passkey(length=n, n=1) for n in (4096, 12288)]

@@ -76,7 +76,7 @@ def main() -> None:
     begun = time.perf_counter()
     chosen.out.mkdir(parents=True, exist_ok=True)
     model = ph.load_model(str(SMALL), cls="bridge")
-    with ex.None_()(model):
+    with ex.Unchanged()(model):
         before = emergence.track_emergence({0: model}, texts_for(model), progress=False)
     print("before: loss by octave", before.losses()["loss"].round(2).tolist())
     for variant in ROPE:

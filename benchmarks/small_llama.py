@@ -299,7 +299,7 @@ def report(folder: Path) -> None:
     from tl_posheads import extrapolation as ex
 
     model, held_out = ph.load_model(str(folder)), str(folder / HELD_OUT)
-    with ex.None_()(model):
+    with ex.Unchanged()(model):
         task = ph.tasks.Perplexity(length=1024, last=1.0, n=16, corpus=held_out)
         edges = [1, 64, 128, 256, 512, 1024]
         print(ph.tasks.loss_by_position(model, task, edges=edges).round(3).to_string(index=False))

@@ -141,7 +141,7 @@ def dose():
 
 
 def comparison():
-    methods = ("None_()", "Linear(factor=2.0)")
+    methods = ("Unchanged()", "Linear(factor=2.0)")
     loss = [(m, d, p, 2.0 + 0.1 * d) for m in methods for d in range(3) for p in range(1, 16)]
     tasks = [(m, "passkey", n, i, -1.0, i > 0) for m in methods for n in (6, 12) for i in range(2)]
     far, near = torch.arange(15, 0, -1), torch.arange(7, 0, -1)

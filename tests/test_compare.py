@@ -62,12 +62,12 @@ def rows_of(found, table, method):
 
 
 def by_method(found):
-    return zip(found.methods, [ex.None_(), *METHODS], strict=True)
+    return zip(found.methods, [ex.Unchanged(), *METHODS], strict=True)
 
 
 def test_bare_model_comes_first(found):
-    assert found.methods == ("None_()", "Linear(factor=3)", "SelfExtend(group=4, window=12)")
-    assert [s["name"] for s in found.settings] == ["None_", "Linear", "SelfExtend"]
+    assert found.methods == ("Unchanged()", "Linear(factor=3)", "SelfExtend(group=4, window=12)")
+    assert [s["name"] for s in found.settings] == ["Unchanged", "Linear", "SelfExtend"]
 
 
 def test_curves_are_those_of_the_method(llama, found):
@@ -126,7 +126,7 @@ def test_the_scale_is_that_of_curves_too(llama, found):
 
 
 def test_losses_are_the_models(llama, found):
-    order = found.loss[found.loss["method"] == "None_()"]
+    order = found.loss[found.loss["method"] == "Unchanged()"]
     for name, method in by_method(found):
         with method(llama, trained=TRAINED), torch.no_grad():
             logits = llama(TOKENS).log_softmax(-1)
@@ -139,8 +139,8 @@ def test_losses_are_the_models(llama, found):
         )
         assert len(mine) == len(order) == TOKENS[:, 1:].numel()
     table = found.losses([1, TRAINED, 96])
-    far = found.loss[(found.loss["method"] == "None_()") & (found.loss["position"] >= TRAINED)]
-    row = table[(table["method"] == "None_()") & (table["start"] == TRAINED)].iloc[0]
+    far = found.loss[(found.loss["method"] == "Unchanged()") & (found.loss["position"] >= TRAINED)]
+    row = table[(table["method"] == "Unchanged()") & (table["start"] == TRAINED)].iloc[0]
     assert row["loss"] == pytest.approx(far["loss"].mean())
     assert row["n"] == len(far)
 
@@ -166,7 +166,7 @@ def test_table_stands_for_its_parts(found):
     assert table.loc["Linear(factor=3)", "factor"] == 3
     assert table.loc["SelfExtend(group=4, window=12)", "factor"] == 4
     assert {"repeat_within", "repeat_past", "repeat_logprob_past"} <= set(table.columns)
-    assert found.overlap("None_").rank_correlation <= 1
+    assert found.overlap("Unchanged").rank_correlation <= 1
 
 
 def test_unknown_method_is_named(found):
@@ -304,7 +304,7 @@ def test_names_leave_defaults_out():
     assert (
         ex.Resonance(ex.YaRN(4, beta_fast=8)).name == "Resonance(inner=YaRN(factor=4, beta_fast=8))"
     )
-    assert ex.None_().name == "None_()"
+    assert ex.Unchanged().name == "Unchanged()"
 
 
 def test_the_report_shows_a_comparison(found, tmp_path):

@@ -134,7 +134,7 @@ def test_a_fourier_series_has_no_rotation_to_move_contents_by():
             assert part.isfinite().all() == known
 
 
-@pytest.mark.parametrize("method", [ex.None_(), ex.SelfExtend(4, 8)], ids=str)
+@pytest.mark.parametrize("method", [ex.Unchanged(), ex.SelfExtend(4, 8)], ids=str)
 def test_scores_are_these_measures(method):
     """The measures that the other test looks at are what ``score_heads`` returns."""
     model, captured = warm(architectures.rotary_model("Llama")), {}

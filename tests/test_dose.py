@@ -64,7 +64,7 @@ def test_cells_are_passes_by_hand(llama, found):
 
 
 def test_nothing_is_run_at_strength_0(llama, monkeypatch):
-    monkeypatch.setattr(dose, "run_branch", lambda *args: pytest.fail("a pass was run"))
+    monkeypatch.setattr(dose, "run_from_layer", lambda *args: pytest.fail("a pass was run"))
     found = dose_response(llama, HEADS, 1, [0.0], Ends(), **OPTIONS)
     assert (found.effects() == 0).all()
 

@@ -207,7 +207,7 @@ def llama():
 
 @pytest.mark.parametrize(
     "method",
-    [ex.None_(), ex.Linear(1), ex.NTK(1), ex.YaRN(1), ex.Llama3(1), ex.LongRoPE((1.0,) * 4)],
+    [ex.Unchanged(), ex.Linear(1), ex.NTK(1), ex.YaRN(1), ex.Llama3(1), ex.LongRoPE((1.0,) * 4)],
     ids=repr,
 )
 @torch.no_grad()
@@ -451,7 +451,7 @@ def test_other_models_are_refused_by_name():
     phi3 = architectures.rotary_model("Phi-3, longrope")
     with pytest.raises(PosheadsError, match="depend on the text's length"), ex.YaRN(4)(phi3):
         pass
-    with ex.None_()(phi3) as same:
+    with ex.Unchanged()(phi3) as same:
         assert same is phi3
     with nullcontext(), pytest.raises(PosheadsError, match="expected a HookedTransformer"):
         ex.Linear(2)(torch.nn.Linear(2, 2)).__enter__()

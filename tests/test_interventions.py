@@ -99,7 +99,7 @@ def test_scores_are_the_edits_and_neighbours_stay(family, edit):
     geometry = RotaryGeometry.from_model(family)
     if geometry[0].n_pairs < 2:
         pytest.fail("an edit of pair 1 needs two pairs")
-    with ex.None_()(family):  # the hook points of joint projections
+    with ex.Unchanged()(family):  # the hook points of joint projections
         bare = family.run_with_cache(TOKENS, names_filter=names)[1]
     with edit_rotary(family, HEADS, **edit):
         logits, got = family.run_with_cache(TOKENS, names_filter=names)
@@ -132,7 +132,7 @@ def test_later_layers_given_the_same_input(family, edit):
     if family.family in LATE and in_scores(edit):
         return
     names = [f"blocks.1.attn.hook_{x}" for x in ("rot_q", "rot_k", "attn_scores", "z")]
-    with ex.None_()(family):
+    with ex.Unchanged()(family):
         bare = family.run_with_cache(TOKENS, names_filter=names)[1]
     with edit_rotary(family, [(1, 2)], **edit):
         got = family.run_with_cache(TOKENS, names_filter=names)[1]

@@ -9,7 +9,7 @@ from test_capture import state, warm
 
 from tl_posheads import ablation_hooks
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.hooks.logprobs import run_branch, run_trunk, target_logprobs
+from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer, target_logprobs
 from tl_posheads.interventions.study.screen import head_effects
 
 pytestmark = pytest.mark.lens
@@ -56,9 +56,9 @@ def test_numbers_are_those_of_whole_passes(family):
     assert torch.equal(got[1], expected[1])
     with fused_attention(family) as fused:
         assert fused == (family.family in FUSED)
-        trunk = run_trunk(family, TOKENS, TARGETS, [0, 1])
-        branch = run_branch(family, TOKENS, TARGETS, trunk, 1, hooks)
-        whole = run_branch(family, TOKENS, TARGETS, trunk, 0, hooks)
+        trunk = cached_prefix(family, TOKENS, TARGETS, [0, 1])
+        branch = run_from_layer(family, TOKENS, TARGETS, trunk, 1, hooks)
+        whole = run_from_layer(family, TOKENS, TARGETS, trunk, 0, hooks)
     torch.testing.assert_close(trunk.logprob, expected[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(branch[0], ablated[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(whole[0], ablated[0], atol=1e-4, rtol=1e-4)
@@ -73,13 +73,13 @@ def test_on_smollm2(smollm2):
     expected = by_hand(smollm2, tokens, targets, hooks)
     ran = []
     with fused_attention(smollm2) as fused:
-        trunk = run_trunk(smollm2, tokens, targets, [20])
+        trunk = cached_prefix(smollm2, tokens, targets, [20])
         handles = [
             block.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
             for i, block in enumerate(smollm2.blocks)
         ]
         counters = [("blocks.19.attn.hook_z", lambda z, hook: ran.append("below"))]
-        got = run_branch(smollm2, tokens, targets, trunk, 20, [*hooks, *counters])
+        got = run_from_layer(smollm2, tokens, targets, trunk, 20, [*hooks, *counters])
         for handle in handles:
             handle.remove()
     assert fused
@@ -110,9 +110,11 @@ def test_everything_is_undone_after_an_exception(smollm2):
 
     tokens = smollm2.to_tokens("one two three")[0]
     with fused_attention(smollm2):
-        trunk = run_trunk(smollm2, tokens, torch.tensor([2]), [5])
+        trunk = cached_prefix(smollm2, tokens, torch.tensor([2]), [5])
     with pytest.raises(RuntimeError, match="mine"), fused_attention(smollm2):
-        run_branch(smollm2, tokens, torch.tensor([2]), trunk, 5, [("blocks.7.attn.hook_z", bad)])
+        run_from_layer(
+            smollm2, tokens, torch.tensor([2]), trunk, 5, [("blocks.7.attn.hook_z", bad)]
+        )
     after = state(smollm2)
     assert before[:2] == after[:2]
 

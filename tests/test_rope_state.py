@@ -118,7 +118,7 @@ def dynamic_frequencies(length, d=8, base=1e4, factor=4.0):
 
 
 def rho(model, texts):
-    with ex.None_()(model):
+    with ex.Unchanged()(model):
         return ph.score_heads(model, texts, progress=False, pairs="all")
 
 
@@ -198,11 +198,11 @@ def test_logprobs_are_those_of_a_fresh_transformers_model(family, kind):
         found, _ = target_logprobs(model, text, torch.arange(1, length))
         torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
         same_state(before, rotary_state(model))
-        with ex.None_()(model):
+        with ex.Unchanged()(model):
             torch.testing.assert_close(
                 model(text[None])[0, :-1].log_softmax(-1), fresh, atol=2e-4, rtol=1e-4
             )
-    with ex.None_()(model), pytest.raises(IndexError):
+    with ex.Unchanged()(model), pytest.raises(IndexError):
         model(torch.tensor([[10**6]]))
     same_state(before, rotary_state(model))
 
@@ -211,7 +211,7 @@ def test_logprobs_are_those_of_a_fresh_transformers_model(family, kind):
 def test_curves_and_profiles_take_every_texts_own_frequencies(kind):
     model = bridged("Llama", kind)
     texts, heads = [tokens_of(40, 1), tokens_of(200, 2)], [(0, 1), (1, 3)]
-    with ex.None_()(model):
+    with ex.Unchanged()(model):
         each = [ph.dominant_dimension_curve(model, [t], heads=heads, progress=False) for t in texts]
         both = ph.dominant_dimension_curve(model, texts, heads=heads, progress=False)
         short = ph.profile_heads(model, texts[:1], measures=["massive"], progress=False)
@@ -232,11 +232,14 @@ def test_curves_and_profiles_take_every_texts_own_frequencies(kind):
 
 def test_what_holds_for_one_length_refuses_others():
     model = bridged("Llama", "dynamic")
-    with ex.None_()(model), pytest.raises(ph.PosheadsError, match="frequencies .* not the same"):
+    with (
+        ex.Unchanged()(model),
+        pytest.raises(ph.PosheadsError, match="frequencies .* not the same"),
+    ):
         ph.codes.score_any_code(model, [tokens_of(40, 1), tokens_of(100, 2)], progress=False)
     accumulator = ph.ScoreAccumulator(ph.RotaryGeometry.from_model(model, length=100), pairs="all")
     text = tokens_of(100, 2)
-    with ex.None_()(model), torch.no_grad():
+    with ex.Unchanged()(model), torch.no_grad():
         model(tokens_of(200, 3)[None])
         model.run_with_hooks(text[None], fwd_hooks=accumulator.fwd_hooks)
         found = accumulator.scores().rho
@@ -374,7 +377,7 @@ def test_qwens_own_scaling_in_a_hookedtransformer_leaves_nothing():
     attn = model.blocks[0].attn
     model(tokens_of(100, 0)[None])
     before, alpha = attn.rotary_cos, attn._ntk_alpha_cached
-    for context in (nullcontext(), ex.None_()(model)):
+    for context in (nullcontext(), ex.Unchanged()(model)):
         with context:
             for length in (200, 40, 100):
                 geometry = ph.RotaryGeometry.from_model(model, length=length)

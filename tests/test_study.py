@@ -260,7 +260,7 @@ def plan(**options):
 
 def test_plan_fits_and_says_what_it_could_find():
     found = plan()
-    # 19 draws cost 20 branches of 1.85 s, a trunk and a screen for every prompt
+    # 19 draws cost 20 branches of 1.85 s, a prefix and a screen for every prompt
     assert found.n_control >= 19
     assert found.seconds <= 3600 * 0.92 - 100
     assert found.seconds == pytest.approx(

@@ -14,8 +14,8 @@ from tl_posheads import LayerGeometry, PosheadsError
 from tl_posheads.rotary.contributions import dimension_contributions, dominant_dimension, rotate_by
 from tl_posheads.rotary.remapping import pair_vectors
 from tl_posheads.studies.unseen import UnseenAngles, clamped_dominant, unseen_pairs
+from tl_posheads.studies.unseen.clamped_model import clamped
 from tl_posheads.studies.unseen.clamping import DistanceBins, clamp_by_bin, one_replaced
-from tl_posheads.studies.unseen.live import clamped
 from tl_posheads.studies.unseen.measure import _stacked
 
 TRAINED = 16

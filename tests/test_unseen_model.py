@@ -18,7 +18,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.io import models
 from tl_posheads.rotary.remapping import pair_vectors
 from tl_posheads.studies.unseen import UnseenAngles, clamp_rotary, clamped_dominant, unseen_angles
-from tl_posheads.studies.unseen.live import clamped, hiding
+from tl_posheads.studies.unseen.clamped_model import clamped, hiding
 
 pytestmark = pytest.mark.lens
 
@@ -328,7 +328,7 @@ def test_refusals(llama):
         unseen_angles(llama, TOKENS, **{**OPTIONS, "n_queries": 0})
     with pytest.raises(PosheadsError, match="layer 7 head 0"):
         unseen_angles(llama, TOKENS, heads=[(7, 0)], **OPTIONS)
-    with ex.None_()(llama), pytest.raises(PosheadsError, match="call it outside"):
+    with ex.Unchanged()(llama), pytest.raises(PosheadsError, match="call it outside"):
         unseen_angles(llama, TOKENS, **OPTIONS)
     with pytest.raises(PosheadsError, match="pair 9 was given, but layer 0"):  # noqa: SIM117
         with clamp_rotary(llama, HEADS, [9], trained=TRAINED):

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from tl_posheads.studies.emergence.tracker import EmergenceTracker, track_emergence
     from tl_posheads.studies.encodings.results import CodeScores
     from tl_posheads.studies.encodings.scoring import score_any_code
-    from tl_posheads.studies.profile.driver import profile_heads
     from tl_posheads.studies.profile.results import HeadProfile
+    from tl_posheads.studies.profile.run import profile_heads
     from tl_posheads.studies.unseen.measure import unseen_angles
     from tl_posheads.studies.unseen.results import UnseenAngles
 

@@ -97,13 +97,13 @@ def add_command(commands: Any) -> None:
 
 def _unseen(run: Run) -> UnseenAngles:
     from tl_posheads.extrapolation.base import trained_of
-    from tl_posheads.extrapolation.methods.unchanged import None_
+    from tl_posheads.extrapolation.methods.unchanged import Unchanged
     from tl_posheads.hooks.model import require_rotary
     from tl_posheads.studies.unseen.measure import unseen_angles
 
     args, model = run.args, run.model()
     require_rotary(model)
-    with None_()(model):
+    with Unchanged()(model):
         tokens = run.texts(model, length=int(args.factor * trained_of(model, args.trained)))
     with run.started(resumes=False) as folder:
         options = run.options("trained", "heads", "factor", "scale", "live", "seed")

@@ -27,7 +27,7 @@ from tl_posheads.extrapolation.methods.rerope import ReRoPE
 from tl_posheads.extrapolation.methods.resonance import Resonance
 from tl_posheads.extrapolation.methods.self_extend import SelfExtend
 from tl_posheads.extrapolation.methods.theta import Theta
-from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.methods.yarn import YaRN
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
     "Method",
     "NTK",
     "NoPE",
-    "None_",
+    "Unchanged",
     "ReRoPE",
     "Resonance",
     "SelfExtend",

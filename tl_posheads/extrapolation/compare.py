@@ -16,7 +16,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import Method, any_length, trained_of
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 from tl_posheads.extrapolation.methods.theta import Theta
-from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.observing import (
     Plan,
     TextUnder,
@@ -69,10 +69,10 @@ def compare_extrapolations(
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
-        methods: of :mod:`tl_posheads.extrapolation`; the bare model, ``None_()``, is put first if
+        methods: of :mod:`tl_posheads.extrapolation`; the bare model, ``Unchanged()``, is put first if
             it isn't among them.
         tokens: texts longer than the training length. ``load_corpus`` makes them inside
-            ``with None_()(model):``.
+            ``with Unchanged()(model):``.
         heads: those whose curves are drawn; a number is as in ``scores.top``, of the bare model's
             scores within the training length.
         trained: positions that the model was trained on; its checkpoint's own by default.
@@ -237,8 +237,8 @@ def _methods(methods: Sequence[Method]) -> list[Method]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PosheadsError(f"{twice} was given twice; name every method once")
-    bare = [method for method in chosen if isinstance(method, None_)]
-    return [*(bare or [None_()]), *(m for m in chosen if not isinstance(m, None_))]
+    bare = [method for method in chosen if isinstance(method, Unchanged)]
+    return [*(bare or [Unchanged()]), *(m for m in chosen if not isinstance(m, Unchanged))]
 
 
 def _settings(method: Method) -> dict[str, Any]:

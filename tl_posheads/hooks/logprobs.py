@@ -201,7 +201,7 @@ def mean_loss(
 
 
 @dataclass(frozen=True, eq=False)
-class Trunk:
+class CachedPrefix:
     """An unablated pass over a text, and what left some of its blocks.
 
     Attributes:
@@ -214,12 +214,12 @@ class Trunk:
     outputs: dict[int, Any]
 
 
-def run_trunk(
+def cached_prefix(
     model: Any,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
     layers: Sequence[int],
-) -> Trunk:
+) -> CachedPrefix:
     """Run a text once, keeping what enters each of ``layers``.
 
     Memory: ``len(layers) * pos * d_model`` numbers on the model's device.
@@ -237,14 +237,14 @@ def run_trunk(
             block = model.blocks[layer - 1]
             stack.callback(block.register_forward_hook(keep(layer)).remove)
         logprob, hit = target_logprobs(model, tokens, targets)
-    return Trunk(logprob, hit, outputs)
+    return CachedPrefix(logprob, hit, outputs)
 
 
-def run_branch(
+def run_from_layer(
     model: Any,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
-    trunk: Trunk,
+    trunk: CachedPrefix,
     layer: int,
     hooks: Hooks,
 ) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
@@ -256,7 +256,7 @@ def run_branch(
     points = model.hook_dict
     with ExitStack() as stack:
         if layer > 0:
-            output = trunk.outputs[layer]
+            output = prefix.outputs[layer]
             for below in range(layer):
                 # Each hands on what the last of them returned; their input decides nothing.
                 stack.enter_context(

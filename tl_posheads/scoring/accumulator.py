@@ -34,7 +34,7 @@ class ScoreAccumulator:
 
     Where the frequencies depend on a text's length, give texts of the length that the geometry was
     measured at, and run the passes inside a context of :mod:`tl_posheads.extrapolation`
-    (``None_()`` leaves the model as it is): outside, transformers goes on with those of the longest
+    (``Unchanged()`` leaves the model as it is): outside, transformers goes on with those of the longest
     text so far.
 
     Args:

@@ -82,7 +82,7 @@ def _splits(vectors: PairVectors, n_pos: int, window: int | None) -> list[float]
 
 def _add_range(
     sums: Float[Tensor, "four head"],
-    bites: Iterator[tuple[Tensor, ...]],
+    chunks: Iterator[tuple[Tensor, ...]],
     low: float,
     high: float,
     by_distance: Float[Tensor, "two distance"],
@@ -94,7 +94,7 @@ def _add_range(
     """
     values, distances = [], []
     at_low = torch.zeros(2, dtype=torch.float64, device=sums.device)
-    for dominant, distance, valid, _ in bites:
+    for dominant, distance, valid, _ in chunks:
         d, apart = dominant[:, valid], distance[valid]
         if low > -math.inf or high < math.inf:
             weight, y = by_distance[:, apart[d[0] == low] - 1]

@@ -147,7 +147,7 @@ def dominant_dimension_curve(
             pairs.
         levels: quantiles between 0 and 1.
 
-    Memory: ``8 * heads * pos * 18 * pairs`` bytes, and 30 MB of bites.
+    Memory: ``8 * heads * pos * 18 * pairs`` bytes, and 30 MB of chunks.
 
     Raises:
         PosheadsError: no heads, heads the model hasn't, or what ``score_heads`` refuses.

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import require_whole, trained_of
 from tl_posheads.extrapolation.methods.dpe import DPE, KeyPairs
-from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.hooks.capture import capture_rotary
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import mean_loss
@@ -85,7 +85,7 @@ def detect_effective_lengths(
     known, window = _settings(model, trained, window)
     if not 0 <= tolerance < float("inf"):
         raise PosheadsError(f"tolerance={tolerance!r} was given; expected nats, 0 or more")
-    with None_()(model, trained=known):
+    with Unchanged()(model, trained=known):
         documents = documents_of(model, tokens, None, 0)
     longest, sizes = max(len(document) for document in documents), _groups(model, groups)
     if candidates is None:
@@ -146,7 +146,7 @@ def key_pairs(
         q, k = (torch.stack(split_pairs(x[0].float(), geometry[layer])).norm(dim=0) for x in both)
         total[layer] += (q * k).mean(0).cpu()
 
-    with None_()(model, trained=known):
+    with Unchanged()(model, trained=known):
         documents = documents_of(model, tokens, None, 0)
         for document in tqdm(documents, desc="key pairs", disable=not progress):
             capture_rotary(model, document[None], add, layers=rotary)

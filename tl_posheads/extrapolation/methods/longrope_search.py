@@ -19,7 +19,7 @@ from tl_posheads.extrapolation.base import (
 )
 from tl_posheads.extrapolation.methods.longrope import LongRoPE
 from tl_posheads.extrapolation.methods.ntk import NTK
-from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.methods.yarn import YaRN
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import mean_loss
@@ -80,7 +80,7 @@ def search_longrope(
         "search_longrope", population=(population, 4), generations=(generations, 0), seed=(seed, 0)
     )
     known = trained_of(model, trained)
-    with None_()(model, trained=known):
+    with Unchanged()(model, trained=known):
         documents = documents_of(model, tokens, None, 0)
         geometry = RotaryGeometry.from_model(model)
     shortest = min(len(document) for document in documents)

@@ -8,10 +8,10 @@ from tl_posheads.extrapolation.base import Method
 
 
 @dataclass(frozen=True)
-class None_(Method):
+class Unchanged(Method):
     """The bare model, allowed to read past its training length: what methods are compared with.
 
     Example:
-        >>> None_()
-        None_()
+        >>> Unchanged()
+        Unchanged()
     """

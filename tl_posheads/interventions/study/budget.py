@@ -57,17 +57,17 @@ class Cost:
     """Measured seconds for one prompt of a task, its short control included.
 
     Attributes:
-        trunk: a pass through the whole model.
+        whole: a pass through the whole model.
         layer: what a pass saves for every layer that it shares.
         screen: a forward and a backward pass.
     """
 
-    trunk: float
+    whole: float
     layer: float
     screen: float
 
     def branches(self, first_layers: Sequence[int]) -> float:
-        return sum(max(self.trunk - self.layer * first, 0.0) for first in first_layers)
+        return sum(max(self.whole - self.layer * first, 0.0) for first in first_layers)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def make_plan(
     plans, per_prompt = [], math.inf
     for draws in first_layers:
         per_prompt = sum(
-            cost.trunk + cost.screen + cost.branches(first_layers[draws]) for cost in costs.values()
+            cost.whole + cost.screen + cost.branches(first_layers[draws]) for cost in costs.values()
         )
         prompts = min(n_prompts, int(left // per_prompt))
         if prompts >= min(LEAST_PROMPTS, n_prompts):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import by_layer, heads_of
-from tl_posheads.hooks.logprobs import run_branch, run_trunk
+from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
 from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -187,20 +187,22 @@ def _one_prompt(
     logprob = torch.zeros(len(sets), len(doses), dtype=torch.float64)
     exact = torch.zeros(len(sets), len(doses), dtype=torch.float64)
     with fused_attention(model):
-        trunk = run_trunk(model, prompt.tokens, prompt.targets, sorted(firsts))
-    clean = trunk.logprob.double().mean()
+        prefix = cached_prefix(model, prompt.tokens, prompt.targets, sorted(firsts))
+    clean = prefix.logprob.double().mean()
     done: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
     for s, one in enumerate(sets):
         first = min(layer for layer, _ in one)
         for d, dose in enumerate(doses):
             if dose == 0:
-                logprob[s, d], exact[s, d] = clean, trunk.hit.double().min()
+                logprob[s, d], exact[s, d] = clean, prefix.hit.double().min()
                 continue
             same = (*one, dose)  # small layers give the same draw twice
             if same not in done:
                 change = _edit(edit, pairs, dose)
                 with edited_rotary(model, by_layer(one), change, geometry), fused_attention(model):
-                    done[same] = run_branch(model, prompt.tokens, prompt.targets, trunk, first, [])
+                    done[same] = run_from_layer(
+                        model, prompt.tokens, prompt.targets, prefix, first, []
+                    )
             found, hit = done[same]
             logprob[s, d], exact[s, d] = found.double().mean(), hit.double().min()
     out = {"logprob": logprob, "exact": exact, "clean": clean[None]}

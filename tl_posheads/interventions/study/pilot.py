@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.hooks.logprobs import run_branch, run_trunk
+from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
 from tl_posheads.interventions.study.budget import Cost, Spread, spread_of
 from tl_posheads.interventions.study.conditions import conditions_of
 from tl_posheads.interventions.study.trial import Trial
@@ -71,7 +71,7 @@ def run_pilot(
         agreements[name], scale = found.rank_correlation, abs(found.slope)
         scale = scale if np.isfinite(scale) and scale > 0 else 1.0
         # The fastest: the first pass of a process also fills caches.
-        costs[name] = Cost(cost.trunk, cost.layer, min(seconds[name]))
+        costs[name] = Cost(cost.whole, cost.layer, min(seconds[name]))
         effects = torch.stack([s["long"] for s in screens[name]]).double().numpy()
         kinds = [kind for kind in controls if kind != "lowest"][:1]
         drawn = conditions_of(scores, fractions, kinds, n=_N_DRAWS, seed=trial.seed, norms=norms)
@@ -111,11 +111,11 @@ def _timed(
             if one is None:
                 continue
             firsts = [middle, *(c.first_layer for c in sets)]
-            trunk = run_trunk(model, one.tokens, one.targets, firsts)
+            prefix = cached_prefix(model, one.tokens, one.targets, firsts)
             start = time.monotonic()
-            run_branch(model, one.tokens, one.targets, trunk, 0, [])
+            run_from_layer(model, one.tokens, one.targets, prefix, 0, [])
             whole = time.monotonic()
-            run_branch(model, one.tokens, one.targets, trunk, middle, [])
+            run_from_layer(model, one.tokens, one.targets, prefix, middle, [])
             half = time.monotonic()
             trunk_seconds += whole - start
             half_seconds += half - whole
@@ -123,8 +123,10 @@ def _timed(
                 continue
             for c in sets:
                 hooks = trial.hooks(c.heads, 0)
-                logprob, _ = run_branch(model, one.tokens, one.targets, trunk, c.first_layer, hooks)
-                true.append(float((logprob - trunk.logprob).double().mean()))
+                logprob, _ = run_from_layer(
+                    model, one.tokens, one.targets, prefix, c.first_layer, hooks
+                )
+                true.append(float((logprob - prefix.logprob).double().mean()))
                 estimated.append(float(sum(screened["long"][head] for head in c.heads)))
     layer = max(trunk_seconds - half_seconds, 0.0) / max(middle, 1)
     agreement = screen_agreement(np.array(estimated), np.array(true), seed=trial.seed)

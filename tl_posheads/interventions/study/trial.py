@@ -15,7 +15,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import by_layer
 from tl_posheads.hooks.inputs import documents_of
-from tl_posheads.hooks.logprobs import Hooks, run_branch, run_trunk
+from tl_posheads.hooks.logprobs import Hooks, cached_prefix, run_from_layer
 from tl_posheads.hooks.model import attention, model_name, require_own_biases
 from tl_posheads.interventions.ablation import (
     Mode,
@@ -106,16 +106,16 @@ class Trial:
         firsts = sorted({condition.first_layer for condition in conditions})
         with fused_attention(self.model) as self.fused:
             for name, one in given.items():
-                trunk = run_trunk(self.model, one.tokens, one.targets, firsts)
-                columns = [_summary(trunk.logprob, trunk.hit)]
+                prefix = cached_prefix(self.model, one.tokens, one.targets, firsts)
+                columns = [_summary(prefix.logprob, prefix.hit)]
                 for condition in conditions:
                     columns.append(
                         _summary(
-                            *run_branch(
+                            *run_from_layer(
                                 self.model,
                                 one.tokens,
                                 one.targets,
-                                trunk,
+                                prefix,
                                 condition.first_layer,
                                 self.hooks(condition.heads, number),
                             )

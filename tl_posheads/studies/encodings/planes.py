@@ -194,7 +194,7 @@ def dominant_by_distance(
         vectors: of one text and layer.
         window: query i sees keys after ``i - window`` alone; None: all before it.
 
-    Memory: ``8 * n * (head + 1)`` bytes, and bites of half a million values.
+    Memory: ``8 * n * (head + 1)`` bytes, and chunks of half a million values.
     """
     n, start = vectors.n_keys, 1
     distances: list[Tensor] = []

@@ -1,9 +1,8 @@
 """Kin of Positional Heads: what else a head is, on the same texts; a measure a file."""
 
 from tl_posheads.studies.profile.detection import detected_share, detection_patterns
-from tl_posheads.studies.profile.driver import profile_heads
+from tl_posheads.studies.profile.distance_and_sink import mean_distance, sink_mass
 from tl_posheads.studies.profile.long_context import long_context_share
-from tl_posheads.studies.profile.looking import mean_distance, sink_mass
 from tl_posheads.studies.profile.massive import (
     before_rotation,
     dimension_norms,
@@ -14,6 +13,7 @@ from tl_posheads.studies.profile.massive import (
 from tl_posheads.studies.profile.needles import retrieval_scores
 from tl_posheads.studies.profile.results import HeadProfile
 from tl_posheads.studies.profile.retrieval import copied_share, copies_of, recall
+from tl_posheads.studies.profile.run import profile_heads
 from tl_posheads.studies.profile.settings import MEASURES, ProfileSettings
 from tl_posheads.studies.profile.utility import dimension_utility
 

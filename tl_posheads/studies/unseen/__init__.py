@@ -5,8 +5,8 @@ the pair meets angles that are new to the model. Here each pair's relative angle
 one seen, pair by pair and together, and what becomes of the change is measured.
 """
 
+from tl_posheads.studies.unseen.clamped_model import clamp_rotary
 from tl_posheads.studies.unseen.clamping import clamped_dominant, unseen_pairs
-from tl_posheads.studies.unseen.live import clamp_rotary
 from tl_posheads.studies.unseen.measure import unseen_angles
 from tl_posheads.studies.unseen.results import UnseenAngles
 

@@ -260,7 +260,7 @@ def clamp_by_bin(
         heads: those wanted. rows: queries, ascending.
         scale: of the contributions, as in ``dimension_contributions``.
 
-    Memory: ``12 * pair * head * pos`` doubles and bites of 100 MB; linear in the text's length.
+    Memory: ``12 * pair * head * pos`` doubles and chunks of 100 MB; linear in the text's length.
     """
     bare, n_pairs, own = bare_by_bin(rot_q, rot_k, geometry, heads, bins, rows, scale)
     alone, keys = only_heads(geometry, rot_k, heads)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import any_length, trained_of
-from tl_posheads.extrapolation.methods.unchanged import None_
+from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.observing import scored_positions
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.hooks.fused import fused_attention
@@ -34,6 +34,7 @@ from tl_posheads.hooks.rescoring import remapped
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import Scale, check_scale, evenly, farthest
 from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.studies.unseen.clamped_model import clamped, hiding, require_room
 from tl_posheads.studies.unseen.clamping import (
     JOINT,
     ClampSums,
@@ -42,7 +43,6 @@ from tl_posheads.studies.unseen.clamping import (
     clamp_by_bin,
     unseen_pairs,
 )
-from tl_posheads.studies.unseen.live import clamped, hiding, require_room
 from tl_posheads.studies.unseen.results import UnseenAngles
 
 Head = tuple[int, int]
@@ -83,7 +83,7 @@ def unseen_angles(
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
         tokens: texts longer than the training length. ``load_corpus`` makes them inside
-            ``with None_()(model):``.
+            ``with Unchanged()(model):``.
         trained: tokens of a training text; the checkpoint's own length by default.
         heads: ``(layer, head)`` pairs; by default all that see further than the training length.
         factor: distances up to this many times the training length; texts are cut there.
@@ -101,7 +101,7 @@ def unseen_angles(
     Returns:
         :class:`UnseenAngles`.
 
-    Memory: one text and layer at a time, ``12 * pair * head * pos`` doubles and bites of 100 MB,
+    Memory: one text and layer at a time, ``12 * pair * head * pos`` doubles and chunks of 100 MB,
     beside what a forward pass needs: fused attention where the model allows it, else the lens's
     eager ``[head, pos, pos]``. Linear in the text's length where fused.
 
@@ -152,7 +152,7 @@ def unseen_angles(
         "versions": versions(),
         **(provenance or {}),
     }
-    with None_()(model, trained=known), rotary_hook_points(model):
+    with Unchanged()(model, trained=known), rotary_hook_points(model):
         geometry = RotaryGeometry.from_model(model)
         chosen = _heads(model, geometry, asked, known, longest)
         bins = DistanceBins.up_to(longest - 1, known, per_octave)
@@ -195,7 +195,7 @@ def unseen_angles(
         live=_stacked(through, chosen) if through else None,
         loss=pd.DataFrame(losses),
         seed=seed,
-        provenance={**facts, "inside": ["None_()"]},
+        provenance={**facts, "inside": ["Unchanged()"]},
     )
 
 

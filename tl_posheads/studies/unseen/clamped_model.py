@@ -78,7 +78,7 @@ def clamp_rotary(
     others, and ``remap=`` slows it at all of them.
 
     Args:
-        model: HookedTransformer or TransformerBridge with RoPE; enter ``None_()`` first for texts
+        model: HookedTransformer or TransformerBridge with RoPE; enter ``Unchanged()`` first for texts
             longer than ``cfg.n_ctx``.
         heads: ``(layer, head)`` pairs.
         pairs: rotary pairs, 0 the fastest; by default those of each layer that training did not
@@ -96,7 +96,7 @@ def clamp_rotary(
             and DeepSeek.
 
     Example:
-        >>> with None_()(model, trained=256), clamp_rotary(model, heads):   # doctest: +SKIP
+        >>> with Unchanged()(model, trained=256), clamp_rotary(model, heads):   # doctest: +SKIP
         ...     loss = model(tokens, return_type="loss")
     """
     require_rotary(model)

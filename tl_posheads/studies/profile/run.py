@@ -20,8 +20,8 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import Scale, check_scale
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import facts_of, geometry_by_length, score_heads
+from tl_posheads.studies.profile.measure import Collected, measure_text
 from tl_posheads.studies.profile.needles import prompts_of, retrieval_scores
-from tl_posheads.studies.profile.passing import Collected, measure_text
 from tl_posheads.studies.profile.results import HeadProfile
 from tl_posheads.studies.profile.settings import (
     POSITIONAL,

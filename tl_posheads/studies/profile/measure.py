@@ -19,8 +19,8 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import evenly, expand_keys
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.studies.profile.detection import detected_share, detection_patterns
+from tl_posheads.studies.profile.distance_and_sink import mean_distance, sink_mass
 from tl_posheads.studies.profile.long_context import long_context_share
-from tl_posheads.studies.profile.looking import mean_distance, sink_mass
 from tl_posheads.studies.profile.massive import (
     before_rotation,
     dimension_norms,
