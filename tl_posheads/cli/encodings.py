@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.cli import run_folder
 from tl_posheads.cli.command import Run, new_command
-from tl_posheads.cli.options import add_model_options, add_scale, add_texts, whole
+from tl_posheads.cli.options import add_model_options, add_scale, add_skip_first, add_texts, add_top
 
 if TYPE_CHECKING:
     from tl_posheads.studies.encodings.results import CodeScores
@@ -16,7 +15,8 @@ _TEXTS = dict(
     description="""\
 Score the heads of MODEL, with RoPE or with learned positions, by planes of their query-key space
 that are ordered by how fast they change with distance. With RoPE these are the rotary pairs, and
-the scores are those of `score --pairs all`. The same command on the same folder shows a finished run.
+the scores are those of `score --pairs all`. The same command on the same folder goes on with a
+stopped run, and shows a finished one.
 """,
     epilog="""\
 examples:
@@ -33,28 +33,23 @@ what comes out, in the folder --out:
 
 def add_command(commands: Any) -> None:
     """Add ``codes`` to the parser's commands."""
-    add = new_command(commands, "codes", _codes, _lines, "CodeScores", (run_folder.TABLE,), _TEXTS)
+    add = new_command(commands, "codes", _codes, _lines, "CodeScores", _TEXTS)
     add_texts(add, docs=8, length=256)
-    add(
-        "--skip-first",
-        metavar="N",
-        type=whole(0),
-        default=0,
-        help="leave out the first N positions (0)",
-    )
+    add_skip_first(add)
     add_scale(add)
     add_model_options(add)
-    add("--top", metavar="N", type=whole(1), default=20, help="heads to print (20)")
+    add_top(add)
 
 
 def _codes(run: Run) -> CodeScores:
     from tl_posheads.studies.encodings.scoring import score_any_code
 
-    args, model = run.args, run.model()
+    model = run.model()
     tokens = run.texts(model)
-    with run.started(resumes=False) as folder:
-        scores = score_any_code(model, tokens, skip_first=args.skip_first, scale=args.scale)
-        run.save(scores, folder, {run_folder.TABLE: scores.to_pandas()})
+    with run.started() as checkpoint:
+        options = run.options("skip_first", "scale")
+        scores = score_any_code(model, tokens, checkpoint=checkpoint, **options)
+        run.save(scores, {"table.csv": scores.to_pandas()})
     return scores
 
 

@@ -139,6 +139,17 @@ def add_scale(add: Callable[..., object]) -> None:
     )
 
 
+def add_skip_first(add: Callable[..., object]) -> None:
+    """``--skip-first``, as the library's ``skip_first=``."""
+    text = "leave out the first N positions, the attention sink for one (0)"
+    add("--skip-first", metavar="N", type=whole(0), default=0, help=text)
+
+
+def add_top(add: Callable[..., object], text: str = "heads to print") -> None:
+    """``--top``, rows of what is printed."""
+    add("--top", metavar="N", type=whole(1), default=20, help=f"{text} (20)")
+
+
 def add_pairs(add: Callable[..., object]) -> None:
     """Which query-key pairs a score is taken over, and what they weigh."""
     add(

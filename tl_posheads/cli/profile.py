@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.cli import run_folder
 from tl_posheads.cli.command import Run, aligned, new_command, number
-from tl_posheads.cli.options import add_model_options, add_scale, add_texts, names, whole
+from tl_posheads.cli.options import add_model_options, add_scale, add_texts, add_top, names, whole
 from tl_posheads.errors import PosheadsError
 
 if TYPE_CHECKING:
@@ -25,19 +25,13 @@ MEASURES = (
     "massive",
     "utility",
 )
-PICTURE = "profile.png"
-FILES = (
-    "profile.json",
-    "profile.parquet",
-    PICTURE,
-)  # beside run_folder.TABLE and run_folder.RUN_FILE
 
 _TEXTS = dict(
     help="positional heads beside retrieval, induction and other heads",
     description="""\
 Measure every head of MODEL in other ways than the positional score, on the same texts, and write
-how these go together to the folder --out. The same command on the same folder shows a finished
-run; one that was stopped goes on where its scores are done.
+how these go together to the folder --out. The same command on the same folder goes on with a
+stopped run, and shows a finished one.
 """,
     epilog=f"""\
 examples:
@@ -57,8 +51,8 @@ what comes out, in the folder --out:
 
 def add_command(commands: Any) -> None:
     """Add ``profile`` to the parser's commands."""
-    files = (run_folder.TABLE, PICTURE, run_folder.RUN_FILE)
-    add = new_command(commands, "profile", _profile, table_lines, "HeadProfile", files, _TEXTS)
+    more = {"scale": _scale}
+    add = new_command(commands, "profile", _profile, table_lines, "HeadProfile", _TEXTS, **more)
     add_texts(add, docs=2, length=512)
     add(
         "--measures",
@@ -78,34 +72,35 @@ def add_command(commands: Any) -> None:
     add("--scores", metavar="DIR", type=Path, help=text)
     add_scale(add)
     add_model_options(add)
-    add(
-        "--top",
-        metavar="K",
-        type=whole(1),
-        default=20,
-        help="highest heads of each measure whose overlap is printed (20)",
-    )
+    add_top(add, "highest heads of each measure whose overlap is printed")
+
+
+def _scale(args: argparse.Namespace) -> Any:
+    """What is in force: scores that are given have theirs."""
+    if args.scores is None:
+        return args.scale
+    from tl_posheads.scoring.head_scores import HeadScores
+
+    return HeadScores.load(args.scores).provenance.get("scale")
 
 
 def _profile(run: Run) -> HeadProfile:
-    from tl_posheads import HeadScores, profile_heads, score_heads
+    from tl_posheads import HeadScores, profile_heads
 
-    given, model = run.args.scores, run.model()
-    tokens, options = run.texts(model), run.options("scale", "seed")
-    with run.started() as folder:
-        if given is None:
-            kept = folder / run_folder.CHECKPOINT
-            scores = score_heads(model, tokens, checkpoint=kept, **options)
-        else:
-            scores = HeadScores.load(given)
-        options.update(run.options("measures", "needles"))
-        found = profile_heads(model, tokens, scores=scores, **options)
-        files = {run_folder.TABLE: found.to_pandas()}
+    args, scale = run.args, run.request["scale"]
+    if scale != args.scale:
+        print(f"scale: {scale}, which the scores in {args.scores} have", file=sys.stderr)
+    model = run.model()
+    tokens, scores = run.texts(model), args.scores and HeadScores.load(args.scores)
+    with run.started() as checkpoint:
+        options = run.options("measures", "needles", "scale", "seed")
+        found = profile_heads(model, tokens, scores=scores, checkpoint=checkpoint, **options)
+        files = {"table.csv": found.to_pandas()}
         try:
-            files[PICTURE] = found.plot()
+            files["profile.png"] = found.plot()
         except PosheadsError as problem:  # nothing to draw; the table is there all the same
             print(f"no picture: {problem}", file=sys.stderr)
-        run.save(found, folder, files)
+        run.save(found, files)
     return found
 
 

@@ -2,7 +2,8 @@
 
 A run fills ``.unfinished`` in its folder and is moved out of it when it is finished. Until then the
 results that are there stay. ``run.json`` is the label of both: there before anything is computed,
-so that a run that was stopped can be told from another's, and nothing is removed without it.
+so that a run that was stopped can be told from another's, and nothing is removed without it. A
+finished run's lists the files that the run wrote: these are what --overwrite takes away.
 """
 
 from __future__ import annotations
@@ -20,51 +21,7 @@ from filelock import FileLock, Timeout
 from tl_posheads.errors import PosheadsError
 from tl_posheads.io.files import is_leftover, read_bytes, write_text
 
-CHECKPOINT = "checkpoint"
-RUN_FILE = "run.json"
-TABLE = "table.csv"
-PAGE = "index.html"
-CURVE, MAPS = "curve", "maps"
-EFFECTS, VERDICT, PICTURE = "effects.csv", "verdict.txt", "effects.png"
-LAGS, TRAINING = "lags.csv", "training.png"
-# Everything that a run leaves, the label last. --overwrite touches these names and no others.
-MADE_BY_US = (
-    "scores.json",
-    "scores.safetensors",
-    "table.parquet",
-    CURVE,
-    MAPS,
-    "study.json",
-    "conditions.parquet",
-    "cells.parquet",
-    "screen.parquet",
-    "screen_tests.parquet",
-    EFFECTS,
-    VERDICT,
-    PICTURE,
-    "emergence.json",
-    "emergence.safetensors",
-    "emergence.parquet",
-    LAGS,
-    TRAINING,
-    "codes.json",
-    "codes.safetensors",
-    "profile.json",
-    "profile.parquet",
-    "profile.png",
-    "unseen.json",
-    "unseen.safetensors",
-    "loss.parquet",
-    "unseen.png",
-    "summary.csv",
-    "by_pair.csv",
-    "losses.csv",
-    "pairs.csv",
-    "change.csv",
-    TABLE,
-    PAGE,
-    RUN_FILE,
-)
+CHECKPOINT, RUN_FILE = "checkpoint", "run.json"
 _UNFINISHED, _LOCK = ".unfinished", ".tl-posheads.lock"
 _PROGRAM = "tl-posheads"
 
@@ -72,7 +29,8 @@ State = Literal["new", "resume", "finished"]
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """What ``out/run.json`` says: ``{"program", "finished", "request"}``; None if there is none.
+    """What ``out/run.json`` says: ``{"program", "finished", "request"}``, of a finished run
+    ``"files"``, too; None if there is none.
 
     Raises:
         PosheadsError: the file can't be read, or another program wrote it.
@@ -92,7 +50,29 @@ def read_run(out: Path) -> dict[str, Any] | None:
         raise PosheadsError(
             f"{out / RUN_FILE} was not written by tl-posheads; choose another --out"
         )
+    if run["finished"] and not _are_names(run.get("files")):
+        raise PosheadsError(
+            f"{out / RUN_FILE} doesn't list what its run wrote, as an earlier tl-posheads left it; "
+            "choose another --out, or remove the folder"
+        )
     return dict(run)
+
+
+def _are_names(files: Any) -> bool:
+    """Whether these are paths of files in a folder, and none of them leads out of it."""
+
+    def fits(name: Any) -> bool:
+        if not isinstance(name, str) or not name.isprintable():
+            return False
+        path = Path(name)
+        return bool(path.parts) and ".." not in path.parts and not path.anchor
+
+    return isinstance(files, list) and all(map(fits, files))
+
+
+def folder_begun(out: Path) -> Path:
+    """Where a run in ``out`` writes until it is finished."""
+    return out / _UNFINISHED
 
 
 def was_stopped(out: Path) -> bool:
@@ -133,11 +113,11 @@ def look(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Stat
 
 def _not_ours(out: Path) -> list[Path]:
     """What is in a folder without a label and can't be what a kill left."""
-    begun, ours = out / _UNFINISHED, {*MADE_BY_US, CHECKPOINT}
+    begun = out / _UNFINISHED
     left = [path for path in out.iterdir() if path.name != _LOCK] if out.exists() else []
-    if begun.is_dir() and not begun.is_symlink():
+    if begun.is_dir() and not begun.is_symlink():  # without a label, too: nothing is in it yet
         left.remove(begun)
-        left += [path for path in begun.iterdir() if path.name not in ours]
+        left += begun.iterdir()
     return [path for path in left if not is_leftover(path)]
 
 
@@ -181,24 +161,67 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _discard(begun: Path) -> None:
+    """Remove a begun run; a kill in between leaves no part of it under its name."""
+    left = begun.with_name(f"{_UNFINISHED}.part")
+    _remove(left)
+    if begun.exists():
+        os.replace(begun, left)
+        _remove(left)
+
+
 def _move(begun: Path, out: Path) -> None:
     """Put a finished run in the place of another; cut off, it can be called again.
 
     The label goes last both times: while ``out`` has one, what it holds is the old run's.
+
+    Raises:
+        PosheadsError: something else has the name of a file; nothing is moved.
     """
-    if (out / RUN_FILE).exists():
-        for name in MADE_BY_US:
-            _remove(out / name)
-    for name in MADE_BY_US:
-        if os.path.lexists(begun / name):
-            _remove(out / name)
-            os.replace(begun / name, out / name)
+    new, old = (_files_of(folder) for folder in (begun, out))
+    waiting = [name for name in new if os.path.lexists(begun / name)]
+    for name in waiting:
+        _require_free(out / name, ours=name in old)
+    _remove(begun / CHECKPOINT)
+    for name in old:
+        if not (out / name).is_dir():
+            (out / name).unlink(missing_ok=True)
+        with suppress(OSError):  # other files are in it, or it is gone
+            if (out / name).parent != out:
+                (out / name).parent.rmdir()
+    (out / RUN_FILE).unlink(missing_ok=True)
+    for name in waiting:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(begun / name, out / name)
+    os.replace(begun / RUN_FILE, out / RUN_FILE)
     _remove(begun)
 
 
-def _label(folder: Path, request: dict[str, Any], *, finished: bool) -> None:
-    run = {"program": _PROGRAM, "finished": finished, "request": request}
-    write_text(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
+def _files_of(folder: Path) -> list[str]:
+    return list((read_run(folder) or {}).get("files", ()))
+
+
+def _require_free(place: Path, *, ours: bool) -> None:
+    taken = os.path.lexists(place) and not (ours and not place.is_dir())
+    if taken or (os.path.lexists(place.parent) and not place.parent.is_dir()):
+        raise PosheadsError(
+            f"{place} is in the way of the finished run and not ours to touch; move it elsewhere "
+            "and give the same command again"
+        )
+
+
+def _label(folder: Path, request: dict[str, Any], files: list[str] | None = None) -> None:
+    """Name the run, and of a finished one its files."""
+    run = {"program": _PROGRAM, "finished": files is not None, "request": request}
+    listed = {} if files is None else {"files": files}
+    write_text(folder / RUN_FILE, json.dumps(run | listed, indent=2) + "\n")
+
+
+def _written(begun: Path) -> list[str]:
+    """What a run wrote beside its label and its checkpoint."""
+    files = (path.relative_to(begun) for path in begun.rglob("*") if path.is_file())
+    own = (RUN_FILE, CHECKPOINT)
+    return sorted(x.as_posix() for x in files if x.parts[0] not in own and not is_leftover(x))
 
 
 @contextmanager
@@ -212,9 +235,9 @@ def running(out: Path, request: dict[str, Any], state: State) -> Iterator[Path]:
     begun = out / _UNFINISHED
     checkpoint = begun / CHECKPOINT
     if state == "new":
-        _remove(begun)
+        _discard(begun)
         begun.mkdir()
-        _label(begun, request, finished=False)
+        _label(begun, request)
     else:  # without what it was saving when it was stopped
         for path in begun.iterdir():
             if path.name not in (RUN_FILE, CHECKPOINT):
@@ -223,8 +246,7 @@ def running(out: Path, request: dict[str, Any], state: State) -> Iterator[Path]:
         yield begun
     except BaseException:
         if not (checkpoint.is_dir() and any(checkpoint.iterdir())):
-            _remove(begun)
+            _discard(begun)
         raise
-    _remove(checkpoint)
-    _label(begun, request, finished=True)
+    _label(begun, request, _written(begun))
     _move(begun, out)

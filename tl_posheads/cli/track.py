@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.cli import run_folder
 from tl_posheads.cli.command import Run, new_command
 from tl_posheads.cli.options import add_model_options, add_scale, add_texts
 from tl_posheads.errors import PosheadsError
@@ -55,11 +54,8 @@ def steps(text: str) -> list[int]:
 
 def add_command(commands: Any) -> None:
     """Add ``track`` to the parser's commands."""
-    files, steps_of = (
-        (run_folder.LAGS, run_folder.TRAINING),
-        lambda args: sorted(_checkpoints(args)),
-    )
-    add = new_command(commands, "track", _track, _lines, "Emergence", files, _TEXTS, steps=steps_of)
+    more = {"steps": lambda args: sorted(_checkpoints(args))}
+    add = new_command(commands, "track", _track, _lines, "Emergence", _TEXTS, **more)
     add_texts(add, 16, length=512, least=8, model="a hub id, or a folder of checkpoints")
     add(
         "--steps",
@@ -103,11 +99,10 @@ def _track(run: Run) -> Emergence:
     first = min(checkpoints)
     model = checkpoints[first]()
     tokens, sources = run.texts(model), {**checkpoints, first: model}
-    with run.started() as folder:
-        kept, options = folder / run_folder.CHECKPOINT, run.options("scale", "seed")
-        found = track_emergence(sources, tokens, folder=kept, **options)
-        lags = {run_folder.LAGS: found.lead_lag()} if len(found.steps) >= 3 else {}
-        run.save(found, folder, {**lags, run_folder.TRAINING: found.plot()})
+    with run.started() as checkpoint:
+        found = track_emergence(sources, tokens, folder=checkpoint, **run.options("scale", "seed"))
+        lags = {"lags.csv": found.lead_lag()} if len(found.steps) >= 3 else {}
+        run.save(found, {**lags, "training.png": found.plot()})
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
@@ -221,6 +221,33 @@ def trained_of(model: Any, trained: int | None) -> int:
             "trained on, 2 or more"
         )
     return trained
+
+
+def require_bare(model: Any) -> None:
+    """Refuse a model on which a method or an edit is in force.
+
+    Raises:
+        PosheadsError: there is one.
+    """
+    for change in changes_of(model):
+        raise PosheadsError(
+            f"{change.name} is in force on {model_name(model)}; what is asked for begins with the "
+            "bare model, call it outside"
+        )
+
+
+def require_longer(documents: Sequence[Tensor], trained: int) -> None:
+    """Refuse texts that don't reach beyond the training length.
+
+    Raises:
+        PosheadsError: one doesn't.
+    """
+    shortest = min(len(document) for document in documents)
+    if shortest <= trained:
+        raise PosheadsError(
+            f"a text of {shortest} tokens was given for a model trained on {trained}; give texts "
+            "that are longer, or set trained="
+        )
 
 
 @contextmanager

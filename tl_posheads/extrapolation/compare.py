@@ -13,7 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Method, any_length, trained_of
+from tl_posheads.extrapolation.base import (
+    Method,
+    any_length,
+    require_bare,
+    require_longer,
+    trained_of,
+)
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 from tl_posheads.extrapolation.methods.theta import Theta
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
@@ -28,7 +34,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import changes_of, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
@@ -69,8 +75,8 @@ def compare_extrapolations(
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
-        methods: of :mod:`tl_posheads.extrapolation`; the bare model, ``Unchanged()``, is put first if
-            it isn't among them.
+        methods: of :mod:`tl_posheads.extrapolation`; the bare model, ``Unchanged()``, is put first
+            if it isn't among them.
         tokens: texts longer than the training length. ``load_corpus`` makes them inside
             ``with Unchanged()(model):``.
         heads: those whose curves are drawn; a number is as in ``scores.top``, of the bare model's
@@ -107,28 +113,14 @@ def compare_extrapolations(
     """
     require_rotary(model)
     require_clean(model)
-    if changes_of(model):
-        raise PosheadsError(
-            f"{changes_of(model)[0].name} is in force on {model_name(model)}; compare methods "
-            "outside of it"
-        )
+    require_bare(model)
     known = trained_of(model, trained)
     chosen = _methods(methods)
     wanted = layers_of(model, layers)
     with any_length(model):
         documents = documents_of(model, tokens, None, skip_first)
         prompts = [(task.name, task.prompts(model)) for task in tasks]
-    shortest = min(len(document) for document in documents)
-    if shortest <= known:
-        raise PosheadsError(
-            f"a text of {shortest} tokens was given for a model trained on {known}; give texts "
-            "that are longer, or set trained="
-        )
-    if known - skip_first < 2:
-        raise PosheadsError(
-            f"skip_first={skip_first} was given for a model trained on {known}; scores within that "
-            "length need at least 2 positions beyond those skipped"
-        )
+    _check_lengths(documents, known, skip_first)
     by_key = by_content(documents)
     settings = Settings.of(
         pairs, len(by_key), weighting=weighting, scale=scale, skip_first=skip_first, seed=seed
@@ -136,13 +128,7 @@ def compare_extrapolations(
     for method in chosen:
         with method(model, trained=known):
             pass  # a method that refuses the model does so before the first pass
-    if isinstance(heads, int | float):
-        near = [(unit, document[:known]) for unit, document in by_key]
-        bare = empty_accumulator(model, near, wanted, settings)
-        sweep(model, bare, near, Checkpoint(None, {}))
-        curved = bare.scores().top(heads)
-    else:
-        curved = heads_of(model, heads)
+    curved = _heads(model, heads, [(unit, text[:known]) for unit, text in by_key], wanted, settings)
     plan = Plan(tuple(curved), tuple(wanted), known, settings, n_queries, n_scored)
     facts: dict[str, Any] = {
         **model_facts(model),
@@ -239,6 +225,30 @@ def _methods(methods: Sequence[Method]) -> list[Method]:
         raise PosheadsError(f"{twice} was given twice; name every method once")
     bare = [method for method in chosen if isinstance(method, Unchanged)]
     return [*(bare or [Unchanged()]), *(m for m in chosen if not isinstance(m, Unchanged))]
+
+
+def _check_lengths(documents: Sequence[Tensor], trained: int, skip_first: int) -> None:
+    require_longer(documents, trained)
+    if trained - skip_first < 2:
+        raise PosheadsError(
+            f"skip_first={skip_first} was given for a model trained on {trained}; scores within "
+            "that length need at least 2 positions beyond those skipped"
+        )
+
+
+def _heads(
+    model: Any,
+    heads: Sequence[Head] | int | float,
+    near: Sequence[tuple[str, Tensor]],
+    layers: list[int],
+    settings: Settings,
+) -> list[Head]:
+    """Those asked for; for a number, the best of the bare model on texts within training."""
+    if not isinstance(heads, int | float):
+        return heads_of(model, heads)
+    bare = empty_accumulator(model, near, layers, settings)
+    sweep(model, bare, near, Checkpoint(None, {}))
+    return bare.scores().top(heads)
 
 
 def _settings(method: Method) -> dict[str, Any]:

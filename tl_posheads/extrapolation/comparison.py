@@ -23,7 +23,7 @@ from tl_posheads.statistics.log_bins import log_bins
 from tl_posheads.statistics.ranks import spearman_of_few
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExtrapolationComparison(Result):
     """Curves, scores, losses and answers of the same texts under several methods.
 
@@ -71,6 +71,8 @@ class ExtrapolationComparison(Result):
             raise ValueError("a method twice, or no heads")
         if not {*self.loss["method"], *self.tasks["method"]} <= {*self.methods}:
             raise ValueError("losses or answers of methods that aren't listed")
+        if {*self.loss["method"]} != {*self.methods}:
+            raise ValueError("methods without a loss")
         for m in range(len(self.methods)):
             self._factor(m)
         scores = [*self.scores_within, *self.scores_whole]
@@ -82,11 +84,18 @@ class ExtrapolationComparison(Result):
         if bool((self.n_whole < 0).any()) or bool((self.n_within < 0).any()):
             raise ValueError("less than no pair")
 
-    def __repr__(self) -> str:
+    def _about(self) -> str:
         return (
-            f"ExtrapolationComparison({self.provenance.get('model')}: {', '.join(self.methods)}; "
-            f"{self.n_whole.shape[0]} texts, trained on {self.trained} tokens)"
+            f"{self.provenance.get('model')}: {', '.join(self.methods)}; "
+            f"{self.n_whole.shape[0]} texts, trained on {self.trained} tokens"
         )
+
+    def _finding(self) -> list[str]:
+        loss = self.to_pandas().set_index("method")["loss_past"].dropna()
+        if loss.empty:
+            return []
+        best, bare = loss.idxmin(), loss.get(self.methods[0], float("nan"))
+        return [f"loss past training: lowest under {best}, {loss[best]:.2f} nats; bare {bare:.2f}"]
 
     @classmethod
     def of(
@@ -310,10 +319,16 @@ class ExtrapolationComparison(Result):
         Args:
             methods: what to draw, as names, texts or numbers; all by default.
         """
-        from tl_posheads.figures.extrapolation import figure
+        from tl_posheads.figures.extrapolation import comparison_figure
 
         chosen = range(len(self.methods)) if methods is None else map(self._number, methods)
-        return figure(self, list(chosen))
+        return comparison_figure(
+            self.curves(per_octave=4),
+            self.losses(),
+            self.answers(),
+            methods={m: self.methods[m] for m in chosen},
+            trained=self.trained,
+        )
 
 
 def _padded(rows: Sequence[Tensor], value: float) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from jaxtyping import Float
 
-from tl_posheads.figures.style import COLOURS, DASHES, picture, styled
-
-if TYPE_CHECKING:
-    from tl_posheads.scoring.curves import DominantDimensionCurve
+from tl_posheads.figures.style import COLOURS, DASHES, log2_axis, picture, say_trained, styled
 
 _PER_OCTAVE = 8
 
@@ -29,64 +28,67 @@ def _by_octave(distance: np.ndarray, n_pairs: np.ndarray, values: np.ndarray) ->
 
 
 @styled
-def curve_figure(curve: DominantDimensionCurve, trained: int | None) -> Any:
-    """A line for each head with the band between its outer quantiles, by eighths of an octave."""
+def curve_figure(table: pd.DataFrame, trained: int | None) -> Any:
+    """A line for each head with the band between its outer quantiles, by eighths of an octave.
+
+    Args:
+        table: a row per head and distance: ``layer``, ``head``, ``distance``, ``n_pairs``,
+            ``mean`` and quantiles, ``q5`` for one.
+        trained: training length, marked by an upright line.
+    """
     fig = picture(figsize=(8.0, 4.2))
     ax = fig.subplots()
-    distance = curve.distance.numpy().astype(float)
-    for i, (layer, head) in enumerate(curve.heads):
-        n_pairs = curve.n_pairs[i].numpy().astype(float)
+    quantiles = [name for name in table if name.startswith("q")]
+    by_head = table.groupby(["layer", "head"], sort=False)
+    for i, ((layer, head), own) in enumerate(by_head):
+        distance, n_pairs = (own[name].to_numpy(dtype=float) for name in ("distance", "n_pairs"))
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        middle, mean = _by_octave(distance, n_pairs, curve.mean[i].numpy())
+        middle, mean = _by_octave(distance, n_pairs, own["mean"].to_numpy())
         ax.plot(middle, mean, color=colour, linestyle=dash, label=f"layer {layer}, head {head}")
-        if len(curve.levels) > 1:
-            _, low = _by_octave(distance, n_pairs, curve.quantiles[i, 0].numpy())
-            _, high = _by_octave(distance, n_pairs, curve.quantiles[i, -1].numpy())
+        if len(quantiles) > 1:
+            outer = own[[quantiles[0], quantiles[-1]]].to_numpy().T
+            low, high = _by_octave(distance, n_pairs, outer)[1]
             ax.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    log2_axis(ax)
     ax.set_xlabel("token distance (tokens)")
     ax.set_ylabel("dominant dimension\n(rotary pair, 0 = fastest)")
-    levels = curve.levels
-    band = f"; band: {levels[0]:.0%} to {levels[-1]:.0%} of pairs" if len(levels) > 1 else ""
+    band = ""
+    if len(quantiles) > 1:
+        low, high = (float(quantiles[end][1:]) for end in (0, -1))
+        band = f"; band: {low:.0f}% to {high:.0f}% of pairs"
     ax.set_title(f"Mean by token distance{band}")
     if trained is not None:
         ax.axvline(trained, color="0.4", linewidth=1)
-        ax.annotate(
-            f"trained on {trained:,} ",
-            (trained, 1),
-            color="0.3",
-            fontsize=9,
-            va="top",
-            ha="right",
-            xycoords=("data", "axes fraction"),
-        )
-    ax.legend(loc="best", ncols=1 + (len(curve.heads) > 4))
+        say_trained(ax, trained)
+    ax.legend(loc="best", ncols=1 + (by_head.ngroups > 4))
     return fig
 
 
 @styled
-def allocation_figure(curve: DominantDimensionCurve, place: int, trained: int | None) -> Any:
+def allocation_figure(
+    allocation: Float[np.ndarray, "pair distance"],
+    distance: Float[np.ndarray, "distance"],
+    n_pairs: Float[np.ndarray, "distance"],
+    wavelengths: Float[np.ndarray, "pair"],
+    *,
+    head: tuple[int, int],
+    trained: int | None,
+) -> Any:
     """Softmax weight of every rotary pair by distance, with each pair's wavelength on the right."""
     fig = picture(figsize=(8.0, 4.6))
     ax = fig.subplots()
-    n_pairs = curve.n_pairs[place].numpy().astype(float)
-    distance = curve.distance.numpy().astype(float)
-    middle, weight = _by_octave(distance, n_pairs, curve.allocation[place].numpy())
+    middle, weight = _by_octave(distance, n_pairs, allocation)
     pairs = np.arange(weight.shape[0])
     mesh = ax.pcolormesh(middle, pairs, weight, shading="nearest", vmin=0, rasterized=True)
     bar = fig.colorbar(mesh, ax=ax, pad=0.02)
     bar.set_label("mean softmax weight (pairs sum to 1)")
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    log2_axis(ax)
     ax.set_xlabel("token distance (tokens)")
     ax.set_xlim(1, distance[-1])
     ax.set_ylabel("rotary pair (0 = fastest)")
-    layer, head = curve.heads[place]
-    ax.set_title(f"What layer {layer}, head {head} rests on")
+    ax.set_title(f"What layer {head[0]}, head {head[1]} rests on")
     if trained is not None:
         ax.axvline(trained, color="white", linewidth=1.2)
-    wavelengths = curve.wavelengths[place].numpy()
     shown = pairs[:: max(1, len(pairs) // 8)]
     right = ax.twinx()
     right.set_ylim(ax.get_ylim())

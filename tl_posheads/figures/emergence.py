@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
+from jaxtyping import Float
 
 from tl_posheads.figures.style import COLOURS, DASHES, MARKERS, picture, styled
 
-if TYPE_CHECKING:
-    from tl_posheads.studies.emergence.results import Emergence
-
 
 @styled
-def figure(found: Emergence, heads: Sequence[tuple[int, int]]) -> Any:
-    """Three panels over the same steps; step 0 stands at 1/2 of the first other one."""
+def emergence_figure(
+    scores: pd.DataFrame,
+    losses: pd.DataFrame,
+    curve: Float[np.ndarray, "step octave"],
+    heads: Sequence[tuple[int, int]],
+) -> Any:
+    """Three panels over the same steps; step 0 stands at 1/2 of the first other one.
+
+    Args:
+        scores: a row per step and head, steps ascending: ``rho``, ``ci_low``, ``ci_high``.
+        losses: a row per step and octave of position.
+        curve: mean dominant dimension of the first of ``heads`` by octave of distance.
+        heads: whose scores are told apart.
+    """
     fig = picture(figsize=(9.0, 8.0))
-    axes = fig.subplots(3, 1, sharex=True)
-    steps = found.steps.double().numpy()
+    score_ax, loss_ax, curve_ax = axes = fig.subplots(3, 1, sharex=True)
+    steps = scores["step"].unique().astype(float)
     later = steps[steps > 0]
     at = np.where(steps > 0, steps, (later.min() if len(later) else 2.0) / 2)
-    score_ax, loss_ax, curve_ax = axes
-    for place in np.ndindex(*found.rho.shape[1:]):
+    _draw_scores(score_ax, at, scores, heads)
+    _draw_losses(loss_ax, at, losses)
+    layer, head = heads[0]
+    mesh = _draw_curve(curve_ax, at, curve, f"What layer {layer}, head {head} rests on")
+    fig.colorbar(mesh, ax=curve_ax, label="dominant dimension\n(rotary pair, 0 = fastest)")
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+    shown = slice(None, None, max(1, len(at) // 8))
+    curve_ax.set_xlabel("training step")
+    curve_ax.set_xticks(at[shown], [f"{int(step):,}" for step in steps[shown]])
+    curve_ax.minorticks_off()
+    return fig
+
+
+def _draw_scores(
+    ax: Any, at: np.ndarray, scores: pd.DataFrame, heads: Sequence[tuple[int, int]]
+) -> None:
+    by_head = {place: own.set_index("step") for place, own in scores.groupby(["layer", "head"])}
+    for place, own in by_head.items():
         if place not in heads:
-            own = found.rho[:, place[0], place[1]].numpy()
-            score_ax.plot(at, own, color="0.8", linewidth=0.8, zorder=1)
+            ax.plot(at, own["rho"], color="0.8", linewidth=0.8, zorder=1)
     for i, (layer, head) in enumerate(heads):
         style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)],
@@ -34,51 +60,43 @@ def figure(found: Emergence, heads: Sequence[tuple[int, int]]) -> Any:
             "marker": MARKERS[i % len(MARKERS)],
             "markersize": 3,
         }
-        own = found.rho[:, layer, head].numpy()
-        score_ax.plot(at, own, label=f"layer {layer}, head {head}", **style)
-        low, high = found.ci_low[:, layer, head].numpy(), found.ci_high[:, layer, head].numpy()
-        score_ax.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    score_ax.axhline(0, color="0.5", linewidth=0.8)
-    score_ax.set_ylabel("score (rho)")
-    score_ax.set_title("Positional scores; grey: the other heads; band: 95 % interval")
-    score_ax.legend(ncols=2, fontsize=8)
+        own = by_head[layer, head]
+        ax.plot(at, own["rho"], label=f"layer {layer}, head {head}", **style)
+        band = own["ci_low"], own["ci_high"]
+        ax.fill_between(at, *band, color=style["color"], alpha=0.12, linewidth=0)
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    ax.set_ylabel("score (rho)")
+    ax.set_title("Positional scores; grey: the other heads; band: 95 % interval")
+    ax.legend(ncols=2, fontsize=8)
 
-    mean = torch.nanmean(found.loss, dim=1).numpy()
-    n = mean.shape[1]
-    shown = sorted({*range(n - 1, -1, -2), 0})
+
+def _draw_losses(ax: Any, at: np.ndarray, losses: pd.DataFrame) -> None:
+    """Every second octave of position, the first and the last among them."""
+    octaves = list(losses.groupby(["start", "end"])["loss"])
+    shown = sorted({*range(len(octaves) - 1, -1, -2), 0})
     for i, octave in enumerate(shown):
-        label = (
-            f"position {2**octave}" if octave == 0 else f"{2**octave} to {2 ** (octave + 1) - 1}"
-        )
-        loss_ax.plot(
+        (start, end), loss = octaves[octave]
+        ax.plot(
             at,
-            mean[:, octave],
-            label=label,
+            loss,
+            label=f"position {start}" if end - start == 1 else f"{start} to {end - 1}",
             color=COLOURS[i % len(COLOURS)],
             linestyle=DASHES[i % len(DASHES)],
         )
-    loss_ax.set_ylabel("loss (nats a token)")
-    loss_ax.set_title("Loss on texts that training doesn't read, by position")
-    loss_ax.legend(ncols=3, fontsize=8)
+    ax.set_ylabel("loss (nats a token)")
+    ax.set_title("Loss on texts that training doesn't read, by position")
+    ax.legend(ncols=3, fontsize=8)
 
-    layer, head = heads[0]
-    curve = found.curve[:, layer, head].T.numpy()
-    mesh = curve_ax.pcolormesh(
-        _edges(np.log(at)), np.arange(len(curve) + 1), curve, cmap="viridis", shading="flat"
-    )
+
+def _draw_curve(ax: Any, at: np.ndarray, curve: np.ndarray, title: str) -> Any:
+    n = curve.shape[1]
+    edges = _edges(np.log(at))
+    mesh = ax.pcolormesh(edges, np.arange(n + 1), curve.T, cmap="viridis", shading="flat")
     mesh.set_rasterized(True)
-    fig.colorbar(mesh, ax=curve_ax, label="dominant dimension\n(rotary pair, 0 = fastest)")
-    curve_ax.set_yticks(np.arange(len(curve)) + 0.5, [f"{2**o:,}" for o in range(len(curve))])
-    curve_ax.set_ylabel("token distance from")
-    curve_ax.set_title(f"What layer {layer}, head {head} rests on")
-    curve_ax.set_xlabel("training step")
-    for ax in axes:
-        ax.set_xscale("log", base=2)
-    ticks = at[:: max(1, len(at) // 8)]
-    shown_steps = steps[:: max(1, len(at) // 8)]
-    curve_ax.set_xticks(ticks, [f"{int(step):,}" for step in shown_steps])
-    curve_ax.minorticks_off()
-    return fig
+    ax.set_yticks(np.arange(n) + 0.5, [f"{2**o:,}" for o in range(n)])
+    ax.set_ylabel("token distance from")
+    ax.set_title(title)
+    return mesh
 
 
 def _edges(at: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +11,6 @@ from scipy.spatial.distance import squareform
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.figures.style import picture, styled
-
-if TYPE_CHECKING:
-    from tl_posheads.studies.profile.results import HeadProfile
 
 _MAP = "RdBu_r"  # red and blue through white, told apart by colour-blind readers
 _DARK = 0.6  # correlations whose cell needs light numbers
@@ -42,9 +39,12 @@ def clustered(correlation: pd.DataFrame) -> list[str]:
 
 
 @styled
-def correlation_figure(profile: HeadProfile, within_layers: bool = False) -> Any:
-    """Map of the correlations, with the numbers in the cells."""
-    rho = profile.correlation(within_layers=within_layers)
+def correlation_figure(rho: pd.DataFrame, title: str) -> Any:
+    """Map of the correlations, with the numbers in the cells.
+
+    Raises:
+        PosheadsError: fewer than two measures can be correlated.
+    """
     known = [name for name in rho.index if np.isfinite(rho.loc[name, name])]
     if len(known) < 2:
         raise PosheadsError(
@@ -79,9 +79,7 @@ def correlation_figure(profile: HeadProfile, within_layers: bool = False) -> Any
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
-    kind = "within layers" if within_layers else f"over {len(profile.table):,} heads"
-    model = profile.provenance.get("model", "the model")
-    ax.set_title(f"Spearman's rho between measures of {model}'s heads, {kind}")
+    ax.set_title(title)
     fig.colorbar(image, ax=ax, label="Spearman's rho", fraction=0.05)
     left_out = [name for name in rho.index if name not in known]
     if left_out:

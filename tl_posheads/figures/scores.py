@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tl_posheads.figures.style import COLOURS, picture, styled
-
-if TYPE_CHECKING:
-    from tl_posheads.scoring.head_scores import HeadScores
 
 _ALPHA = 0.05
 
 
 @styled
-def score_figure(scores: HeadScores) -> Any:
-    """Histogram of rho, of the heads above zero after correction, and of ``rotation``."""
-    known = scores.rho.isfinite()
-    rho, rotation, p = (x[known].numpy() for x in (scores.rho, scores.rotation, scores.p_adjusted))
+def score_figure(table: pd.DataFrame, model: str) -> Any:
+    """Histogram of rho, of the heads above zero after correction, and of ``rotation``.
+
+    Args:
+        table: a row per head: ``rho``, ``rotation`` and ``p_adjusted``.
+        model: its name, for the title.
+    """
+    known = table[np.isfinite(table["rho"])]
+    rho, rotation, p = (known[name].to_numpy() for name in ("rho", "rotation", "p_adjusted"))
     above, rotation = rho[(rho > 0) & (p < _ALPHA)], rotation[np.isfinite(rotation)]
     fig = picture(figsize=(8.0, 3.8))
     ax = fig.subplots()
@@ -44,6 +47,6 @@ def score_figure(scores: HeadScores) -> Any:
     ax.axvline(0, color="0.4", linewidth=1)
     ax.set_xlabel("positional score (Spearman's rho)")
     ax.set_ylabel("heads")
-    ax.set_title(f"Scores of {scores.provenance.get('model', 'the model')}")
+    ax.set_title(f"Scores of {model}")
     ax.legend(loc="best")
     return fig

@@ -61,6 +61,29 @@ def png(figure: Any, dpi: int = 120) -> bytes:
     return out.getvalue()
 
 
+def log2_axis(ax: Any, n_ticks: int | None = None) -> None:
+    """Tokens along x, by doublings."""
+    from matplotlib.ticker import LogLocator
+
+    ax.set_xscale("log", base=2)
+    if n_ticks is not None:
+        ax.xaxis.set_major_locator(LogLocator(base=2, numticks=n_ticks))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+
+
+def say_trained(ax: Any, trained: int, *, y: float = 1) -> None:
+    """The training length in words, left of its upright line, at the top or bottom (``y`` 0)."""
+    ax.annotate(
+        f"trained on {trained:,} ",
+        (trained, y),
+        color="0.3",
+        fontsize=9,
+        xycoords=("data", "axes fraction"),
+        va="top" if y else "bottom",
+        ha="right",
+    )
+
+
 def styled(draw: Draws) -> Draws:
     """A function that draws, in the style of this package and whatever the user's own is."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -141,8 +141,9 @@ def settle_cache(model: Any) -> None:
 
     renamed = "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__
     rotary = getattr(model.cfg, "positional_embedding_type", None) == "rotary"
-    if renamed and rotary and not reads_cache(model):
-        model.adapter.supports_kv_cache = False
+    if renamed and rotary:
+        with suppress(Exception):  # a model that can't generate can still be scored
+            model.adapter.supports_kv_cache = reads_cache(model)
 
 
 def greedy(model: Any, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
@@ -244,7 +245,7 @@ def run_from_layer(
     model: Any,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
-    trunk: CachedPrefix,
+    prefix: CachedPrefix,
     layer: int,
     hooks: Hooks,
 ) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:

@@ -86,5 +86,5 @@ def window_of(
         )
     if shown < n:
         return shown
-    # Nothing was masked: a window that the probe outran isn't in force.
+    # Nothing was masked: a window shorter than the measured pass isn't in force.
     return None if declared is not None and declared < n else declared

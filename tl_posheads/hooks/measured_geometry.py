@@ -36,7 +36,7 @@ _POINTS = (
     "hook_cos",
     "hook_sin",
 )
-# A window up to this long is seen in the mask; the probe is made long enough for it.
+# A window up to this long is seen in the mask; the measured pass is long enough for it.
 _LONGEST_SEEN_WINDOW = 512
 
 
@@ -58,7 +58,7 @@ def measure(
     with one_thread(), own_frequencies(model), rotary_hook_points(model):
         windows = [_declared_window(model, layer) for layer in range(n_layers)]
         short = [w for w in windows if w is not None and w <= _LONGEST_SEEN_WINDOW]
-        if not own_length_matters(model):  # a probe of another length has other frequencies
+        if not own_length_matters(model):  # another length would have other frequencies
             n_ctx = context_length(model) or length
             length = min(max([length, *(w + 2 for w in short)]), n_ctx)
         length = max(2, length)
@@ -113,7 +113,7 @@ def _declared_window(model: Any, layer: int) -> int | None:
 
 
 def _require_every_key(model: Any, layer: int) -> None:
-    """Refuse attention whose gaps would show in texts longer than the probe alone."""
+    """Refuse attention whose gaps would show in texts longer than the measured pass alone."""
     inner: Any = getattr(attention(model, layer), "original_component", None)
     config: Any = getattr(inner, "config", None)
     kinds = getattr(config, "layer_types", None)
@@ -204,7 +204,7 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
         for name in _POINTS
         if hasattr(attention(model, layer), name)
     ]
-    # Others' hooks edit what the model does; the probe asks what its own rotation is.
+    # Others' hooks edit what the model does; what is measured is its own rotation.
     quiet = (others_hooks_suspended(model), _ended_before(getattr(model, "unembed", None)))
     with quiet[0], own_hooks(hooks), _rotations_passed_by(model, seen), quiet[1]:
         run_forward(model, tokens)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from tl_posheads.hooks.model import (
     require_lens,
 )
 from tl_posheads.hooks.provenance import model_facts, versions
+from tl_posheads.io.result import Files, Result
 from tl_posheads.rotary.precision import widened
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.statistics.effects import spearman
@@ -56,8 +57,8 @@ class RankCorrelation:
     n_heads: int
 
 
-@dataclass(frozen=True, eq=False)
-class HeadPatching:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadPatching(Result):
     """What patching each head's output from the clean into the corrupted run does to a metric.
 
     Attributes:
@@ -70,10 +71,31 @@ class HeadPatching:
         provenance: model (``heads`` is its layers and heads), input, metric, seed, versions.
     """
 
-    effects: pd.DataFrame
+    effects: Annotated[
+        pd.DataFrame,
+        "layer:integer head:integer patched:floating effect:floating recovered:floating",
+    ]
     clean: float
     corrupted: float
     provenance: dict[str, Any]
+
+    _files = Files("patching", "patching results", "patch again")
+
+    def _about(self) -> str:
+        return (
+            f"{self.provenance.get('model')}: {len(self.effects)} heads; metric {self.clean:.3g} "
+            f"clean, {self.corrupted:.3g} corrupted"
+        )
+
+    def _finding(self) -> list[str]:
+        known = self.effects.dropna(subset=["recovered"])
+        if known.empty:
+            return []
+        best = known.loc[known["recovered"].idxmax()]
+        return [
+            f"restores most: L{best['layer']:.0f}H{best['head']:.0f}, {best['recovered']:.2f} of "
+            "the difference"
+        ]
 
     def to_pandas(self) -> pd.DataFrame:
         """A copy of ``effects``."""

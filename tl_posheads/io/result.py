@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
 import io
 import json
 import os
@@ -24,6 +26,9 @@ from tl_posheads.io.files import facts_sha256, read_bytes, table_bytes, write_la
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_SHOWN_ROWS = 8  # of a table, in a notebook
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,38 @@ class Result:
 
     def _check(self) -> None:
         """Raises ValueError for what can't be, of what type hints don't say."""
+
+    def _about(self) -> str:
+        """Of which model, how much: the first line that a notebook shows."""
+        raise NotImplementedError
+
+    def _finding(self) -> list[str]:
+        """What was found, in at most two lines."""
+        return []
+
+    def to_pandas(self) -> pd.DataFrame:
+        """As a table."""
+        raise NotImplementedError
+
+    def plot(self) -> Any:
+        """As a matplotlib figure; None where a table says all."""
+        return None
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{type(self).__name__}({self._about()})", *self._finding()])
+
+    def _repr_html_(self) -> str:
+        """What it says of itself, the first rows of its table, and its figure."""
+        shown = f"<pre>{html.escape(repr(self))}</pre>"
+        rows = self.to_pandas().head(_SHOWN_ROWS)
+        shown += str(rows.to_html(index=False, float_format="{:.3g}".format))
+        figure = self.plot()
+        if figure is not None:
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=80, bbox_inches="tight")
+            data = base64.b64encode(image.getvalue()).decode()
+            shown += f'<img src="data:image/png;base64,{data}" alt="{type(self).__name__}">'
+        return shown
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write tensors, tables, and at last a label with their checksums into a folder.

@@ -34,8 +34,8 @@ class ScoreAccumulator:
 
     Where the frequencies depend on a text's length, give texts of the length that the geometry was
     measured at, and run the passes inside a context of :mod:`tl_posheads.extrapolation`
-    (``Unchanged()`` leaves the model as it is): outside, transformers goes on with those of the longest
-    text so far.
+    (``Unchanged()`` leaves the model as it is): outside, transformers goes on with those of the
+    longest text so far.
 
     Args:
         geometry: of the model.

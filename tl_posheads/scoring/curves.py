@@ -29,7 +29,7 @@ from tl_posheads.scoring.score import geometry_by_length
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DominantDimensionCurve(Result):
     """What some heads rest on at every token distance.
 
@@ -65,6 +65,17 @@ class DominantDimensionCurve(Result):
         if not self.heads or not ascends or bool((self.n_pairs < 0).any()):
             raise ValueError("no heads, distances that don't ascend from 1, or less than no pair")
 
+    def _about(self) -> str:
+        return f"{len(self.heads)} heads, distances {self.distance[0]} to {self.distance[-1]}"
+
+    def _finding(self) -> list[str]:
+        first, last = self.distance[0], self.distance[-1]
+        return [
+            f"L{layer}H{head}: mean dominant dimension {mean[0]:.1f} at distance {first}, "
+            f"{mean[-1]:.1f} at {last}"
+            for (layer, head), mean in zip(self.heads[:2], self.mean, strict=False)
+        ]
+
     def plot(self, *, trained: int | None = None) -> Any:
         """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
 
@@ -73,7 +84,7 @@ class DominantDimensionCurve(Result):
         """
         from tl_posheads.figures.curves import curve_figure
 
-        return curve_figure(self, trained)
+        return curve_figure(self.to_pandas(), trained)
 
     def plot_allocation(
         self, head: tuple[int, int] | None = None, *, trained: int | None = None
@@ -92,7 +103,15 @@ class DominantDimensionCurve(Result):
         place = self.heads[0] if head is None else tuple(head)
         if place not in self.heads:
             raise PosheadsError(f"head={head!r} was given; the curve has {self.heads}")
-        return allocation_figure(self, self.heads.index(place), trained)
+        i = self.heads.index(place)
+        return allocation_figure(
+            self.allocation[i].numpy(),
+            self.distance.double().numpy(),
+            self.n_pairs[i].double().numpy(),
+            self.wavelengths[i].numpy(),
+            head=place,
+            trained=trained,
+        )
 
     def to_pandas(self) -> pd.DataFrame:
         """Long form: layer, head, distance, n_pairs, mean and a column per quantile."""

@@ -58,7 +58,7 @@ class Comparison:
     by_head: pd.DataFrame = field(repr=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadScores(Result):
     """Positional scores of every head that was scored; NaN elsewhere.
 
@@ -217,12 +217,13 @@ class HeadScores(Result):
         table["interaction"] = table["rho"] - table["rotation"] - table["content"]
         return table.astype({"n_pairs": "int64"})
 
-    def __repr__(self) -> str:
+    def _about(self) -> str:
+        n, model = len(self._ranked()), self.provenance.get("model")
         best = ", ".join(f"L{layer}H{head}" for layer, head in self._ranked()[:3])
-        return (
-            f"HeadScores({self.provenance.get('model')}: {len(self._ranked())} heads scored on "
-            f"{self.n_documents} documents, best {best})"
-        )
+        return f"{model}: {n} heads scored on {self.n_documents} documents, best {best}"
+
+    def _finding(self) -> list[str]:
+        return self.summary().splitlines()[:2]
 
     def summary(self, *, alpha: float = 0.05) -> str:
         """What was found, in a few sentences."""
@@ -232,10 +233,8 @@ class HeadScores(Result):
         lines = [self._counted(alpha, n)]
         reliability = self.split_half()
         if np.isfinite(reliability):
-            lines.append(
-                f"Order of the heads, one half of the documents against the other: rank "
-                f"correlation {reliability:.2f}."
-            )
+            halves = "Order of the heads, one half of the documents against the other"
+            lines.append(f"{halves}: rank correlation {reliability:.2f}.")
         layer, head = self._ranked()[0]
         near, far = (float(x[layer, head]) for x in (self.d_near, self.d_far))
         lines.append(
@@ -320,7 +319,8 @@ class HeadScores(Result):
 
         if not self._ranked():
             raise PosheadsError("no head has a score; there is nothing to draw")
-        return score_figure(self)
+        table = HeadScores.to_pandas(self)  # CodeScores' own has other columns
+        return score_figure(table, self.provenance.get("model", "the model"))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per head of the scored layers, in order of layer and head.

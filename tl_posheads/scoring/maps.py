@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -16,7 +17,8 @@ from torch.nn.functional import pad
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
-from tl_posheads.hooks.inputs import documents_of, layers_of
+from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.model import attention, model_name, read_pass, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.result import Files, Result
@@ -25,7 +27,7 @@ from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.remapping import pair_vectors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadMaps(Result):
     """Attention and dominant dimension of some heads on one text.
 
@@ -69,6 +71,26 @@ class HeadMaps(Result):
         if not all(0 <= i < n_pos for i in self.q_pos):
             raise ValueError(f"rows of positions {self.q_pos}")
 
+    def _about(self) -> str:
+        return f"{self.model}: {', '.join(self.names)} on {len(self.tokens)} tokens"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per head and position: its token, how far it looks, and D of those looks."""
+        n_pos = len(self.tokens)
+        return pd.concat(
+            pd.DataFrame(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "q_pos": range(n_pos),
+                    "token": self.tokens,
+                    "distance": self.distance[i].numpy(),
+                    "dimension": self.dimension[i].numpy(),
+                }
+            )
+            for i, (layer, head) in enumerate(self.heads)
+        ).reset_index(drop=True)
+
     @property
     def names(self) -> list[str]:
         """``L3H1`` and so on."""
@@ -108,8 +130,8 @@ def head_maps(
     layer.
 
     Raises:
-        PosheadsError: no heads, heads that the model hasn't, more than one text, positions
-            outside of it, ``max_cells`` below 2; what ``score_heads`` refuses.
+        PosheadsError: no heads, heads that the model hasn't or one twice, more than one text,
+            positions outside of it, ``max_cells`` below 2; what ``score_heads`` refuses.
 
     Example:
         >>> maps = head_maps(model, tokens[0], scores.top(4))           # doctest: +SKIP
@@ -131,45 +153,18 @@ def head_maps(
         raise PosheadsError(
             f"q_pos={list(q_pos)!r} was given; the text's positions are 0 to {n_pos - 1}"
         )
-    wanted = [(int(layer), int(head)) for layer, head in heads]
-    layers = layers_of(model, sorted({layer for layer, _ in wanted}))
-    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    wanted = heads_of(model, heads)
+    members, step = by_layer(wanted), math.ceil(n_pos / max_cells)
     with rotary_hook_points(model):
-        geometry = RotaryGeometry.from_model(model, length=n_pos, layers=layers)
-        wrong = [p for p in wanted if not 0 <= p[1] < geometry[p[0]].n_heads]
-        if wrong:
-            raise PosheadsError(
-                f"heads {wrong} were asked for, but {model_name(model)} has {geometry.n_heads} "
-                "heads a layer; choose among those"
-            )
-        step = math.ceil(n_pos / max_cells)
-        dominant: dict[int, Tensor] = {}
-
-        def chosen(layer: int) -> list[int]:
-            return sorted({head for at, head in wanted if at == layer})
-
-        def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
-            dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], chosen(layer), scale)
-
-        def read(layer: int, pattern: Tensor) -> None:
-            here = dominant.pop(layer)
-            for i, head in enumerate(chosen(layer)):
-                whole = pattern[0, head].double()
-                rows = whole[at], here[i][at]
-                found[layer, head] = (*_reduced(whole, here[i], step), *rows)
-
-        with rotary_consumer(model, keep_dominant, layers):
-            parts: dict[int, Any] = {layer: attention(model, layer) for layer in layers}
-            readers = [(attn.hook_pattern, partial(read, i)) for i, attn in parts.items()]
-            read_pass(model, document[None], readers)
+        geometry = RotaryGeometry.from_model(model, length=n_pos, layers=list(members))
+        found = _read(model, document, geometry, members, at, step, scale)
     pattern, cells, distance, dimension, row_pattern, row_dominant = (
         torch.stack(part).cpu() for part in zip(*(found[place] for place in wanted))
     )
-    words = [str(token) for token in model.to_str_tokens(document)]
     return HeadMaps(
         model=model_name(model),
         heads=wanted,
-        tokens=words,
+        tokens=[str(token) for token in model.to_str_tokens(document)],
         step=step,
         pattern=pattern,
         dominant=cells,
@@ -181,6 +176,35 @@ def head_maps(
         n_pairs=[geometry[layer].n_pairs for layer, _ in wanted],
         scale=scale,
     )
+
+
+def _read(
+    model: Any,
+    document: Int[Tensor, "pos"],
+    geometry: RotaryGeometry,
+    members: dict[int, list[int]],
+    at: list[int],
+    step: int,
+    scale: Scale,
+) -> dict[tuple[int, int], tuple[Tensor, ...]]:
+    """Maps in cells, looks of every position and whole rows ``at`` some, by head."""
+    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    dominant: dict[int, Tensor] = {}
+
+    def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
+        dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], members[layer], scale)
+
+    def read(layer: int, pattern: Tensor) -> None:
+        here = dominant.pop(layer)
+        for i, head in enumerate(members[layer]):
+            whole = pattern[0, head].double()
+            found[layer, head] = (*_reduced(whole, here[i], step), whole[at], here[i][at])
+
+    with rotary_consumer(model, keep_dominant, list(members)):
+        parts: dict[int, Any] = {layer: attention(model, layer) for layer in members}
+        readers = [(attn.hook_pattern, partial(read, layer)) for layer, attn in parts.items()]
+        read_pass(model, document[None], readers)
+    return found
 
 
 def _dominant(

@@ -142,12 +142,19 @@ def plan_of(model: Any, accumulator: ScoreAccumulator, units: Units) -> dict[str
     """What decides the numbers: a checkpoint of another plan is another run's."""
     geometry = accumulator.geometry
     return {
-        "texts": [unit for unit, _ in units],
+        **inputs_of(model, units),
         "settings": repr(accumulator.settings),
         "layers": accumulator.layers,
+        "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
+    }
+
+
+def inputs_of(model: Any, units: Units) -> dict[str, Any]:
+    """Model and texts, for a checkpoint's plan."""
+    return {
+        "texts": [unit for unit, _ in units],
         "model": [model_name(model), str(next(model.parameters()).dtype)],
         "inside": [change.name for change in changes_of(model)],
-        "inv_freq": [geometry[layer].inv_freq.tolist() for layer in accumulator.layers],
     }
 
 

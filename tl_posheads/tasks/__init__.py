@@ -1,5 +1,10 @@
 """Long-context tasks, a file each; every prompt has its short-context control beside it."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tl_posheads.tasks.base import Prompt, Task, check_length
 from tl_posheads.tasks.copying import Copying
 from tl_posheads.tasks.generation import generate_answers
@@ -10,6 +15,9 @@ from tl_posheads.tasks.needle import Needle
 from tl_posheads.tasks.passkey import Passkey
 from tl_posheads.tasks.perplexity import Perplexity, loss_by_position
 from tl_posheads.tasks.variable_tracking import VariableTracking
+
+if TYPE_CHECKING:
+    from tl_posheads.tasks import lm_eval
 
 # By the names that the command line has for them.
 TASKS: dict[str, type] = {
@@ -37,5 +45,12 @@ __all__ = [
     "VariableTracking",
     "check_length",
     "generate_answers",
+    "lm_eval",
     "loss_by_position",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "lm_eval":
+        raise AttributeError(f"module 'tl_posheads.tasks' has no attribute {name!r}")
+    return import_module("tl_posheads.tasks.lm_eval")  # its harness takes seconds to import

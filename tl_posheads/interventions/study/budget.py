@@ -57,17 +57,20 @@ class Cost:
     """Measured seconds for one prompt of a task, its short control included.
 
     Attributes:
-        whole: a pass through the whole model.
-        layer: what a pass saves for every layer that it shares.
-        screen: a forward and a backward pass.
+        whole_pass: a pass through all layers.
+        saved_per_layer: what a pass saves for every layer below the first ablated one.
+        screening: a forward and a backward pass.
     """
 
-    whole: float
-    layer: float
-    screen: float
+    whole_pass: float
+    saved_per_layer: float
+    screening: float
 
-    def branches(self, first_layers: Sequence[int]) -> float:
-        return sum(max(self.whole - self.layer * first, 0.0) for first in first_layers)
+    def ablated_passes(self, first_layers: Sequence[int]) -> float:
+        """Seconds of one pass for each first ablated layer."""
+        return sum(
+            max(self.whole_pass - self.saved_per_layer * first, 0.0) for first in first_layers
+        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,8 @@ def make_plan(
     plans, per_prompt = [], math.inf
     for draws in first_layers:
         per_prompt = sum(
-            cost.whole + cost.screen + cost.branches(first_layers[draws]) for cost in costs.values()
+            cost.whole_pass + cost.screening + cost.ablated_passes(first_layers[draws])
+            for cost in costs.values()
         )
         prompts = min(n_prompts, int(left // per_prompt))
         if prompts >= min(LEAST_PROMPTS, n_prompts):

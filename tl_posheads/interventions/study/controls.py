@@ -72,6 +72,27 @@ def top_sets(scores: HeadScores, fractions: Sequence[float]) -> list[list[Head]]
     return sets
 
 
+def _checked_norms(
+    norms: Float[Tensor, "layer head"] | None, scores: HeadScores
+) -> Float[Tensor, "layer head"]:
+    if norms is None:
+        raise PosheadsError("norms is missing; give the heads' output norms, [layer, head]")
+    if norms.shape != scores.rho.shape:
+        raise PosheadsError(
+            f"norms of shape {tuple(norms.shape)} were given; expected "
+            f"{tuple(scores.rho.shape)}, one for each head"
+        )
+    values = norms.detach().double().cpu()
+    unknown = [head for head in scores.top(1.0) if not bool(values[head].isfinite())]
+    if unknown:
+        layer, index = min(unknown)
+        raise PosheadsError(
+            f"the norm of L{layer}H{index} is {float(values[layer, index])}; expected a finite "
+            "norm for every scored head"
+        )
+    return values
+
+
 def _norm_bins(heads: Sequence[Head], norms: Float[Tensor, "layer head"]) -> dict[Head, int]:
     """Bin of each head; bins hold nearly equal numbers of heads of neighbouring norms."""
     ordered = sorted(heads, key=lambda head: (float(norms[head]), head))
@@ -158,22 +179,7 @@ def control_sets(
     elif kind == "layer_matched":
         stratum = {head: head[0] for head in ranked}
     else:
-        if norms is None:
-            raise PosheadsError("norms is missing; give the heads' output norms, [layer, head]")
-        if norms.shape != scores.rho.shape:
-            raise PosheadsError(
-                f"norms of shape {tuple(norms.shape)} were given; expected "
-                f"{tuple(scores.rho.shape)}, one for each head"
-            )
-        values = norms.detach().double().cpu()
-        unknown = [head for head in ranked if not bool(values[head].isfinite())]
-        if unknown:
-            layer, index = min(unknown)
-            raise PosheadsError(
-                f"the norm of L{layer}H{index} is {float(values[layer, index])}; expected a finite "
-                "norm for every scored head"
-            )
-        stratum = _norm_bins(ranked, values)
+        stratum = _norm_bins(ranked, _checked_norms(norms, scores))
     members: dict[int, list[Head]] = {}
     for head in sorted(ranked):
         members.setdefault(stratum[head], []).append(head)

@@ -25,7 +25,7 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.interventions.rotary_edits import Edit, Pairs, edited_rotary, pairs_of
 from tl_posheads.interventions.study.controls import Head
 from tl_posheads.interventions.study.dose_results import DoseResponse
-from tl_posheads.interventions.study.run import prompts_digest, prompts_of, task_facts
+from tl_posheads.interventions.study.prompts import prompts_digest, prompts_of, task_facts
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.tasks.base import Prompt, Task
 

@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_posheads.figures.style import COLOURS, picture, styled
 from tl_posheads.interventions.study.controls import Head
 from tl_posheads.interventions.study.results import RESOLUTION
 from tl_posheads.io.result import Files, Result
 from tl_posheads.statistics.effects import Effect, paired_effect, rank_tests, spearman
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DoseResponse(Result):
     """Every prompt's answer at every strength, of the heads asked about and of the control draws.
 
@@ -50,12 +49,19 @@ class DoseResponse(Result):
             raise ValueError("pairs that are no list")
         self.effects()  # every prompt at every strength of every set
 
-    def __repr__(self) -> str:
+    def _about(self) -> str:
         return (
-            f"DoseResponse({self.provenance.get('model')}: {self.provenance.get('edit')} of "
+            f"{self.provenance.get('model')}: {self.provenance.get('edit')} of "
             f"{len(self.provenance.get('pairs', []))} pairs in {len(self.sets[0])} heads, "
-            f"{len(self.strengths)} strengths, {len(self.sets) - 1} control draws)"
+            f"{len(self.strengths)} strengths, {len(self.sets) - 1} control draws"
         )
+
+    def _finding(self) -> list[str]:
+        most = self.to_pandas().iloc[-1]
+        return [
+            f"at strength {most['strength']:g}: {most['effect']:+.2f} nats a token, other heads "
+            f"{most['control_effect']:+.2f} (corrected p {most['p_adjusted']:.2g})"
+        ]
 
     @property
     def strengths(self) -> list[float]:
@@ -123,34 +129,14 @@ class DoseResponse(Result):
         mine = paired_effect(rho[0], np.zeros_like(rho[0]), seed=seed)
         return mine, float(rho[1:].mean())
 
-    @styled
     def plot(self) -> Any:
         """Effect against strength, over the draws; a matplotlib figure that shows itself."""
-        table, means = self.to_pandas(), self.effects().mean(1)
-        fig = picture(figsize=(6.5, 4.0))
-        ax = fig.subplots()
-        ax.axhline(0, color="0.5", linewidth=0.8)
-        for i, draw in enumerate(means[1:]):
-            label = "layer-matched heads, a line a draw" if i == 0 else None
-            ax.plot(self.strengths, draw, color=COLOURS[4], linewidth=0.8, alpha=0.6, label=label)
-        ax.plot(
-            table["strength"],
-            table["effect"],
-            color="#000000",
-            marker="o",
-            linewidth=2,
-            label=f"the {len(self.sets[0])} heads, 95 % interval over prompts",
-        )
-        ax.fill_between(
-            table["strength"],
-            table["ci_low"],
-            table["ci_high"],
-            color="#000000",
-            alpha=0.12,
-            linewidth=0,
-        )
+        from tl_posheads.figures.dose import dose_figure
+
         shift = self.provenance.get("edit") == "shift"
-        ax.set_xlabel("shift of the query (tokens)" if shift else "share of the pairs taken away")
-        ax.set_ylabel("change (nats a token)")
-        ax.legend()
-        return fig
+        return dose_figure(
+            self.to_pandas(),
+            self.effects()[1:].mean(1),
+            n_heads=len(self.sets[0]),
+            xlabel="shift of the query (tokens)" if shift else "share of the pairs taken away",
+        )

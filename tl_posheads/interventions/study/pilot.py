@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def run_pilot(
         agreements[name], scale = found.rank_correlation, abs(found.slope)
         scale = scale if np.isfinite(scale) and scale > 0 else 1.0
         # The fastest: the first pass of a process also fills caches.
-        costs[name] = Cost(cost.whole, cost.layer, min(seconds[name]))
+        costs[name] = replace(cost, screening=min(seconds[name]))
         effects = torch.stack([s["long"] for s in screens[name]]).double().numpy()
         kinds = [kind for kind in controls if kind != "lowest"][:1]
         drawn = conditions_of(scores, fractions, kinds, n=_N_DRAWS, seed=trial.seed, norms=norms)
@@ -104,7 +104,7 @@ def _timed(
     model, middle = trial.model, int(trial.model.cfg.n_layers) // 2
     sets = conditions_of(scores, fractions, controls, n=_N_TRUE, seed=trial.seed, norms=norms)
     sets = [c for c in sets if c.fraction == fractions[-1]][: 1 + _N_TRUE]
-    trunk_seconds = half_seconds = 0.0
+    whole_seconds = half_seconds = 0.0
     estimated, true = [], []
     with fused_attention(model):
         for name, one in (("long", prompt), ("short", prompt.short)):
@@ -117,7 +117,7 @@ def _timed(
             whole = time.monotonic()
             run_from_layer(model, one.tokens, one.targets, prefix, middle, [])
             half = time.monotonic()
-            trunk_seconds += whole - start
+            whole_seconds += whole - start
             half_seconds += half - whole
             if name == "short":
                 continue
@@ -128,6 +128,6 @@ def _timed(
                 )
                 true.append(float((logprob - prefix.logprob).double().mean()))
                 estimated.append(float(sum(screened["long"][head] for head in c.heads)))
-    layer = max(trunk_seconds - half_seconds, 0.0) / max(middle, 1)
+    saved = max(whole_seconds - half_seconds, 0.0) / max(middle, 1)
     agreement = screen_agreement(np.array(estimated), np.array(true), seed=trial.seed)
-    return Cost(trunk_seconds, layer, 0.0), agreement
+    return Cost(whole_seconds, saved, 0.0), agreement

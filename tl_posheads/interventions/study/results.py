@@ -30,7 +30,7 @@ UNABLATED = -1
 RESOLUTION = 1e-4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AblationStudy(Result):
     """Every prompt's answer under every condition, and what follows from it.
 
@@ -91,12 +91,15 @@ class AblationStudy(Result):
                 if not places <= {*rows["place"]} or rows.duplicated(["prompt", "place"]).any():
                     raise ValueError("a screen without the heads ablated, or with one twice")
 
-    def __repr__(self) -> str:
+    def _about(self) -> str:
         n = self.cells.groupby("task")["prompt"].nunique()
         return (
-            f"AblationStudy({self.provenance.get('model')}: {', '.join(self.tasks)}; "
-            f"{n.min() if len(n) else 0} prompts each, {len(self.conditions)} conditions)"
+            f"{self.provenance.get('model')}: {', '.join(self.tasks)}; "
+            f"{n.min() if len(n) else 0} prompts each, {len(self.conditions)} conditions"
         )
+
+    def _finding(self) -> list[str]:
+        return [f"{task}: {said}" for task, said in list(self.verdict().items())[:2]]
 
     @property
     def tasks(self) -> list[str]:
@@ -207,9 +210,19 @@ class AblationStudy(Result):
         Returns:
             A ``matplotlib.figure.Figure``; a row per task, long and short side by side.
         """
-        from tl_posheads.figures.ablation import figure
+        from tl_posheads.figures.ablation import ablation_figure
 
-        return figure(self)
+        return ablation_figure(self._table, self._draws())
+
+    def _draws(self) -> pd.DataFrame:
+        """The controls' conditions, once a task and variant, with their mean effects."""
+        controls = self.conditions[self.conditions["kind"] != "top"].sort_values("draw")
+        frames = []
+        for task in self.tasks:
+            for variant in (x for x in ("long", "short") if self._has(task, x)):
+                effect = controls["condition"].map(self.effects(task, variant).mean())
+                frames.append(controls.assign(task=task, variant=variant, effect=effect))
+        return pd.concat(frames)
 
     @cached_property
     def _heads(self) -> dict[int, list[tuple[int, int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -33,11 +32,19 @@ from tl_posheads.interventions.study.budget import (
 from tl_posheads.interventions.study.conditions import Condition, conditions_of, screen_tests
 from tl_posheads.interventions.study.controls import CONTROLS, top_sets
 from tl_posheads.interventions.study.pilot import Pilot, run_pilot
+from tl_posheads.interventions.study.prompts import (
+    named,
+    prompts_digest,
+    prompts_of,
+    task_facts,
+    tensor_digest,
+    with_short,
+)
 from tl_posheads.interventions.study.results import UNABLATED, AblationStudy
 from tl_posheads.interventions.study.trial import Trial
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.scoring.head_scores import HeadScores
-from tl_posheads.tasks.base import Prompt, Task, check_length
+from tl_posheads.tasks.base import Prompt, Task
 
 
 def ablation_study(
@@ -108,10 +115,10 @@ def ablation_study(
     trial = Trial.of(model, mode, reference, per_position, seed)
     prompts = prompts_of(model, tasks)
     for these in prompts.values():
-        trial.require_reference(max(len(prompt.tokens) for prompt in _with_short(these)))
+        trial.require_reference(max(len(prompt.tokens) for prompt in with_short(these)))
     request = {
         "model": [model_name(model), str(next(model.parameters()).dtype)],
-        "rho": _digest(scores.rho),
+        "rho": tensor_digest(scores.rho),
         "fractions": fractions,
         "controls": list(controls),
         "n_control": n_control,
@@ -143,7 +150,7 @@ def ablation_study(
         "per_position": per_position,
         "reference_sha256": trial.digest,
         "seed": seed,
-        "tasks": {name: task_facts(task) for name, task in _named(tasks)},
+        "tasks": {name: task_facts(task) for name, task in named(tasks)},
         "scores": scores.provenance,
         "plan": plan.as_dict(),
         "fused_attention": trial.fused,
@@ -190,65 +197,6 @@ def _check_request(
         raise PosheadsError(
             f"n_control={n_control!r} was given; expected a whole number of at least {LEAST_DRAWS}"
         )
-
-
-def _named(tasks: Sequence[Task]) -> list[tuple[str, Task]]:
-    """Tasks by name; a second one of a name gets a number."""
-    out: list[tuple[str, Task]] = []
-    for task in tasks:
-        n = sum(name.partition("#")[0] == task.name for name, _ in out)
-        out.append((task.name if not n else f"{task.name}#{n + 1}", task))
-    return out
-
-
-def _with_short(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts and their short controls."""
-    return [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
-
-
-def prompts_of(model: Any, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
-    """Each task's prompts, checked, by its name.
-
-    Raises:
-        PosheadsError: a task without prompts; prompts that are too long for the model, score
-            nothing or hold tokens that it doesn't have.
-    """
-    out = {}
-    for name, task in _named(tasks):
-        prompts = out[name] = task.prompts(model)
-        if not prompts:
-            raise PosheadsError(f"the task {name} has no prompts; raise its n")
-        check_length(model, prompts)
-        for prompt in _with_short(prompts):
-            n, targets = len(prompt.tokens), prompt.targets
-            fits = targets.ndim == 1 and len(targets) > 0
-            if not fits or int(targets.min()) < 1 or int(targets.max()) >= n:
-                raise PosheadsError(
-                    f"a prompt of {name} has {n} tokens and the targets {targets.tolist()}; "
-                    f"expected positions from 1 to {n - 1}"
-                )
-            high = int(prompt.tokens.max())
-            if int(prompt.tokens.min()) < 0 or high >= int(model.cfg.d_vocab):
-                raise PosheadsError(
-                    f"a prompt of {name} has token id {high}, but {model_name(model)} has ids 0 "
-                    f"to {int(model.cfg.d_vocab) - 1}; was it made by another tokenizer?"
-                )
-    return out
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:24]
-
-
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(
-        "".join(_digest(p.tokens) + _digest(p.targets) for p in _with_short(prompts)).encode()
-    ).hexdigest()[:24]
-
-
-def task_facts(task: Task) -> dict[str, Any]:
-    fields = getattr(task, "__dataclass_fields__", {})
-    return {"class": type(task).__name__, **{name: getattr(task, name) for name in fields}}
 
 
 def _plan(

@@ -21,7 +21,7 @@ from tl_posheads.studies.emergence.lead_lag import crossing, lag_of
 from tl_posheads.studies.emergence.measuring import SCORES, Moment
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Emergence(Result):
     """A training run as seen at some of its steps.
 
@@ -70,11 +70,17 @@ class Emergence(Result):
         }
         return cls(steps=torch.tensor(steps), **parts, provenance=provenance)
 
-    def __repr__(self) -> str:
+    def _about(self) -> str:
         return (
-            f"Emergence({self.provenance.get('model')}: {len(self.steps)} steps up to "
-            f"{int(self.steps[-1])})"
+            f"{self.provenance.get('model')}: {len(self.steps)} steps up to {int(self.steps[-1])}"
         )
+
+    def _finding(self) -> list[str]:
+        highest = self.to_pandas().groupby("step")["rho"].max()
+        first, last = highest.index[0], highest.index[-1]
+        return [
+            f"highest score: {highest[first]:.2f} at step {first}, {highest[last]:.2f} at {last}"
+        ]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per step and head."""
@@ -229,6 +235,9 @@ class Emergence(Result):
         Args:
             heads: those whose scores are told apart; the four of highest last score by default.
         """
-        from tl_posheads.figures.emergence import figure
+        from tl_posheads.figures.emergence import emergence_figure
 
-        return figure(self, self.top(4) if heads is None else list(heads))
+        heads = self.top(4) if heads is None else list(heads)
+        layer, head = heads[0]
+        curve = self.curve[:, layer, head].numpy()
+        return emergence_figure(self.to_pandas(), self.losses(), curve, heads)

@@ -13,11 +13,13 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.measured_geometry import declared_scale, measured_scale
 from tl_posheads.hooks.model import model_name, own_hooks, read_pass, trained_length
+from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.studies.encodings.basis import QKBasis, ordered_planes
 from tl_posheads.studies.encodings.transport import TransportSums, log_shifts
 
 _POINT = "hook_pos_embed"
-_PROBE = 64  # tokens that a layer's factor is read from
+_SUMS = "moved"  # in the checkpoint
+_N_MEASURED = 64  # tokens that a layer's factor is read from
 Consumer = Callable[[int, Tensor, Tensor], None]
 
 
@@ -114,7 +116,7 @@ def attention_scales(
         for (layer, name), point in points.items()
         if point in model.hook_dict
     ]
-    read_pass(model, document[None, :_PROBE], readers)
+    read_pass(model, document[None, :_N_MEASURED], readers)
     out = {}
     for layer, found in seen.items():
         q, k = (found[name][0].transpose(0, 1) for name in "qk")
@@ -126,7 +128,11 @@ def attention_scales(
 
 
 def moved_bases(
-    model: Any, documents: Sequence[Int[Tensor, "pos"]], layers: Sequence[int], bar: Any
+    model: Any,
+    documents: Sequence[Int[Tensor, "pos"]],
+    layers: Sequence[int],
+    bar: Any,
+    kept: Checkpoint,
 ) -> dict[int, list[QKBasis]]:
     """Every head's planes under learned positions, from texts whose positions are moved.
 
@@ -136,6 +142,7 @@ def moved_bases(
     Args:
         model: with learned positions. documents: the texts.
         layers: those wanted. bar: a progress bar, told its length here.
+        kept: keeps the sums over the texts that are done.
 
     Memory: queries and keys of all wanted layers of one text, and ``8 * head * shift *
     d_head**2`` bytes for each layer.
@@ -154,30 +161,54 @@ def moved_bases(
     shifts = log_shifts(farthest)
     table = position_table(model, cut + farthest)
     bar.total += len(documents) * (len(shifts) + 1)
-    sums: dict[int, TransportSums] = {}
-    for document in documents:
-        text = document[:cut]
-        here: dict[int, Tensor] = {}
-
-        def keep(layer: int, q: Tensor, k: Tensor, here: dict[int, Tensor] = here) -> None:
-            here[layer] = torch.cat([q, k]).double().cpu()
-            if layer not in sums:
-                sums[layer] = TransportSums(q.shape[1], q.shape[2], len(shifts))
-            sums[layer].add(here[layer])
-
-        capture_moved(model, text, keep, layers=layers)
-        bar.update(1)
-        for i, shift in enumerate(shifts):
-
-            def keep_moved(
-                layer: int, q: Tensor, k: Tensor, i: int = i, here: dict[int, Tensor] = here
-            ) -> None:
-                sums[layer].add_moved(i, here[layer], torch.cat([q, k]))
-
-            at = table[shift : shift + len(text)]
-            capture_moved(model, text, keep_moved, layers=layers, at=at)
-            bar.update(1)
+    done, sums = _sums_so_far(kept)
+    bar.update(done * (len(shifts) + 1))
+    for number, document in enumerate(documents[done:], done + 1):
+        _add_moved(model, document[:cut], shifts, table, layers, sums, bar)
+        state = {f"{i}.{x}": part for i in sums for x, part in sums[i].tensors().items()}
+        kept.write(_SUMS, {"done": torch.tensor(number), **state})
     return {
         layer: [ordered_planes(operators, shifts) for operators in sums[layer].solve()]
         for layer in layers
     }
+
+
+def _add_moved(
+    model: Any,
+    text: Int[Tensor, "pos"],
+    shifts: Sequence[int],
+    table: Float[Tensor, "pos d_model"],
+    layers: Sequence[int],
+    sums: dict[int, TransportSums],
+    bar: Any,
+) -> None:
+    """One text where it is, and moved by every shift."""
+    here: dict[int, Tensor] = {}
+
+    def keep(layer: int, q: Tensor, k: Tensor) -> None:
+        here[layer] = torch.cat([q, k]).double().cpu()
+        if layer not in sums:
+            sums[layer] = TransportSums(q.shape[1], q.shape[2], len(shifts))
+        sums[layer].add(here[layer])
+
+    capture_moved(model, text, keep, layers=layers)
+    bar.update(1)
+    for i, shift in enumerate(shifts):
+
+        def keep_moved(layer: int, q: Tensor, k: Tensor, i: int = i) -> None:
+            sums[layer].add_moved(i, here[layer], torch.cat([q, k]))
+
+        at = table[shift : shift + len(text)]
+        capture_moved(model, text, keep_moved, layers=layers, at=at)
+        bar.update(1)
+
+
+def _sums_so_far(kept: Checkpoint) -> tuple[int, dict[int, TransportSums]]:
+    """How many texts are done, and each layer's sums over them."""
+    found = kept.read(_SUMS) or {}
+    done = int(found.pop("done", 0))
+    parts: dict[int, dict[str, Tensor]] = {}
+    for key, value in found.items():
+        layer, _, name = key.partition(".")
+        parts.setdefault(int(layer), {})[name] = value
+    return done, {layer: TransportSums.of(tensors) for layer, tensors in parts.items()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -15,9 +19,10 @@ from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
 from tl_posheads.hooks.inputs import by_content, documents_of, layers_of, require_finite
 from tl_posheads.hooks.model import POSITIONS, model_name, require_clean, require_lens
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale, expand_keys, scale_factor
 from tl_posheads.scoring.draws import MEASURES
-from tl_posheads.scoring.score import Units, facts_of, geometry_by_length
+from tl_posheads.scoring.score import Units, facts_of, geometry_by_length, inputs_of
 from tl_posheads.statistics.ranks import correlation, midranks
 from tl_posheads.studies.encodings.basis import QKBasis, ordered_planes
 from tl_posheads.studies.encodings.planes import PlaneVectors, Unmoved, dominant_by_distance
@@ -39,6 +44,7 @@ def score_any_code(
     scale: Scale = "none",
     skip_first: int = 0,
     unmoved: Unmoved = "left_out",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> CodeScores:
     """The positional score with planes of the q-k space in place of rotary pairs.
@@ -65,6 +71,8 @@ def score_any_code(
             keys.
         unmoved: planes that stand still under the code, like partial rotary's unrotated
             coordinates: ``"left_out"``, as the paper's score has it, or ``"last"``.
+        checkpoint: folder that keeps every finished document, and the sums that learned positions'
+            operators follow from; the same call goes on from there.
         progress: show a bar.
 
     Memory: beyond the model's forward pass 8 bytes for every query-key pair and head of one
@@ -75,7 +83,7 @@ def score_any_code(
     Raises:
         PosheadsError: a model with neither code, by name; one inside a method that moves
             positions (SelfExtend, ReRoPE); what ``score_heads`` refuses; a document whose query-key
-            pairs take more than 8 GB a layer.
+            pairs take more than 8 GB a layer; a checkpoint of another run.
 
     Example:
         >>> scores = score_any_code(model, tokens)              # doctest: +SKIP
@@ -88,34 +96,37 @@ def score_any_code(
     documents = [document for _, document in units]
     wanted = layers_of(model, layers)
     _require_room(model, documents, skip_first)
-    facts = {"code": code, "scale": scale}
+    facts = {"code": code, "scale": scale, "skip_first": skip_first, "unmoved": unmoved}
+    plan = {**inputs_of(model, units), **facts, "layers": wanted}
     bar = tqdm(total=0, desc="scoring", unit="pass", disable=not progress, dynamic_ncols=True)
-    with bar:
+    with bar, rotary_hook_points(model) if code == "rotary" else nullcontext():
         if code == "rotary":
-            with rotary_hook_points(model):
-                geometry = _geometry(model, documents, wanted)
-                wanted = [layer for layer in wanted if geometry[layer].n_pairs]
-                if not wanted:
-                    raise PosheadsError(
-                        f"none of the layers asked for in {model_name(model)} has RoPE; ask for "
-                        "others"
-                    )
-                bases = _rotary_bases(geometry, wanted)
-                windows = {layer: geometry[layer].window for layer in wanted}
-                factors = {layer: scale_factor(scale, geometry[layer]) for layer in wanted}
-                read = _read_rotary(model, geometry, wanted)
-                return _scored(
-                    model, units, bases, windows, factors, read, bar, skip_first, unmoved, facts
-                )
-        bases = moved_bases(model, documents, wanted, bar)
-        windows, factors = dict.fromkeys(wanted), dict.fromkeys(wanted, 1.0)
-        if scale == "attention":
-            factors = attention_scales(model, documents[0], wanted)
+            geometry = _geometry(model, documents, wanted)
+            found = _rotary(model, geometry, wanted, scale)
+            plan["inv_freq"] = [geometry[layer].inv_freq.tolist() for layer in wanted]
+            kept = Checkpoint(checkpoint, plan)
+        else:
+            kept = Checkpoint(checkpoint, plan)
+            found = _learned(model, documents, wanted, scale, bar, kept)
+        vectors = partial(PlaneVectors, unmoved=unmoved)
+        values = _values(model, units, found, vectors, skip_first, bar, kept)
+    facts |= {"layers": list(found.bases), "n_documents": len(units), "pairs": "all"}
+    return _put_together(model, values, units, found, facts)
 
-        def read(document: Tensor, consumer: Any) -> None:
-            capture_moved(model, document, consumer, layers=wanted)
 
-        return _scored(model, units, bases, windows, factors, read, bar, skip_first, unmoved, facts)
+@dataclass(frozen=True, eq=False)
+class _Code:
+    """A model's position code, by layer.
+
+    Attributes:
+        bases: each head's planes. windows: sliding windows. factors: on the contributions.
+        read: one pass over a text, as ``capture_moved`` has it.
+    """
+
+    bases: dict[int, list[QKBasis]]
+    windows: dict[int, int | None]
+    factors: dict[int, float]
+    read: Read
 
 
 def code_of(model: Any) -> str:
@@ -157,6 +168,34 @@ def _require_room(model: Any, documents: Sequence[Tensor], skip_first: int) -> N
             f"the query-key pairs of one document and layer would take {size / 2**30:.0f} GiB; "
             "give shorter documents"
         )
+
+
+def _learned(
+    model: Any,
+    documents: Sequence[Tensor],
+    layers: Sequence[int],
+    scale: Scale,
+    bar: Any,
+    kept: Checkpoint,
+) -> _Code:
+    bases = moved_bases(model, documents, layers, bar, kept)
+    factors = dict.fromkeys(layers, 1.0)
+    if scale == "attention":
+        factors = attention_scales(model, documents[0], layers)
+    read = partial(capture_moved, model, layers=layers)
+    return _Code(bases, dict.fromkeys(layers), factors, read)
+
+
+def _rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int], scale: Scale) -> _Code:
+    layers = [layer for layer in layers if geometry[layer].n_pairs]
+    if not layers:
+        raise PosheadsError(
+            f"none of the layers asked for in {model_name(model)} has RoPE; ask for others"
+        )
+    windows = {layer: geometry[layer].window for layer in layers}
+    factors = {layer: scale_factor(scale, geometry[layer]) for layer in layers}
+    bases = _rotary_bases(geometry, layers)
+    return _Code(bases, windows, factors, _read_rotary(model, geometry, layers))
 
 
 def _geometry(model: Any, documents: Sequence[Tensor], layers: Sequence[int]) -> RotaryGeometry:
@@ -204,56 +243,56 @@ def _read_rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int]) ->
     return read
 
 
-def _scored(
+def _values(
     model: Any,
     units: Units,
-    bases: dict[int, list[QKBasis]],
-    windows: dict[int, int | None],
-    factors: dict[int, float],
-    read: Read,
-    bar: Any,
+    code: _Code,
+    vectors_of: Callable[..., PlaneVectors],
     skip_first: int,
-    unmoved: Unmoved,
-    facts: dict[str, Any],
-) -> CodeScores:
-    layers = list(bases)
-    n_layers, n_heads = int(model.cfg.n_layers), len(bases[layers[0]])
-    values = torch.full(
-        (len(MEASURES), len(units), n_layers, n_heads), float("nan"), dtype=torch.float64
-    )
+    bar: Any,
+    kept: Checkpoint,
+) -> Float[Tensor, "measure doc layer head"]:
+    """What is measured of every document; those that the checkpoint holds are read from it."""
     bar.total += len(units)
-    for i, (_, document) in enumerate(units):
+    shape = len(MEASURES), int(model.cfg.n_layers), len(next(iter(code.bases.values())))
+    rows = []
+    for unit, document in units:
+        found = kept.read(unit)
+        if found is None:
+            row = torch.full(shape, float("nan"), dtype=torch.float64)
 
-        def keep(layer: int, q: Tensor, k: Tensor, i: int = i) -> None:
-            q, k = (x[skip_first:].detach().cpu().double() for x in (q, k))
-            vectors = PlaneVectors(q * factors[layer], k, bases[layer], unmoved=unmoved)
-            distance, dominant = dominant_by_distance(vectors, windows[layer])
-            ranks = midranks(distance)
-            # Head by head: ranking takes ten times the memory of what is ranked.
-            rho = torch.stack([correlation(midranks(head), ranks) for head in dominant])
-            values[MEASURES.index("rho"), i, layer] = rho
-            values[MEASURES.index("n_pairs"), i, layer] = len(distance)
+            def keep(layer: int, q: Tensor, k: Tensor, row: Tensor = row) -> None:
+                q, k = (x[skip_first:].detach().cpu().double() for x in (q, k))
+                vectors = vectors_of(q * code.factors[layer], k, code.bases[layer])
+                distance, dominant = dominant_by_distance(vectors, code.windows[layer])
+                ranks = midranks(distance)
+                # Head by head: ranking takes ten times the memory of what is ranked.
+                rho = torch.stack([correlation(midranks(head), ranks) for head in dominant])
+                row[MEASURES.index("rho"), layer] = rho
+                row[MEASURES.index("n_pairs"), layer] = len(distance)
 
-        read(document, keep)
+            code.read(document, keep)
+            found = {"values": row}
+            kept.write(unit, found)
+        rows.append(found["values"])
         bar.update(1)
-    different = {id(basis): basis for layer in layers for basis in bases[layer]}
+    return torch.stack(rows, dim=1)
+
+
+def _put_together(
+    model: Any, values: Tensor, units: Units, code: _Code, facts: dict[str, Any]
+) -> CodeScores:
+    n_layers, n_heads = values.shape[2:]
+    different = {id(basis): basis for bases in code.bases.values() for basis in bases}
     places = {key: i for i, key in enumerate(different)}
     which = torch.full((n_layers, n_heads), -1, dtype=torch.long)
-    for layer in layers:
-        which[layer] = torch.tensor([places[id(basis)] for basis in bases[layer]])
+    for layer, bases in code.bases.items():
+        which[layer] = torch.tensor([places[id(basis)] for basis in bases])
     return CodeScores(
         values=values,
         document_names=tuple(unit for unit, _ in units),
         which=which,
         bases=tuple(different.values()),
-        windows=tuple(windows.get(layer) for layer in range(n_layers)),
-        provenance={
-            **facts_of(model, units),
-            **facts,
-            "layers": layers,
-            "n_documents": len(units),
-            "pairs": "all",
-            "skip_first": skip_first,
-            "unmoved": unmoved,
-        },
+        windows=tuple(code.windows.get(layer) for layer in range(n_layers)),
+        provenance={**facts_of(model, units), **facts},
     )

@@ -10,7 +10,7 @@ described by :mod:`tl_posheads.studies.encodings.products` instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +107,20 @@ class TransportSums:
         self._gram = torch.zeros(n_heads, d_head, d_head, dtype=torch.float64)
         self._n = 0
         self._change = torch.zeros(n_heads, n_shifts, d_head, d_head, dtype=torch.float64)
-        self._length, self._change_length = torch.zeros(2, n_heads, n_shifts, dtype=torch.float64)
+        self._length = torch.zeros(n_heads, n_shifts, dtype=torch.float64)
+        self._change_length = torch.zeros(n_heads, n_shifts, dtype=torch.float64)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was added up, for a file."""
+        return {name: torch.as_tensor(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> TransportSums:
+        """The inverse of :meth:`tensors`."""
+        sums = cls.__new__(cls)
+        for name, value in tensors.items():
+            setattr(sums, name, value if value.ndim else value.item())
+        return sums
 
     def add(self, x: Float[Tensor, "n head d_head"]) -> None:
         """Vectors where they are. Every one of them is moved by every shift later."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from tl_posheads.studies.profile.massive import (
 from tl_posheads.studies.profile.settings import ProfileSettings, columns_of
 from tl_posheads.studies.profile.utility import dimension_utility
 
+_FACTS = "facts"
 _SAME = 0.02  # mean distance in total variation between the pattern and softmax(q . k)
 
 
@@ -58,6 +60,18 @@ class Collected:
     values: dict[str, Tensor]
     reasons: dict[str, str] = field(default_factory=dict)
     lost: dict[int, float] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, for a file."""
+        facts = json.dumps({"reasons": self.reasons, "lost": [*self.lost.items()]}).encode()
+        return {**self.values, _FACTS: torch.tensor([*facts], dtype=torch.uint8)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Collected:
+        """The inverse of :meth:`tensors`."""
+        values = dict(tensors)
+        facts = json.loads(bytes(values.pop(_FACTS).tolist()))
+        return cls(values, facts["reasons"], dict(facts["lost"]))
 
 
 def head_scores(

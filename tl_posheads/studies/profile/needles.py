@@ -14,6 +14,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
 from tl_posheads.hooks.logprobs import greedy
 from tl_posheads.hooks.model import attention, model_name, read_pass
+from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.studies.profile.retrieval import copied_share, copies_of, recall
 from tl_posheads.tasks.base import Prompt, Task, check_length
 from tl_posheads.tasks.needle import Needle
@@ -72,7 +73,10 @@ def most_attended(
 
 
 def retrieval_scores(
-    model: Any, prompts: Sequence[Prompt], tick: Callable[[], Any] = lambda: None
+    model: Any,
+    prompts: Sequence[Prompt],
+    tick: Callable[[], Any] = lambda: None,
+    kept: Checkpoint | None = None,
 ) -> tuple[Float[Tensor, "layer head"], dict[str, Any]]:
     """The retrieval score of every head, mean over the needles that the model answered.
 
@@ -84,7 +88,7 @@ def retrieval_scores(
 
     Args:
         model: HookedTransformer or TransformerBridge. prompts: with the answers as targets.
-        tick: called after each prompt.
+        tick: called after each prompt. kept: keeps what is known of each.
 
     Returns:
         ``[layer, head]`` in float64, NaN where no prompt counts, and facts: ``n_prompts``,
@@ -96,22 +100,18 @@ def retrieval_scores(
     total = torch.zeros(int(model.cfg.n_layers), int(model.cfg.n_heads), dtype=torch.float64)
     recalls: list[float] = []
     n_answered = n_without = 0
-    for prompt in prompts:
-        first, last = int(prompt.targets[0]), int(prompt.targets[-1])
-        asked, answer = prompt.tokens[:first].cpu(), prompt.tokens[first : last + 1].cpu()
-        needle = copies_of(asked, answer)
-        if len(needle) == 0:
-            n_without += 1
-            tick()
-            continue
-        written = greedy(model, asked, len(answer))
-        recalls.append(recall(written, answer))
-        if recalls[-1] > _ANSWERED:
+    for i, prompt in enumerate(prompts):
+        found = None if kept is None else kept.read(f"needle-{i:05d}")
+        if found is None:
+            found = _answered(model, prompt)
+            if kept is not None:
+                kept.write(f"needle-{i:05d}", found)
+        if "recall" in found:
+            recalls.append(float(found["recall"]))
+        n_without += "recall" not in found
+        if "share" in found:
             n_answered += 1
-            seen = torch.cat([asked, written[:-1]])
-            looks = most_attended(model, seen, slice(first - 1, len(seen)))
-            share = copied_share(looks.clamp(min=0), written, seen, needle)
-            total += torch.where(looks[..., 0] < 0, float("nan"), share)
+            total += found["share"]
         tick()
     facts: dict[str, Any] = {
         "n_prompts": len(prompts),
@@ -127,3 +127,23 @@ def retrieval_scores(
         )
         return torch.full_like(total, float("nan")), facts
     return total / n_answered, facts
+
+
+def _answered(model: Any, prompt: Prompt) -> dict[str, Tensor]:
+    """How much of the needle the model wrote, and where that counts what each head copied.
+
+    Neither where the text is without the answer.
+    """
+    first, last = int(prompt.targets[0]), int(prompt.targets[-1])
+    asked, answer = prompt.tokens[:first].cpu(), prompt.tokens[first : last + 1].cpu()
+    needle = copies_of(asked, answer)
+    if len(needle) == 0:
+        return {"without": torch.tensor(True)}
+    written = greedy(model, asked, len(answer))
+    found = {"recall": torch.tensor(recall(written, answer), dtype=torch.float64)}
+    if found["recall"] > _ANSWERED:
+        seen = torch.cat([asked, written[:-1]])
+        looks = most_attended(model, seen, slice(first - 1, len(seen)))
+        share = copied_share(looks.clamp(min=0), written, seen, needle)
+        found["share"] = torch.where(looks[..., 0] < 0, float("nan"), share)
+    return found

@@ -18,7 +18,7 @@ _PLACE = ("layer", "head")
 _FEWEST = 3  # heads of a correlation
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadProfile(Result):
     """Measures of every head of a model, the positional score first.
 
@@ -44,11 +44,19 @@ class HeadProfile(Result):
         if not isinstance(missing, dict) or not isinstance(needles, dict):
             raise ValueError("what is missing and the needles are told otherwise")
 
-    def __repr__(self) -> str:
-        return (
-            f"HeadProfile({self.provenance.get('model')}: {len(self.table)} heads, "
-            f"{', '.join(self.columns)})"
-        )
+    def _about(self) -> str:
+        return f"{self.provenance.get('model')}: {len(self.table)} heads, {', '.join(self.columns)}"
+
+    def _finding(self) -> list[str]:
+        if POSITIONAL not in self.columns:
+            return []
+        found = self.correlation()[POSITIONAL].drop(POSITIONAL).dropna()
+        if found.empty:
+            return []
+        name = found.abs().idxmax()
+        return [
+            f"goes most with the positional score: {name} (rank correlation {found[name]:+.2f})"
+        ]
 
     @property
     def columns(self) -> list[str]:
@@ -125,7 +133,10 @@ class HeadProfile(Result):
         """
         from tl_posheads.figures.profile import correlation_figure
 
-        return correlation_figure(self, within_layers)
+        kind = "within layers" if within_layers else f"over {len(self.table):,} heads"
+        model = self.provenance.get("model", "the model")
+        title = f"Spearman's rho between measures of {model}'s heads, {kind}"
+        return correlation_figure(self.correlation(within_layers=within_layers), title)
 
 
 def _pairwise(values: pd.DataFrame, layer: pd.Series[Any], within: bool) -> pd.DataFrame:

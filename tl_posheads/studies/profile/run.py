@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,9 +19,11 @@ from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.inputs import by_content, documents_of
 from tl_posheads.hooks.model import model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.interventions.study.prompts import prompts_digest
+from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale
 from tl_posheads.scoring.head_scores import HeadScores
-from tl_posheads.scoring.score import facts_of, geometry_by_length, score_heads
+from tl_posheads.scoring.score import Units, facts_of, geometry_by_length, inputs_of, score_heads
 from tl_posheads.studies.profile.measure import Collected, measure_text
 from tl_posheads.studies.profile.needles import prompts_of, retrieval_scores
 from tl_posheads.studies.profile.results import HeadProfile
@@ -44,6 +48,7 @@ def profile_heads(
     settings: ProfileSettings | None = None,
     scale: Scale = "none",
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> HeadProfile:
     """The positional score of every head beside other measures of what it does, on the same texts.
@@ -82,6 +87,8 @@ def profile_heads(
         scale: of the contributions, as ``score_heads`` has it; where ``scores`` are given, theirs
             counts.
         seed: of the needles and of ``score_heads``.
+        checkpoint: folder that keeps every finished document and needle, the scores' too; the same
+            call goes on from there.
         progress: show a bar.
 
     Returns:
@@ -92,8 +99,8 @@ def profile_heads(
     in float64 of one head.
 
     Raises:
-        PosheadsError: an unknown measure, scores of other heads, a bad number of needles; what
-            ``score_heads`` refuses.
+        PosheadsError: an unknown measure, scores of other heads, a bad number of needles; a
+            checkpoint of another run; what ``score_heads`` refuses.
 
     Example:
         >>> profile = profile_heads(model, tokens, scores=scores)       # doctest: +SKIP
@@ -104,8 +111,7 @@ def profile_heads(
     check_scale(scale)
     settings = settings or ProfileSettings()
     require_clean(model)
-    by_key = by_content(documents_of(model, tokens, None, 0))
-    documents = [document for _, document in by_key]
+    units = by_content(documents_of(model, tokens, None, 0))
     _check_scores(model, scores)
     missing: dict[str, str] = {}
     prompts: list[Prompt] = []
@@ -113,35 +119,25 @@ def profile_heads(
         prompts, why = _prompts(model, needles, seed)
         if why:
             missing["retrieval"] = why
-    facts = facts_of(model, by_key)
+    window = settings.window_for(max(len(document) for _, document in units))
+    settings = replace(settings, local_window=window)
+    plan = {"measures": wanted, "settings": asdict(settings), "prompts": prompts_digest(prompts)}
+    kept = Checkpoint(checkpoint, {**inputs_of(model, units), **plan})
+    facts = facts_of(model, units)
     same = scores is None or scores.provenance.get("tokens_sha256") == facts["tokens_sha256"]
     if scores is None:
-        scores = score_heads(model, documents, scale=scale, seed=seed, progress=progress)
-    longest = max(len(document) for document in documents)
-    window = settings.window_for(longest)
-    in_pass = [name for name in wanted if name != "retrieval"]
-    texts: list[Collected] = []
-    retrieval, retrieval_facts = None, None
-    n_layers = int(model.cfg.n_layers)
-    total = len(prompts) + (len(documents) * n_layers if in_pass else 0)
-    bar = tqdm(total=total, desc="profile", disable=not progress, dynamic_ncols=True)
-    with bar, rotary_hook_points(model):
-        geometry = RotaryGeometry.from_model(model, length=longest)
-        geometry_of = geometry_by_length(model, geometry, range(n_layers))
-        for document in documents if in_pass else []:
-            own = geometry_of(len(document))
-            texts.append(measure_text(model, document, own, in_pass, settings, window, bar.update))
-        if "retrieval" in wanted:
-            retrieval, retrieval_facts = retrieval_scores(model, prompts, bar.update)
-            if "reason" in retrieval_facts:
-                missing.setdefault("retrieval", retrieval_facts["reason"])
-    columns: dict[str, Tensor] = {POSITIONAL: scores.rho.double().cpu()}
+        documents = [document for _, document in units]
+        own = None if checkpoint is None else Path(checkpoint) / "scores"
+        scores = score_heads(
+            model, documents, scale=scale, seed=seed, checkpoint=own, progress=progress
+        )
+    texts, retrieval, answered = _measured(model, units, prompts, wanted, settings, kept, progress)
+    columns = {POSITIONAL: scores.rho.double().cpu()}
     for name in columns_of(wanted):
-        if name == "retrieval":
-            assert retrieval is not None
-            columns[name] = retrieval
-        else:
-            columns[name] = torch.stack([text.values[name] for text in texts]).nanmean(0)
+        found = [retrieval] if name == "retrieval" else [text.values[name] for text in texts]
+        columns[name] = torch.stack(found).nanmean(0)
+    if "reason" in answered:
+        missing.setdefault("retrieval", answered["reason"])
     for text in texts:
         missing = {**text.reasons, **missing}
     for name, value in columns.items():
@@ -154,13 +150,49 @@ def profile_heads(
         **facts,
         "seed": seed,
         "measures": wanted,
-        "settings": {**asdict(settings), "local_window": window},
+        "settings": asdict(settings),
         "scores": {"same_texts": same, **_of_scores(scores)},
-        "needles": retrieval_facts,
+        "needles": answered or None,
         "utility_lost": sum(lost) / len(lost) if lost else None,
         "missing": missing,
     }
     return HeadProfile(_table(columns), provenance)
+
+
+def _measured(
+    model: Any,
+    units: Units,
+    prompts: Sequence[Prompt],
+    wanted: Sequence[str],
+    settings: ProfileSettings,
+    kept: Checkpoint,
+    progress: bool,
+) -> tuple[list[Collected], Tensor, dict[str, Any]]:
+    """Of each text what was measured, retrieval scores, and what is to be said of these.
+
+    What the checkpoint holds is read from it.
+    """
+    in_pass = [name for name in wanted if name != "retrieval"]
+    n_layers = int(model.cfg.n_layers)
+    total = len(prompts) + (len(units) * n_layers if in_pass else 0)
+    texts, retrieval, answered = list[Collected](), torch.empty(0), dict[str, Any]()
+    bar = tqdm(total=total, desc="profile", disable=not progress, dynamic_ncols=True)
+    with bar, rotary_hook_points(model):
+        longest = max(len(document) for _, document in units)
+        window = settings.window_for(longest)
+        geometry = RotaryGeometry.from_model(model, length=longest)
+        geometry_of = geometry_by_length(model, geometry, range(n_layers))
+        for unit, document in units if in_pass else []:
+            if (found := kept.read(unit)) is not None:
+                texts.append(Collected.of(found))
+                bar.update(n_layers)
+                continue
+            own = geometry_of(len(document))
+            texts.append(measure_text(model, document, own, in_pass, settings, window, bar.update))
+            kept.write(unit, texts[-1].tensors())
+        if "retrieval" in wanted:
+            retrieval, answered = retrieval_scores(model, prompts, bar.update, kept)
+    return texts, retrieval, answered
 
 
 def _check_scores(model: Any, scores: HeadScores | None) -> None:

@@ -78,8 +78,8 @@ def clamp_rotary(
     others, and ``remap=`` slows it at all of them.
 
     Args:
-        model: HookedTransformer or TransformerBridge with RoPE; enter ``Unchanged()`` first for texts
-            longer than ``cfg.n_ctx``.
+        model: HookedTransformer or TransformerBridge with RoPE; enter ``Unchanged()`` first for
+            texts longer than ``cfg.n_ctx``.
         heads: ``(layer, head)`` pairs.
         pairs: rotary pairs, 0 the fastest; by default those of each layer that training did not
             see a full turn of.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import any_length, trained_of
+from tl_posheads.extrapolation.base import any_length, require_bare, require_longer, trained_of
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.observing import scored_positions
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
@@ -28,16 +29,17 @@ from tl_posheads.hooks.inputs import (
     require_finite,
 )
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rescoring import remapped
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
+from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale, evenly, farthest
 from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.scoring.score import Units, inputs_of
 from tl_posheads.studies.unseen.clamped_model import clamped, hiding, require_room
 from tl_posheads.studies.unseen.clamping import (
     JOINT,
-    ClampSums,
     DistanceBins,
     bare_by_bin,
     clamp_by_bin,
@@ -47,7 +49,11 @@ from tl_posheads.studies.unseen.results import UnseenAngles
 
 Head = tuple[int, int]
 Live = Literal["pairs", "joint", "none"]
+# Of one text under one condition: loss and position of the scored tokens, and by layer, as NAME.3,
+# the sums of ClampSums in the bare model, and of D (live) where unseen pairs are clamped.
+Pass = dict[str, Tensor]
 
+_SUMS = "bare", "paired", "joint", "single"
 _NEAREST = -3  # octave, from the training length, that has all nearer positions' losses
 
 
@@ -64,6 +70,7 @@ def unseen_angles(
     scale: Scale = "none",
     live: Live = "pairs",
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     provenance: Mapping[str, Any] | None = None,
 ) -> UnseenAngles:
@@ -95,6 +102,8 @@ def unseen_angles(
             (``"joint"``), each unseen pair by itself too (``"pairs"``), or nothing (``"none"``).
             Beside them a pass in which the heads don't see keys as far away as that at all.
         seed: of the bootstrap in the result's tables; nothing else is drawn.
+        checkpoint: folder that keeps every finished pass over a text; the same call goes on from
+            there.
         progress: show a bar.
         provenance: more facts to keep with the result, the corpus' name for one.
 
@@ -108,7 +117,8 @@ def unseen_angles(
     Raises:
         PosheadsError: no RoPE; texts no longer than the training length; heads that don't exist or
             see no further; another method or edit in force; frequencies that depend on the text's
-            length; with ``live``, GPT-J and DeepSeek, whose scores can't be computed again.
+            length; with ``live``, GPT-J and DeepSeek, whose scores can't be computed again; a
+            checkpoint of another run.
 
     Example:
         >>> found = unseen_angles(model, tokens, trained=256)           # doctest: +SKIP
@@ -117,27 +127,17 @@ def unseen_angles(
     require_rotary(model)
     check_scale(scale)
     require_clean(model)
-    if changes_of(model):
-        raise PosheadsError(
-            f"{changes_of(model)[0].name} is in force on {model_name(model)}; the bare model is "
-            "what is asked about, call it outside"
-        )
+    require_bare(model)
     known = trained_of(model, trained)
     _check(model, factor, live, n_queries=n_queries, n_scored=n_scored, per_octave=per_octave)
     asked = None if heads is None else heads_of(model, heads)
     last = math.floor(factor * known)
     with any_length(model):
         documents = [text[:last] for text in documents_of(model, tokens, None, 0)]
-    shortest = min(len(document) for document in documents)
-    if shortest <= known:
-        raise PosheadsError(
-            f"a text of {shortest} tokens was given for a model trained on {known}; give texts "
-            "that are longer, or set trained="
-        )
-    by_key = by_content(documents)
+    require_longer(documents, known)
+    units = by_content(documents)
     longest = max(len(document) for document in documents)
-    facts = {
-        **model_facts(model),
+    options = {
         "trained": known,
         "factor": factor,
         "n_queries": n_queries,
@@ -145,58 +145,80 @@ def unseen_angles(
         "per_octave": per_octave,
         "scale": scale,
         "live": live,
-        "seed": seed,
-        "tokens_sha256": digest_of(by_key),
-        "n_documents": len(by_key),
-        "longest": longest,
-        "versions": versions(),
-        **(provenance or {}),
     }
     with Unchanged()(model, trained=known), rotary_hook_points(model):
         geometry = RotaryGeometry.from_model(model)
         chosen = _heads(model, geometry, asked, known, longest)
+        inv_freq = _inv_freq(geometry, chosen)
         bins = DistanceBins.up_to(longest - 1, known, per_octave)
         reader = _Reader(model, geometry, by_layer(chosen), bins, n_queries, n_scored, scale)
-        conditions = reader.conditions(live)
-        bar = tqdm(
-            total=len(by_key) * len(conditions),
-            desc="unseen angles",
-            unit="pass",
-            disable=not progress,
-            dynamic_ncols=True,
-        )
-        direct: list[dict[int, ClampSums]] = []
-        through: list[dict[int, Tensor]] = []
-        losses: list[dict[str, Any]] = []
-        with bar:
-            for text, (_, document) in enumerate(by_key):
-                for name, pairs in conditions.items():
-                    loss, seen = reader.read(document, name, pairs)
-                    if name == "bare":
-                        direct.append(seen)
-                    elif name == "unseen":
-                        through.append(seen)
-                    losses += _by_octave(loss, name, text, known)
-                    bar.update(1)
+        plan = {
+            **inputs_of(model, units),
+            **options,
+            "heads": chosen,
+            "inv_freq": inv_freq.tolist(),
+        }
+        kept = Checkpoint(checkpoint, plan)
+        passes = list(_passes(reader, units, live, kept, progress))
+    losses = [row for text, name, found in passes for row in _by_octave(found, name, text, known)]
     return UnseenAngles(
         heads=list(chosen),
         trained=known,
         bin_start=bins.start,
         bin_end=bins.end,
         bin_octave=bins.octave,
-        inv_freq=_inv_freq(geometry, chosen),
-        n_pairs=torch.stack(
-            [torch.stack([text[layer].n_pairs for layer, _ in chosen]) for text in direct]
-        ),
-        bare=_stacked([{i: s.bare for i, s in text.items()} for text in direct], chosen),
-        paired=_stacked([{i: s.paired for i, s in text.items()} for text in direct], chosen),
-        joint=_stacked([{i: s.joint for i, s in text.items()} for text in direct], chosen),
-        single=_stacked([{i: s.single for i, s in text.items()} for text in direct], chosen),
-        live=_stacked(through, chosen) if through else None,
+        inv_freq=inv_freq,
+        **_sums(passes, chosen),
         loss=pd.DataFrame(losses),
         seed=seed,
-        provenance={**facts, "inside": ["Unchanged()"]},
+        provenance={
+            **model_facts(model),
+            **options,
+            "seed": seed,
+            "tokens_sha256": digest_of(units),
+            "n_documents": len(units),
+            "longest": longest,
+            "versions": versions(),
+            **(provenance or {}),
+            "inside": ["Unchanged()"],
+        },
     )
+
+
+def _passes(
+    reader: _Reader, units: Units, live: Live, kept: Checkpoint, progress: bool
+) -> Iterator[tuple[int, str, Pass]]:
+    """Number of the text, condition, and what the pass showed; read where the checkpoint has it."""
+    conditions = reader.conditions(live)
+    bar = tqdm(
+        total=len(units) * len(conditions),
+        desc="unseen angles",
+        unit="pass",
+        disable=not progress,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for text, (unit, document) in enumerate(units):
+            for name, pairs in conditions.items():
+                place = f"{unit}.{name.replace(' ', '-')}"
+                found = kept.read(place)
+                if found is None:
+                    found = reader.read(document, name, pairs)
+                    kept.write(place, found)
+                yield text, name, found
+                bar.update(1)
+
+
+def _sums(passes: Sequence[tuple[int, str, Pass]], heads: Sequence[Head]) -> dict[str, Any]:
+    """Sums of D by text, head and bin, of the bare model and under the clamp."""
+    bare = [found for _, name, found in passes if name == "bare"]
+    through = [_by_layer(found, "live") for _, name, found in passes if name == "unseen"]
+    n_pairs = [torch.stack([found[f"n_pairs.{layer}"] for layer, _ in heads]) for found in bare]
+    return {
+        "n_pairs": torch.stack(n_pairs),
+        **{name: _stacked([_by_layer(found, name) for found in bare], heads) for name in _SUMS},
+        "live": _stacked(through, heads) if through else None,
+    }
 
 
 def _check(model: Any, factor: Any, live: Any, **whole: Any) -> None:
@@ -278,16 +300,14 @@ class _Reader:
                 out[f"pair {pair}"] = mine
         return out
 
-    def read(
-        self, document: Int[Tensor, "pos"], name: str, pairs: Mapping[int, list[int]]
-    ) -> tuple[tuple[Tensor, Tensor], dict[int, Any]]:
-        """One pass: loss and positions, and of the bare and the unseen condition sums by layer."""
+    def read(self, document: Int[Tensor, "pos"], name: str, pairs: Mapping[int, list[int]]) -> Pass:
+        """One pass over one text."""
         layers: dict[int, LayerGeometry] = {
             layer: clamped(self.geometry[layer], self.members[layer], held, self.bins.trained)
             for layer, held in pairs.items()
             if held
         }
-        seen: dict[int, Any] = {}
+        seen: Pass = {}
 
         def consumer(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             here = layers.get(layer, self.geometry[layer])
@@ -295,7 +315,11 @@ class _Reader:
             require_finite(layer, q, k, here.kv_head)
             rows = evenly(len(q), self.n_queries, q.device)
             given = (q, k, here, self.members[layer], self.bins, rows, self.scale)
-            seen[layer] = clamp_by_bin(*given) if name == "bare" else bare_by_bin(*given)[0]
+            if name == "bare":
+                sums = vars(clamp_by_bin(*given))
+            else:
+                sums = {"live": bare_by_bin(*given)[0]}
+            seen.update({f"{what}.{layer}": value for what, value in sums.items()})
 
         targets = scored_positions(len(document), self.n_scored)
         with ExitStack() as stack:
@@ -308,14 +332,18 @@ class _Reader:
             stack.enter_context(watch if looks else nullcontext())
             stack.enter_context(fused_attention(self.model))
             logprob, _ = target_logprobs(self.model, document, targets)
-        return (-logprob.double(), targets), seen
+        return {**seen, "loss": -logprob.double().cpu(), "position": targets.cpu()}
 
 
-def _by_octave(
-    loss: tuple[Tensor, Tensor], condition: str, text: int, trained: int
-) -> list[dict[str, Any]]:
+def _by_layer(found: Pass, name: str) -> dict[int, Tensor]:
+    """One kind of a pass' sums."""
+    parts = ((*key.partition("."), value) for key, value in found.items())
+    return {int(layer): value for what, _, layer, value in parts if what == name}
+
+
+def _by_octave(found: Pass, condition: str, text: int, trained: int) -> list[dict[str, Any]]:
     """Mean loss by octave of the position, counted from the training length; near ones are one."""
-    values, position = loss
+    values, position = found["loss"], found["position"]
     octave = torch.floor(torch.log2(position.double() / trained)).long().clamp(min=_NEAREST)
     rows = []
     for number in octave.unique().tolist():

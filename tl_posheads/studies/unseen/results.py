@@ -18,7 +18,7 @@ from tl_posheads.studies.unseen.clamping import unseen_pairs
 from tl_posheads.studies.unseen.shares import Bootstrap, Parts
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnseenAngles(Result):
     """Dominant dimension past the training length, as it is and with angles held.
 
@@ -166,6 +166,64 @@ class UnseenAngles(Result):
         )
         return table[n_pairs > 0].reset_index(drop=True)
 
+    def _about(self) -> str:
+        return (
+            f"{self.provenance.get('model')}: {len(self.heads)} heads, {self.bare.shape[0]} texts, "
+            f"trained on {self.trained} tokens"
+        )
+
+    def _finding(self) -> list[str]:
+        table = self.summary(n_boot=1)  # its intervals, which take seconds, aren't told
+        share = table.loc[table["quantity"] == "head_share", "value"]
+        if share.empty:
+            return []
+        return [f"unseen pairs: {share.iloc[-1]:.2f} of each head's change past training"]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """:meth:`by_pair`."""
+        return self.by_pair()
+
+    def sentences(self) -> list[str]:
+        """What was found, in words: the change, whose it is, and the loss."""
+        table = self.summary()
+        if table.empty:
+            return ["The texts reach no distance past the training length."]
+        last = table.iloc[-1]
+        span = (table["start"] == last["start"]) & (table["end"] == last["end"])
+        rows = table[span].set_index("quantity")
+
+        def said(quantity: str, form: str = "{:+.2f}") -> str:
+            value, low, high = (rows.loc[quantity, name] for name in ("value", "ci_low", "ci_high"))
+            known = low == low
+            shown = [form.format(x) for x in (value, low, high)]
+            return f"{shown[0]} ({shown[1]} to {shown[2]})" if known else shown[0]
+
+        n_unseen = sorted(set(self.unseen.sum(1).tolist()))
+        out = [
+            f"{len(self.heads)} heads, {self.bare.shape[0]} texts, trained on {self.trained} "
+            f"tokens; unseen pairs of a head: {', '.join(map(str, n_unseen))}.",
+            f"Change of the mean dominant dimension at distances {last['start']} to {last['end']}: "
+            f"{said('change')}.",
+            f"Of it, unseen pairs: {said('change_from_unseen')}; other pairs: "
+            f"{said('change_from_seen')}; both together on top: {said('interaction')}; what stays "
+            f"with all angles held: {said('other')}.",
+            f"Share of each head's own change: unseen pairs {said('head_share', '{:.2f}')}, other "
+            f"pairs {said('head_share_seen', '{:.2f}')}.",
+        ]
+        losses = self.losses()
+        past = losses[losses["start"] == losses["start"].max()].set_index("condition")
+        if "unseen" in past.index:
+            names = {
+                "bare": "bare",
+                "unseen": "unseen pairs clamped",
+                "seen": "other pairs clamped",
+                "all": "all clamped",
+                "hidden": "far keys hidden",
+            }
+            told = ", ".join(f"{text} {past.loc[name, 'loss']:.2f}" for name, text in names.items())
+            out.append(f"Loss from position {past['start'].iloc[0]} on, nats a token: {told}.")
+        return out
+
     def summary(self, *, n_boot: int = 1000) -> pd.DataFrame:
         """Means over heads and bins past training, by octave and over all, with 95 % intervals.
 
@@ -244,6 +302,33 @@ class UnseenAngles(Result):
 
     def plot(self) -> Any:
         """Mean curve bare and clamped, each pair's part, and the loss; a matplotlib figure."""
-        from tl_posheads.figures.unseen import figure
+        from tl_posheads.figures.unseen import unseen_figure
 
-        return figure(self)
+        return unseen_figure(
+            self._mean_curves(),
+            self.by_pair(n_boot=500),
+            self.losses(n_boot=500),
+            n_heads=len(self.heads),
+            trained=self.trained,
+        )
+
+    def _mean_curves(self) -> pd.DataFrame:
+        """Dominant dimension by distance, mean over heads, each alike; clamped past training."""
+        n = self.n_pairs.sum(0).numpy().astype(float)
+        past = self.bin_octave.numpy() >= 0
+
+        def mean(total: Tensor) -> np.ndarray:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                by_head = np.where(n > 0, total.numpy() / n, np.nan)
+            return np.asarray(pd.DataFrame(by_head).mean())
+
+        unseen, seen, _ = self.joint.sum(0).unbind(1)
+        return pd.DataFrame(
+            {
+                "distance": np.sqrt(self.bin_start.numpy() * (self.bin_end.numpy() - 1.0)),
+                "bare": mean(self.bare.sum(0)),
+                "unseen": np.where(past, mean(unseen), np.nan),
+                "seen": np.where(past, mean(seen), np.nan),
+                "live": np.nan if self.live is None else mean(self.live.sum(0)),
+            }
+        )

@@ -1,0 +1,133 @@
+"""``tl-posheads ablate`` as a person types it."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from helpers.commands import SCORE
+from tl_posheads import AblationStudy
+from tl_posheads.cli.ablate import CONTROLS, TASKS
+from tl_posheads.interventions.study import run as study_run
+
+pytestmark = pytest.mark.lens
+
+ABLATE = (
+    "ablate",
+    "PLACE/llama",
+    "s",
+    "--tasks",
+    "copying,perplexity",
+    "--length",
+    200,
+    "--prompts",
+    2,
+    "--fractions",
+    "0.125,0.25",
+    "--draws",
+    12,
+    "--corpus",
+    "PLACE/text.txt",
+)
+
+
+@pytest.fixture
+def scored(run):
+    assert run(*SCORE, "--out", "s")[0] == 0
+    return run
+
+
+def test_names_are_those_of_the_library():
+    from tl_posheads import tasks
+    from tl_posheads.interventions.study import controls
+
+    assert tuple(tasks.TASKS) == TASKS
+    assert tuple(controls.CONTROLS) == CONTROLS
+
+
+def test_writes_everything_and_shows_it_again(scored, tmp_path):
+    code, out, err = scored(*ABLATE, "--controls", "random,lowest", "--out", "a")
+    assert code == 0, err
+    assert "plan: 2 prompts a task, 12 draws a control, 28 ablations a prompt" in err
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [
+        "cells.parquet",
+        "conditions.parquet",
+        "effects.csv",
+        "effects.png",
+        "run.json",
+        "screen.parquet",
+        "screen_tests.parquet",
+        "study.json",
+        "verdict.txt",
+    ]
+    result = AblationStudy.load(tmp_path / "a")
+    assert result.tasks == ["copying", "perplexity"]
+    sentences = (tmp_path / "a" / "verdict.txt").read_text().splitlines()
+    assert sentences == list(result.verdict().values())
+    assert all(sentence in out for sentence in sentences)
+    table = pd.read_csv(tmp_path / "a" / "effects.csv")
+    assert len(table) == 2 * 3 * 2 * 2  # tasks, variants, shares, controls
+    assert (tmp_path / "a" / "effects.png").read_bytes().startswith(b"\x89PNG")
+    request = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert request["finished"]
+    assert request["request"]["tasks"] == ["copying", "perplexity"]
+    assert result.provenance["request"] == request["request"]
+    again = scored(*ABLATE, "--controls", "random,lowest", "--out", "a")
+    assert again[0] == 0
+    assert "already holds this run" in again[1]
+    assert all(sentence in again[1] for sentence in sentences)
+    refused = scored(*ABLATE, "--controls", "random", "--out", "a")
+    assert refused[0] == 2
+    assert "differs in: controls" in refused[2]
+
+
+def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
+    words = (*ABLATE, "--controls", "random", "--mode", "mean", "--out", "a")
+    started = []
+    passes = study_run.Trial.run
+
+    def stop(self, *args):
+        started.append(args[1])
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return passes(self, *args)
+
+    monkeypatch.setattr(study_run.Trial, "run", stop)
+    code, _, err = scored(*words)
+    assert code == 130
+    assert "the same command goes on from there" in err
+    code, out, err = scored(*words)
+    assert code == 0, err
+    assert "Going on with the run that was stopped" in err
+    assert len(started) == 5  # the third again and the fourth; two were kept
+    assert AblationStudy.load(tmp_path / "a").provenance["mode"] == "mean"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "poetry"), "no list of some of passkey"),
+        (("--tasks", "copying,copying"), "each once"),
+        (("--fractions", "0.2,0.1"), "ascending shares"),
+        (("--draws", "11"), "at least 12"),
+        (("--budget", "soon"), "expected a time like"),
+        (("--length", "300"), "at most 256"),
+        (("--fractions", "0.125,0.13"), "both give 1 of 8"),
+        (("--controls", "best"), "no list of some of random"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(scored, tmp_path, words, message):
+    code, out, err = scored(*ABLATE, *words, "--out", "a")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_scores(run):
+    code, _, err = run(*ABLATE, "--out", "a")
+    assert code == 2
+    assert "holds no scores" in err

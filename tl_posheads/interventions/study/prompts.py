@@ -1,0 +1,74 @@
+"""What a study asks: its tasks' prompts, checked, and what names them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.model import model_name
+from tl_posheads.tasks.base import Prompt, Task, check_length
+
+
+def named(tasks: Sequence[Task]) -> list[tuple[str, Task]]:
+    """Tasks by name; a second one of a name gets a number."""
+    out: list[tuple[str, Task]] = []
+    for task in tasks:
+        n = sum(name.partition("#")[0] == task.name for name, _ in out)
+        out.append((task.name if not n else f"{task.name}#{n + 1}", task))
+    return out
+
+
+def with_short(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts and their short controls."""
+    return [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
+
+
+def prompts_of(model: Any, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
+    """Each task's prompts, checked, by its name.
+
+    Raises:
+        PosheadsError: a task without prompts; prompts that are too long for the model, score
+            nothing or hold tokens that it doesn't have.
+    """
+    out = {}
+    for name, task in named(tasks):
+        prompts = out[name] = task.prompts(model)
+        if not prompts:
+            raise PosheadsError(f"the task {name} has no prompts; raise its n")
+        check_length(model, prompts)
+        for prompt in with_short(prompts):
+            n, targets = len(prompt.tokens), prompt.targets
+            fits = targets.ndim == 1 and len(targets) > 0
+            if not fits or int(targets.min()) < 1 or int(targets.max()) >= n:
+                raise PosheadsError(
+                    f"a prompt of {name} has {n} tokens and the targets {targets.tolist()}; "
+                    f"expected positions from 1 to {n - 1}"
+                )
+            high = int(prompt.tokens.max())
+            if int(prompt.tokens.min()) < 0 or high >= int(model.cfg.d_vocab):
+                raise PosheadsError(
+                    f"a prompt of {name} has token id {high}, but {model_name(model)} has ids 0 "
+                    f"to {int(model.cfg.d_vocab) - 1}; was it made by another tokenizer?"
+                )
+    return out
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Of the numbers, whatever device they are on."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:24]
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Of tokens and targets, the short controls' among them."""
+    tensors = [tensor for p in with_short(prompts) for tensor in (p.tokens, p.targets)]
+    return hashlib.sha256("".join(map(tensor_digest, tensors)).encode()).hexdigest()[:24]
+
+
+def task_facts(task: Task) -> dict[str, Any]:
+    """Class and settings of a task, to be kept with a result."""
+    fields = getattr(task, "__dataclass_fields__", {})
+    return {"class": type(task).__name__, **{name: getattr(task, name) for name in fields}}
