@@ -103,10 +103,10 @@ def test_what_is_left_of_a_kill_is_no_others_file(tmp_path):
         out = tmp_path / name.replace("/", "_")
         (out / name).parent.mkdir(parents=True)
         (out / name).write_text("{")
-        assert run_folder.look(out, {}) == "new"
+        assert run_folder.state_of(out, {}) == "new"
     (out / ".replaced").mkdir()
     with pytest.raises(PosheadsError, match=r"is not empty \(\.replaced\) and holds no run.json"):
-        run_folder.look(out, {})
+        run_folder.state_of(out, {})
 
 
 def test_folders_that_nothing_was_put_in_are_taken_away(tmp_path):
@@ -125,7 +125,7 @@ def test_folders_that_nothing_was_put_in_are_taken_away(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         fail(computed=True)
     assert run_folder.was_stopped(out)
-    assert run_folder.look(out, {}) == "resume"
+    assert run_folder.state_of(out, {}) == "resume"
     assert [p.name for p in out.iterdir()] == [".unfinished"]
 
 
@@ -148,11 +148,11 @@ def test_labels_that_were_edited_are_refused_or_labels(tmp_path):
             run = run_folder.read_run(tmp_path)
             assert run["program"] == "tl-posheads"
             assert isinstance(run["finished"], bool)
-            run_folder.look(tmp_path, good["request"])
+            run_folder.state_of(tmp_path, good["request"])
         except PosheadsError:
             refused += 1
     assert refused > len(texts) / 2
     (tmp_path / "run.json").unlink()
     os.mkfifo(tmp_path / "run.json")  # reading it would wait for ever
     with pytest.raises(PosheadsError, match="is no file"):
-        run_folder.look(tmp_path, {})
+        run_folder.state_of(tmp_path, {})

@@ -27,9 +27,9 @@ STEPS = "replace", "unlink", "rmdir", "mkdir", "fsync"
 def command(out: Path, name: str, *, overwrite: bool = False, wait: bool = False) -> str:
     """What a command does in its folder, computing nothing."""
     request = {"name": name}
-    run_folder.look(out, request, overwrite=overwrite)
+    run_folder.state_of(out, request, overwrite=overwrite)
     with run_folder.locked(out):
-        state = run_folder.look(out, request, overwrite=overwrite)
+        state = run_folder.state_of(out, request, overwrite=overwrite)
         if state == "finished":
             return state
         with run_folder.running(out, request, state) as folder:

@@ -15,7 +15,7 @@ import tl_posheads as ph
 from helpers import architectures, small_models
 from helpers.planted_training import planted
 from tl_posheads import emergence
-from tl_posheads.studies.emergence.measuring import Moment, look, texts_of
+from tl_posheads.studies.emergence.measuring import Moment, measure_step, texts_of
 
 pytestmark = pytest.mark.lens
 SCORES = ("rho", "ci_low", "ci_high", "rotation", "content", "p_adjusted")
@@ -35,7 +35,7 @@ TEXTS = tokens_of(9, 40)
 
 
 def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
-    moment, facts = look(llama, texts_of(llama, TEXTS), seed=3)
+    moment, facts = measure_step(llama, texts_of(llama, TEXTS), seed=3)
     scores = ph.score_heads(llama, TEXTS, seed=3, progress=False)
     for name in SCORES:
         assert torch.equal(getattr(moment, name), getattr(scores, name))
@@ -64,7 +64,7 @@ def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
 
 
 def test_scale_reaches_scores_and_curves(llama):
-    plain, _ = look(llama, texts_of(llama, TEXTS))
+    plain, _ = measure_step(llama, texts_of(llama, TEXTS))
     found = emergence.track_emergence({5: llama}, TEXTS, scale="attention", progress=False)
     scores = ph.score_heads(llama, TEXTS, scale="attention", progress=False)
     assert torch.equal(found.rho[0], scores.rho)
@@ -79,9 +79,9 @@ def test_scale_reaches_scores_and_curves(llama):
 
 def test_texts_of_unequal_length(llama):
     texts = [TEXTS[0], TEXTS[1, :20]]
-    moment, _ = look(llama, texts_of(llama, texts))
+    moment, _ = measure_step(llama, texts_of(llama, texts))
     short = next(i for i, (_, text) in enumerate(texts_of(llama, texts)) if len(text) == 20)
-    alone = look(llama, texts_of(llama, texts[1:]))[0].loss[0]
+    alone = measure_step(llama, texts_of(llama, texts[1:]))[0].loss[0]
     torch.testing.assert_close(moment.loss[short, :5], alone, atol=1e-9, rtol=0)
     assert moment.loss.isnan().nonzero().tolist() == [[short, 5]]
     curve = ph.dominant_dimension_curve(llama, texts, heads=[(0, 1)], progress=False)
@@ -97,7 +97,7 @@ def test_one_pass_a_text(llama, monkeypatch):
         return forward(model, tokens, **options)
 
     monkeypatch.setattr(type(llama), "forward", counted)
-    look(llama, texts_of(llama, TEXTS[:3]))
+    measure_step(llama, texts_of(llama, TEXTS[:3]))
     assert read.count(40) == 3
 
 

@@ -122,9 +122,9 @@ def new_command(
         with ExitStack() as held:
             # What is finished is only read, by as many as like. Before the lock is had, another
             # process may finish the run.
-            if run_folder.look(args.out, request, overwrite=args.overwrite) != "finished":
+            if run_folder.state_of(args.out, request, overwrite=args.overwrite) != "finished":
                 held.enter_context(run_folder.locked(args.out))
-            state = run_folder.look(args.out, request, overwrite=args.overwrite)
+            state = run_folder.state_of(args.out, request, overwrite=args.overwrite)
             if state == "finished":
                 again = "--overwrite computes it again"
                 print(f"{args.out} already holds this run, finished; {again}.\n")

@@ -80,7 +80,7 @@ def was_stopped(out: Path) -> bool:
     return read_run(out) is None and read_run(out / _UNFINISHED) is not None
 
 
-def look(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> State:
+def state_of(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> State:
     """Decide what a run with ``request`` may do in ``out``; changes nothing.
 
     Raises:

@@ -24,14 +24,14 @@ from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 from tl_posheads.extrapolation.methods.theta import Theta
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.observing import (
-    Plan,
+    Asked,
     TextUnder,
     observe_once,
     scored_layers,
     scores_of,
 )
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.hooks.heads import heads_of
+from tl_posheads.hooks.heads import Head, heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.model import changes_of, require_clean, require_rotary
@@ -45,7 +45,6 @@ from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import empty_accumulator, geometry_by_length, sweep
 from tl_posheads.tasks.base import Prompt, Task
 
-Head = tuple[int, int]
 Tokens = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
 
 
@@ -129,7 +128,7 @@ def compare_extrapolations(
         with method(model, trained=known):
             pass  # a method that refuses the model does so before the first pass
     curved = _heads(model, heads, [(unit, text[:known]) for unit, text in by_key], wanted, settings)
-    plan = Plan(tuple(curved), tuple(wanted), known, settings, n_queries, n_scored)
+    plan = Asked(tuple(curved), tuple(wanted), known, settings, n_queries, n_scored)
     facts: dict[str, Any] = {
         **model_facts(model),
         "trained": known,
@@ -261,7 +260,7 @@ def _settings(method: Method) -> dict[str, Any]:
 def _texts(
     model: Any,
     by_key: Sequence[tuple[str, Tensor]],
-    plan: Plan,
+    plan: Asked,
     kept: Checkpoint,
     number: int,
     bar: Any,

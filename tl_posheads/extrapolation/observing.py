@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_posheads.hooks.capture import rotary_consumer
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.hooks.heads import by_layer
+from tl_posheads.hooks.heads import Head, by_layer
 from tl_posheads.hooks.inputs import require_finite
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -20,8 +20,6 @@ from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.scoring.curves import mean_by_distance
 from tl_posheads.scoring.draws import DocumentDraws, Settings, measure
 from tl_posheads.scoring.head_scores import HeadScores
-
-Head = tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -49,7 +47,7 @@ class TextUnder:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Asked:
     """What is looked at in every text.
 
     Attributes:
@@ -77,7 +75,7 @@ def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, "target"]:
 
 
 def observe(
-    model: Any, document: Int[Tensor, "pos"], unit: str, geometry: RotaryGeometry, plan: Plan
+    model: Any, document: Int[Tensor, "pos"], unit: str, geometry: RotaryGeometry, plan: Asked
 ) -> TextUnder:
     """One pass over a text longer than ``plan.trained``; ``unit``, hexadecimal, names its draws.
 
@@ -127,7 +125,7 @@ def observe_once(
     document: Int[Tensor, "pos"],
     unit: str,
     geometry: RotaryGeometry,
-    plan: Plan,
+    plan: Asked,
     kept: Checkpoint,
     name: str,
 ) -> TextUnder:
@@ -147,7 +145,7 @@ def scored_layers(geometry: RotaryGeometry, layers: Sequence[int]) -> tuple[int,
 def scores_of(
     rows: Mapping[str, Float[Tensor, "measure layer head"]],
     geometry: RotaryGeometry,
-    plan: Plan,
+    plan: Asked,
     provenance: Mapping[str, Any],
 ) -> HeadScores:
     """Positional scores from what was measured of each text in ``plan.layers``, by its hash."""

@@ -40,7 +40,7 @@ _POINTS = (
 _LONGEST_SEEN_WINDOW = 512
 
 
-def measure(
+def measured_layers(
     model: Any, *, length: int, layers: Sequence[int] | None
 ) -> tuple[str, tuple[LayerGeometry, ...]]:
     """Name and layers for ``RotaryGeometry.from_model``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_posheads.hooks.lengths import own_length_matters
-from tl_posheads.hooks.measured_geometry import measure
+from tl_posheads.hooks.measured_geometry import measured_layers
 from tl_posheads.hooks.model import changes_of, require_rotary
 from tl_posheads.rotary.geometry import LayerGeometry
 
@@ -56,7 +56,7 @@ class RotaryGeometry:
         # A method in force is told the length; only the model's own rotation has to be seen at it.
         own = own_length_matters(model)
         seen = length if own else _SHORT
-        name, measured = measure(model, length=seen, layers=layers)
+        name, measured = measured_layers(model, length=seen, layers=layers)
         for change in changes_of(model):
             measured = tuple(
                 change.geometry(layer, length) if layer.n_pairs else layer for layer in measured

@@ -32,7 +32,7 @@ from tl_posheads.hooks.model import (
 from tl_posheads.hooks.positions import TextPositions
 
 Mode = Literal["zero", "mean", "resample"]
-Positions = slice | Sequence[int] | Int[Tensor, "n"] | None
+ChosenPositions = slice | Sequence[int] | Int[Tensor, "n"] | None
 MODES = ("zero", "mean", "resample")
 
 
@@ -43,7 +43,7 @@ def ablation_hooks(
     *,
     reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
     per_position: bool = False,
-    positions: Positions = None,
+    positions: ChosenPositions = None,
     on: Literal["z", "pattern"] = "z",
     seed: int = 0,
 ) -> list[tuple[str, Callable[..., Tensor | None]]]:
@@ -132,7 +132,7 @@ def ablate(
     *,
     reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
     per_position: bool = False,
-    positions: Positions = None,
+    positions: ChosenPositions = None,
     on: Literal["z", "pattern"] = "z",
     seed: int = 0,
 ) -> Iterator[Any]:
@@ -242,7 +242,7 @@ def replacing(
             new = values.to(z)
             if values.ndim > 2:
                 if int(where.max()) >= values.shape[-3]:
-                    raise too_short(int(where.max()) + 1, values.shape[-3])
+                    raise reference_too_short(int(where.max()) + 1, values.shape[-3])
                 # Padding gets what position 0 gets; nobody sees it.
                 row = where.clamp_min(0)
                 if values.ndim == 4:
@@ -287,19 +287,19 @@ def _refuse_longer_than(length: int, at: TextPositions) -> Callable[..., None]:
     def hook(scores: Float[Tensor, "batch head q_pos k_pos"], hook: Any) -> None:
         at.read(scores, hook)
         if int(at.q.max()) >= length:
-            raise too_short(int(at.q.max()) + 1, length)
+            raise reference_too_short(int(at.q.max()) + 1, length)
 
     return hook
 
 
-def too_short(needed: int, length: int) -> PosheadsError:
+def reference_too_short(needed: int, length: int) -> PosheadsError:
     return PosheadsError(
         f"a text of {needed} tokens was given, but the reference has {length} positions; give "
         "longer reference texts, or mode 'mean' without per_position"
     )
 
 
-def _positions(positions: Positions) -> Callable[[Tensor], Tensor] | None:
+def _positions(positions: ChosenPositions) -> Callable[[Tensor], Tensor] | None:
     """A test of absolute positions; None takes all."""
     if positions is None:
         return None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
-from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.heads import Head, by_layer, heads_of
 from tl_posheads.hooks.inputs import length_matters
 from tl_posheads.hooks.model import changes_of, model_name, own_hooks, require_rotary
 from tl_posheads.hooks.rescoring import remapped, require_scores
@@ -30,8 +30,7 @@ from tl_posheads.rotary.contributions import turn
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.remapping import Region, Remapping, every_pair
 
-Head = tuple[int, int]
-Pairs = int | range | Sequence[int]
+PairNumbers = int | range | Sequence[int]
 """Rotary pairs, 0 being the fastest: one, a range, or a tuple of them."""
 
 
@@ -72,9 +71,9 @@ def edit_rotary(
     model: Any,
     heads: Sequence[Head],
     *,
-    scale: Mapping[Pairs, float] | None = None,
-    shift: Mapping[Pairs, float] | None = None,
-    freeze: Mapping[Pairs, float] | Pairs | None = None,
+    scale: Mapping[PairNumbers, float] | None = None,
+    shift: Mapping[PairNumbers, float] | None = None,
+    freeze: Mapping[PairNumbers, float] | PairNumbers | None = None,
     swap: Sequence[tuple[int, int]] | None = None,
     remap: Mapping[int, int] | None = None,
 ) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.heads import Head
 from tl_posheads.io.result import Files, Result
 from tl_posheads.scoring.draws import MEASURES, Settings
 from tl_posheads.statistics.ranks import (
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 
 TESTED = ("rho", "rotation", "content")
-
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.heads import Head
 from tl_posheads.scoring.head_scores import HeadScores
 
-Head = tuple[int, int]
 """Layer and head."""
 
 CONTROLS = ("random", "layer_matched", "lowest", "norm_matched")

@@ -22,7 +22,7 @@ from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
 from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
-from tl_posheads.interventions.rotary_edits import Edit, Pairs, edited_rotary, pairs_of
+from tl_posheads.interventions.rotary_edits import Edit, PairNumbers, edited_rotary, pairs_of
 from tl_posheads.interventions.study.controls import Head
 from tl_posheads.interventions.study.dose_results import DoseResponse
 from tl_posheads.interventions.study.prompts import prompts_digest, prompts_of, task_facts
@@ -35,7 +35,7 @@ EDITS = ("scale", "shift")
 def dose_response(
     model: Any,
     heads: Sequence[Head],
-    pairs: Pairs,
+    pairs: PairNumbers,
     strengths: Sequence[float],
     task: Task,
     *,

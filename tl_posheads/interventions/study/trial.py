@@ -21,9 +21,9 @@ from tl_posheads.interventions.ablation import (
     Mode,
     check_mode,
     chosen_text,
+    reference_too_short,
     reference_z,
     replacing,
-    too_short,
 )
 from tl_posheads.interventions.study.conditions import Condition
 from tl_posheads.interventions.study.controls import Head
@@ -68,7 +68,7 @@ class Trial:
         if self.documents and (self.per_position or self.mode == "resample"):
             shortest = min(map(len, self.documents))
             if shortest < length:
-                raise too_short(length, shortest)
+                raise reference_too_short(length, shortest)
 
     def prepare(self) -> None:
         """Run the reference texts."""

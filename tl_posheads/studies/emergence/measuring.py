@@ -70,7 +70,7 @@ def texts_of(model: Any, tokens: Any) -> list[tuple[str, Tensor]]:
     return by_content(documents_of(model, tokens, None, 0))
 
 
-def look(
+def measure_step(
     model: Any, by_key: Sequence[tuple[str, Tensor]], *, scale: Scale = "none", seed: int = 0
 ) -> tuple[Moment, dict[str, Any]]:
     """Scores, curves and loss of a model as it is now, and how they came about.

@@ -16,7 +16,7 @@ from tl_posheads.hooks.inputs import digest_of
 from tl_posheads.hooks.model import model_name
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale
-from tl_posheads.studies.emergence.measuring import Moment, look, texts_of
+from tl_posheads.studies.emergence.measuring import Moment, measure_step, texts_of
 from tl_posheads.studies.emergence.results import Emergence
 
 Log = Any  # a SummaryWriter, a wandb run, or a function of step and numbers
@@ -103,7 +103,7 @@ class EmergenceTracker:
             self._looking = True
             try:
                 watched = self._model if model is None else loaded(model)
-                moment, facts = look(watched, self._texts, **self._options)
+                moment, facts = measure_step(watched, self._texts, **self._options)
             finally:
                 self._looking = False
             self._provenance |= facts

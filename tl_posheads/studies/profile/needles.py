@@ -24,7 +24,7 @@ _DEPTHS = 3
 _ANSWERED = 0.5  # recall that Wu et al. ask for
 
 
-def prompts_of(model: Any, needles: int | Task | Sequence[Prompt], seed: int) -> list[Prompt]:
+def needle_prompts(model: Any, needles: int | Task | Sequence[Prompt], seed: int) -> list[Prompt]:
     """Prompts by number, from a task, or as they are.
 
     Raises:

@@ -25,7 +25,7 @@ from tl_posheads.rotary.contributions import Scale, check_scale
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import Units, facts_of, geometry_by_length, inputs_of, score_heads
 from tl_posheads.studies.profile.measure import Collected, measure_text
-from tl_posheads.studies.profile.needles import prompts_of, retrieval_scores
+from tl_posheads.studies.profile.needles import needle_prompts, retrieval_scores
 from tl_posheads.studies.profile.results import HeadProfile
 from tl_posheads.studies.profile.settings import (
     POSITIONAL,
@@ -209,11 +209,11 @@ def _prompts(
 ) -> tuple[list[Prompt], str]:
     """The prompts, or why there are none; what the caller chose himself is refused instead."""
     if not isinstance(needles, int):
-        return prompts_of(model, needles, seed), ""
+        return needle_prompts(model, needles, seed), ""
     if needles < 0 or isinstance(needles, bool):
-        prompts_of(model, needles, seed)
+        needle_prompts(model, needles, seed)
     try:
-        return prompts_of(model, needles, seed), ""
+        return needle_prompts(model, needles, seed), ""
     except PosheadsError as problem:
         return [], f"the default needles don't fit: {problem}"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation.base import trained_of
 from tl_posheads.hooks.capture import rotary_hook_points
-from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.heads import Head, by_layer, heads_of
 from tl_posheads.hooks.inputs import length_matters
 from tl_posheads.hooks.model import (
     Change,
@@ -30,8 +30,6 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.remapping import Region, Remapping, every_pair
 from tl_posheads.studies.unseen.clamping import check_pairs, unseen_pairs
-
-Head = tuple[int, int]
 
 
 def clamped(

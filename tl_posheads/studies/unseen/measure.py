@@ -20,7 +20,7 @@ from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.observing import scored_positions
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.heads import Head, by_layer, heads_of
 from tl_posheads.hooks.inputs import (
     by_content,
     digest_of,
@@ -47,7 +47,6 @@ from tl_posheads.studies.unseen.clamping import (
 )
 from tl_posheads.studies.unseen.results import UnseenAngles
 
-Head = tuple[int, int]
 Live = Literal["pairs", "joint", "none"]
 # Of one text under one condition: loss and position of the scored tokens, and by layer, as NAME.3,
 # the sums of ClampSums in the bare model, and of D (live) where unseen pairs are clamped.
