@@ -7,8 +7,8 @@ import torch
 
 import tl_posheads as ph
 from tl_posheads import extrapolation as ex
+from tl_posheads.hooks.changes import trained_length
 from tl_posheads.hooks.lengths import context_length
-from tl_posheads.hooks.model import trained_length
 from tl_posheads.io import models
 
 pytestmark = pytest.mark.lens

@@ -94,8 +94,8 @@ def add_command(commands: Any) -> None:
 
 
 def _unseen(run: Run) -> UnseenAngles:
-    from tl_posheads.extrapolation.base import trained_of
     from tl_posheads.extrapolation.methods.unchanged import Unchanged
+    from tl_posheads.hooks.changes import trained_of
     from tl_posheads.hooks.model import require_rotary
     from tl_posheads.studies.unseen.measure import unseen_angles
 

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import hook_names, rotary_hook_points
-from tl_posheads.hooks.inputs import length_matters
-from tl_posheads.hooks.lengths import ANY_LENGTH, own_frequencies, rotary_state_kept
-from tl_posheads.hooks.model import (
+from tl_posheads.hooks.changes import (
     Change,
+    any_length,
     changed,
     changes_of,
-    model_name,
-    own_hooks,
-    require_rotary,
-    trained_length,
+    require_fixed_frequencies,
+    trained_of,
 )
+from tl_posheads.hooks.lengths import own_frequencies
+from tl_posheads.hooks.model import model_name, own_hooks, require_rotary
 from tl_posheads.hooks.positions import Positions, watched_positions
 from tl_posheads.hooks.rescoring import require_scores, rescored
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -198,41 +197,12 @@ def _require_alone(model: Any, method: Method) -> None:
             f"{method} was asked of a {model_name(model)} on which {change.name} is in force; "
             "enter the method first and the edit inside it"
         )
-    changes_rotation = isinstance(method, FrequencyMethod | DistanceMethod)
-    if changes_rotation and length_matters(model):
-        raise PosheadsError(
-            f"{method} was asked of {model_name(model)}, whose own frequencies depend on the "
-            "text's length (dynamic NTK or LongRoPE); load it with rope_parameters of type "
-            "'default' and extend that (LongRoPE.from_config(config) has the factors)"
-        )
-
-
-def trained_of(model: Any, trained: int | None) -> int:
-    """The training length asked for, or the model's own.
-
-    Raises:
-        PosheadsError: no whole number of 2 or more.
-    """
-    if trained is None:
-        return trained_length(model)
-    if isinstance(trained, bool) or not isinstance(trained, int) or trained < 2:
-        raise PosheadsError(
-            f"trained={trained!r} was given; expected the number of positions that the model was "
-            "trained on, 2 or more"
-        )
-    return trained
-
-
-def require_bare(model: Any) -> None:
-    """Refuse a model on which a method or an edit is in force.
-
-    Raises:
-        PosheadsError: there is one.
-    """
-    for change in changes_of(model):
-        raise PosheadsError(
-            f"{change.name} is in force on {model_name(model)}; what is asked for begins with the "
-            "bare model, call it outside"
+    if isinstance(method, FrequencyMethod | DistanceMethod):
+        require_fixed_frequencies(
+            model,
+            str(method),
+            "load it with rope_parameters of type 'default' and extend that "
+            "(LongRoPE.from_config(config) has the factors)",
         )
 
 
@@ -248,22 +218,6 @@ def require_longer(documents: Sequence[Tensor], trained: int) -> None:
             f"a text of {shortest} tokens was given for a model trained on {trained}; give texts "
             "that are longer, or set trained="
         )
-
-
-@contextmanager
-def any_length(model: Any) -> Iterator[None]:
-    """Inside, texts of any length can be read; tables that grew for them go on leaving.
-
-    No method forbids a text that is longer than it was meant for: what happens there is the
-    question.
-    """
-    n_ctx = model.cfg.n_ctx
-    with rotary_state_kept(model):
-        model.cfg.n_ctx = max(int(n_ctx), ANY_LENGTH)
-        try:
-            yield
-        finally:
-            model.cfg.n_ctx = n_ctx
 
 
 @contextmanager

@@ -13,13 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import (
-    Method,
-    any_length,
-    require_bare,
-    require_longer,
-    trained_of,
-)
+from tl_posheads.extrapolation.base import Method, require_longer
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 from tl_posheads.extrapolation.methods.theta import Theta
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
@@ -30,11 +24,12 @@ from tl_posheads.extrapolation.observing import (
     scored_layers,
     scores_of,
 )
+from tl_posheads.hooks.changes import any_length, changes_of, require_bare, trained_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.hooks.model import changes_of, require_clean, require_rotary
+from tl_posheads.hooks.model import require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tl_posheads.hooks.model import attention, changes_of, instance_method, model_name, own_hooks
+from tl_posheads.hooks.changes import changes_of
+from tl_posheads.hooks.model import attention, instance_method, model_name, own_hooks
 from tl_posheads.rotary.precision import MOST_ROUNDED, rounding_of
 from tl_posheads.rotary.remapping import only_heads, remapped_attention
 

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.lengths import context_length, own_length_matters
-from tl_posheads.hooks.model import changes_of, model_name
+from tl_posheads.hooks.lengths import context_length
+from tl_posheads.hooks.model import model_name
 
 
 def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
@@ -162,11 +162,6 @@ def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 def digest_of(by_key: Sequence[tuple[str, Tensor]]) -> str:
     """SHA-256 of what :func:`by_content` gave."""
     return hashlib.sha256("".join(unit for unit, _ in by_key).encode()).hexdigest()
-
-
-def length_matters(model: Any) -> bool:
-    """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
-    return own_length_matters(model) or any(c.length_matters for c in changes_of(model))
 
 
 def require_finite(layer: int, rot_q: Tensor, rot_k: Tensor, kv_head: Sequence[int]) -> None:

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.lengths import own_border, own_frequencies
 from tl_posheads.hooks.model import (
-    changes_of,
     input_device,
     instance_method,
     model_name,

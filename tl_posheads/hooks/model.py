@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.lengths import checkpoint_length, own_frequencies
+from tl_posheads.hooks.lengths import own_frequencies
 
 POSITIONS = {
     "standard": "learned absolute positions",
@@ -238,66 +237,3 @@ def read_pass(
     hooks = [(point, hook_of(number, read)) for number, (point, read) in enumerate(readers)]
     with own_frequencies(model), own_hooks(hooks), suppress(PassDone):
         run_forward(model, tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What a context of ours has changed in the rotary dimensions of a live model.
-
-    Attributes:
-        name: for provenance: the method or edit, with all its settings.
-        kind: ``"extrapolation"`` or ``"edit"``.
-        trained: positions that the model was trained on.
-        geometry: a layer's geometry and a text's length to its geometry under the change.
-        length_matters: whether ``geometry`` depends on the length.
-        border: tokens past which all keys turn otherwise, so that those in a KV cache are of no
-            use; None where there is no such length.
-        remapped: for a change of scores, the layers' changed geometry.
-        handles: its hooks on scores, which attention without scores does the work of.
-    """
-
-    name: str
-    kind: str
-    trained: int
-    geometry: Callable[[Any, int], Any]
-    length_matters: bool = False
-    border: int | None = None
-    remapped: dict[int, Any] = field(default_factory=dict)
-    handles: list[Any] = field(default_factory=list)
-
-
-_CHANGES_ATTRIBUTE = "_tl_posheads_changes"
-
-
-def changes_of(model: Any) -> tuple[Change, ...]:
-    """Changes in force, the outermost first."""
-    return tuple(model.__dict__.get(_CHANGES_ATTRIBUTE, ()))
-
-
-@contextmanager
-def changed(model: Any, change: Change) -> Iterator[None]:
-    """Inside, ``change`` is known to everyone who reads the model's geometry."""
-    before = changes_of(model)
-    model.__dict__[_CHANGES_ATTRIBUTE] = (*before, change)
-    try:
-        yield
-    finally:
-        if before:
-            model.__dict__[_CHANGES_ATTRIBUTE] = before
-        else:
-            del model.__dict__[_CHANGES_ATTRIBUTE]
-
-
-def trained_length(model: Any) -> int:
-    """Positions that the model was trained on, also inside a context that lets it read more.
-
-    Raises:
-        PosheadsError: nobody knows.
-    """
-    changes = changes_of(model)
-    known = changes[0].trained if changes else checkpoint_length(model)
-    if known is None:
-        raise PosheadsError(
-            f"{model_name(model)} doesn't say how long its training texts were; give trained="
-        )
-    return known

@@ -13,17 +13,9 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
+from tl_posheads.hooks.changes import Change, changed, trained_length
 from tl_posheads.hooks.masks import lowest_score
-from tl_posheads.hooks.model import (
-    Change,
-    attention,
-    changed,
-    instance_method,
-    is_native,
-    model_name,
-    own_hooks,
-    trained_length,
-)
+from tl_posheads.hooks.model import attention, instance_method, is_native, model_name, own_hooks
 from tl_posheads.hooks.positions import Positions, key_positions, text_keys, watched_positions
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.precision import MOST_ROUNDED, rounding_of

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.lengths import own_length_matters
 from tl_posheads.hooks.measured_geometry import measured_layers
-from tl_posheads.hooks.model import changes_of, require_rotary
+from tl_posheads.hooks.model import require_rotary
 from tl_posheads.rotary.geometry import LayerGeometry
 
 _SHORT = 64  # tokens that tell frequencies which don't depend on the length

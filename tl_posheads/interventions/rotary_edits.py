@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
+from tl_posheads.hooks.changes import changes_of, require_fixed_frequencies
 from tl_posheads.hooks.heads import Head, by_layer, heads_of
-from tl_posheads.hooks.inputs import length_matters
-from tl_posheads.hooks.model import changes_of, model_name, own_hooks, require_rotary
+from tl_posheads.hooks.model import model_name, own_hooks, require_rotary
 from tl_posheads.hooks.rescoring import remapped, require_scores
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import turn
@@ -252,11 +252,8 @@ def _require_room(model: Any, edit: Edit) -> None:
                 f"{edit.name} was asked inside {change.name}, which sees other distances than the "
                 "text's; edit by scale= there, or inside a method of frequencies"
             )
-    if length_matters(model) and (edit.in_scores or edit.shift):
-        raise PosheadsError(
-            f"{edit.name} was asked of {model_name(model)}, whose frequencies depend on the text's "
-            "length; edit by scale= there"
-        )
+    if edit.in_scores or edit.shift:
+        require_fixed_frequencies(model, edit.name, "edit by scale= there")
     if edit.in_scores:
         require_scores(model, edit.name)
 

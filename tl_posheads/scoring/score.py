@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
-from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of, length_matters
-from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.changes import changes_of, length_matters
+from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
+from tl_posheads.hooks.model import model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint

@@ -19,19 +19,13 @@ from tl_posheads.extrapolation.base import (
     hooks_on_rotated,
     require_positive,
     require_whole,
-    trained_of,
 )
 from tl_posheads.extrapolation.methods.clex import CLEX
 from tl_posheads.hooks.capture import rotary_hook_points
+from tl_posheads.hooks.changes import changes_of, trained_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.inputs import documents_of
-from tl_posheads.hooks.model import (
-    changes_of,
-    input_device,
-    own_hooks,
-    require_clean,
-    require_rotary,
-)
+from tl_posheads.hooks.model import input_device, own_hooks, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import turn
 from tl_posheads.rotary.geometry import LayerGeometry

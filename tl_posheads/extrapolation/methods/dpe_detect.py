@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import require_whole, trained_of
+from tl_posheads.extrapolation.base import require_whole
 from tl_posheads.extrapolation.methods.dpe import DPE, KeyPairs
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.hooks.capture import capture_rotary
+from tl_posheads.hooks.changes import trained_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import mean_loss
 from tl_posheads.hooks.model import require_clean, require_rotary

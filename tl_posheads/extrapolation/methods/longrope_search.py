@@ -11,16 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import (
-    extended_layers,
-    require_factor,
-    require_whole,
-    trained_of,
-)
+from tl_posheads.extrapolation.base import extended_layers, require_factor, require_whole
 from tl_posheads.extrapolation.methods.longrope import LongRoPE
 from tl_posheads.extrapolation.methods.ntk import NTK
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.methods.yarn import YaRN
+from tl_posheads.hooks.changes import trained_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import mean_loss
 from tl_posheads.hooks.model import model_name

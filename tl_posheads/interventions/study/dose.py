@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import by_layer, heads_of
 from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
-from tl_posheads.hooks.model import changes_of, model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.interventions.rotary_edits import Edit, PairNumbers, edited_rotary, pairs_of

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.changes import trained_length
 from tl_posheads.hooks.measured_geometry import declared_scale, measured_scale
-from tl_posheads.hooks.model import model_name, own_hooks, read_pass, trained_length
+from tl_posheads.hooks.model import model_name, own_hooks, read_pass
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.studies.encodings.basis import QKBasis, ordered_planes
 from tl_posheads.studies.encodings.transport import TransportSums, log_shifts

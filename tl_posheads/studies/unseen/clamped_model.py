@@ -12,19 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import trained_of
 from tl_posheads.hooks.capture import rotary_hook_points
-from tl_posheads.hooks.heads import Head, by_layer, heads_of
-from tl_posheads.hooks.inputs import length_matters
-from tl_posheads.hooks.model import (
+from tl_posheads.hooks.changes import (
     Change,
     changed,
     changes_of,
-    model_name,
-    own_hooks,
-    require_rotary,
+    require_fixed_frequencies,
     trained_length,
+    trained_of,
 )
+from tl_posheads.hooks.heads import Head, by_layer, heads_of
+from tl_posheads.hooks.model import model_name, own_hooks, require_rotary
 from tl_posheads.hooks.rescoring import remapped, require_scores
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.geometry import LayerGeometry
@@ -131,11 +129,9 @@ def require_room(model: Any) -> None:
                 f"pairs of {model_name(model)} were to be clamped while {change.name} is in force; "
                 "leave that first"
             )
-    if length_matters(model):
-        raise PosheadsError(
-            f"pairs of {model_name(model)} were to be clamped, whose frequencies depend on the "
-            "text's length; load it with rope_parameters of type 'default'"
-        )
+    require_fixed_frequencies(
+        model, "clamping pairs", "load it with rope_parameters of type 'default'"
+    )
     require_scores(model, "clamping pairs")
 
 

@@ -15,19 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import any_length, require_bare, require_longer, trained_of
+from tl_posheads.extrapolation.base import require_longer
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
 from tl_posheads.extrapolation.observing import scored_positions
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
+from tl_posheads.hooks.changes import any_length, length_matters, require_bare, trained_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, by_layer, heads_of
-from tl_posheads.hooks.inputs import (
-    by_content,
-    digest_of,
-    documents_of,
-    length_matters,
-    require_finite,
-)
+from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, require_finite
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.model import model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
