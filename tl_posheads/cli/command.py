@@ -12,12 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_posheads.cli import run_folder
 from tl_posheads.cli.options import local_files
 from tl_posheads.errors import PosheadsError
 from tl_posheads.io.files import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from tl_posheads.hooks.model import LensModel
 
 _SHOWN = ".csv", ".txt", ".png", ".html"  # files that a person opens
 # Options that decide no number. Of --scores the folder's content does, and not its name.
@@ -53,7 +56,7 @@ class Run:
 
         return load_model(self.args.model, **self.options("cls", "device", "dtype"))
 
-    def texts(self, model: Any, length: int | None = None) -> Any:
+    def texts(self, model: LensModel, length: int | None = None) -> Any:
         """Token ids ``[doc, pos]``, by default ``--length`` of them."""
         from tl_posheads.io.corpora import corpus_provenance, load_corpus
 

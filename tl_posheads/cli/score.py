@@ -24,6 +24,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.io.files import write_text
 
 if TYPE_CHECKING:
+    from tl_posheads.hooks.model import LensModel
     from tl_posheads.scoring.head_scores import HeadScores
 
 COLUMNS = ("layer", "head", "rho", "ci", "p_adj", "rotation", "content", "D near->far", "window")
@@ -82,7 +83,7 @@ def add_command(commands: Any) -> None:
     show.set_defaults(action=_show)
 
 
-def _check_layers(layers: Sequence[int] | None, model: Any) -> None:
+def _check_layers(layers: Sequence[int] | None, model: LensModel) -> None:
     n_layers = int(model.cfg.n_layers)
     missing = [layer for layer in layers or () if layer >= n_layers]
     if missing:
@@ -117,7 +118,7 @@ def _score(run: Run) -> HeadScores:
     return scores
 
 
-def _save_best(run: Run, model: Any, tokens: Any, heads: list[tuple[int, int]]) -> None:
+def _save_best(run: Run, model: LensModel, tokens: Any, heads: list[tuple[int, int]]) -> None:
     """What the page shows of the best heads: curves over all texts, attention in the first one."""
     from tl_posheads import dominant_dimension_curve, head_maps
 

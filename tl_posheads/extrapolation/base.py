@@ -22,7 +22,7 @@ from tl_posheads.hooks.changes import (
     trained_of,
 )
 from tl_posheads.hooks.lengths import own_frequencies
-from tl_posheads.hooks.model import model_name, own_hooks, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, own_hooks, require_rotary
 from tl_posheads.hooks.positions import Positions, watched_positions
 from tl_posheads.hooks.rescoring import require_scores, rescored
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -75,7 +75,9 @@ class Method:
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def __call__(self, model: Any, *, trained: int | None = None) -> AbstractContextManager[Any]:
+    def __call__(
+        self, model: LensModel, *, trained: int | None = None
+    ) -> AbstractContextManager[Any]:
         """The context manager.
 
         Args:
@@ -186,7 +188,7 @@ def require_positive(method: str, **values: Any) -> None:
             )
 
 
-def _require_alone(model: Any, method: Method) -> None:
+def _require_alone(model: LensModel, method: Method) -> None:
     for change in changes_of(model):
         if change.kind == "extrapolation":
             raise PosheadsError(
@@ -221,7 +223,7 @@ def require_longer(documents: Sequence[Tensor], trained: int) -> None:
 
 
 @contextmanager
-def _extended(model: Any, method: Method, trained: int | None) -> Iterator[Any]:
+def _extended(model: LensModel, method: Method, trained: int | None) -> Iterator[Any]:
     require_rotary(model)
     _require_alone(model, method)
     known = trained_of(model, trained)
@@ -270,7 +272,7 @@ def extended_layers(geometry: RotaryGeometry) -> dict[int, LayerGeometry]:
 
 
 def _rotations(
-    model: Any,
+    model: LensModel,
     method: FrequencyMethod,
     layers: Mapping[int, LayerGeometry],
     positions: Positions,
@@ -294,7 +296,7 @@ def _rotations(
 
 
 def hooks_on_rotated(
-    model: Any, hooks: Mapping[int, Callable[..., Tensor]]
+    model: LensModel, hooks: Mapping[int, Callable[..., Tensor]]
 ) -> list[tuple[Any, Callable[..., Tensor]]]:
     """For ``own_hooks``: each layer's hook on its rotated queries and on its rotated keys."""
     points = model.hook_dict

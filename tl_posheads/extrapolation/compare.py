@@ -29,7 +29,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.hooks.model import require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ Tokens = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
 
 
 def compare_extrapolations(
-    model: Any,
+    model: LensModel,
     methods: Sequence[Method],
     tokens: Tokens,
     *,
@@ -165,7 +165,7 @@ def compare_extrapolations(
 
 
 def sweep_theta(
-    model: Any,
+    model: LensModel,
     tokens: Tokens | None = None,
     *,
     bases: Sequence[float],
@@ -231,7 +231,7 @@ def _check_lengths(documents: Sequence[Tensor], trained: int, skip_first: int) -
 
 
 def _heads(
-    model: Any,
+    model: LensModel,
     heads: Sequence[Head] | int | float,
     near: Sequence[tuple[str, Tensor]],
     layers: list[int],
@@ -253,7 +253,7 @@ def _settings(method: Method) -> dict[str, Any]:
 
 
 def _texts(
-    model: Any,
+    model: LensModel,
     by_key: Sequence[tuple[str, Tensor]],
     plan: Asked,
     kept: Checkpoint,
@@ -281,7 +281,7 @@ def _texts(
 
 
 def _answers(
-    model: Any, method: str, task: str, prompts: Sequence[Prompt], bar: Any
+    model: LensModel, method: str, task: str, prompts: Sequence[Prompt], bar: Any
 ) -> list[dict[str, Any]]:
     rows = []
     with fused_attention(model):

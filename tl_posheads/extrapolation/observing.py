@@ -15,6 +15,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, by_layer
 from tl_posheads.hooks.inputs import require_finite
 from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.scoring.curves import mean_by_distance
@@ -75,7 +76,7 @@ def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, "target"]:
 
 
 def observe(
-    model: Any, document: Int[Tensor, "pos"], unit: str, geometry: RotaryGeometry, plan: Asked
+    model: LensModel, document: Int[Tensor, "pos"], unit: str, geometry: RotaryGeometry, plan: Asked
 ) -> TextUnder:
     """One pass over a text longer than ``plan.trained``; ``unit``, hexadecimal, names its draws.
 
@@ -121,7 +122,7 @@ def observe(
 
 
 def observe_once(
-    model: Any,
+    model: LensModel,
     document: Int[Tensor, "pos"],
     unit: str,
     geometry: RotaryGeometry,

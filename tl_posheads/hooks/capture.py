@@ -19,6 +19,7 @@ from tl_posheads.hooks.fused import attention_replaced, fused_attention
 from tl_posheads.hooks.inputs import layers_of
 from tl_posheads.hooks.lengths import own_frequencies
 from tl_posheads.hooks.model import (
+    LensModel,
     PassDone,
     attention,
     instance_method,
@@ -116,7 +117,7 @@ _OPEN_ATTRIBUTE = "_tl_posheads_open"
 
 
 @contextmanager
-def rotary_hook_points(model: Any) -> Iterator[Any]:
+def rotary_hook_points(model: LensModel) -> Iterator[Any]:
     """Inside, ``blocks.{l}.attn.hook_rot_q`` and ``hook_rot_k`` exist and fire in every layer.
 
     ``model.run_with_cache`` reads them, ``model.run_with_hooks`` edits them: what a hook returns
@@ -147,7 +148,7 @@ def rotary_hook_points(model: Any) -> Iterator[Any]:
 
 
 def capture_rotary(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "batch pos"],
     consumer: Callable[
         [int, Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]],
@@ -195,7 +196,7 @@ def capture_rotary(
 
 @contextmanager
 def rotary_consumer(
-    model: Any, consumer: Callable[[int, Tensor, Tensor], None], layers: Sequence[int]
+    model: LensModel, consumer: Callable[[int, Tensor, Tensor], None], layers: Sequence[int]
 ) -> Iterator[None]:
     """Inside, a pass without a KV cache hands ``(layer, rot_q, rot_k)`` over, layer by layer.
 

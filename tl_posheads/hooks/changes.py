@@ -14,7 +14,7 @@ from tl_posheads.hooks.lengths import (
     own_length_matters,
     rotary_state_kept,
 )
-from tl_posheads.hooks.model import model_name
+from tl_posheads.hooks.model import LensModel, model_name
 from tl_posheads.rotary.geometry import LayerGeometry
 
 
@@ -47,13 +47,13 @@ class Change:
 _CHANGES_ATTRIBUTE = "_tl_posheads_changes"
 
 
-def changes_of(model: Any) -> tuple[Change, ...]:
+def changes_of(model: LensModel) -> tuple[Change, ...]:
     """Changes in force, the outermost first."""
     return tuple(model.__dict__.get(_CHANGES_ATTRIBUTE, ()))
 
 
 @contextmanager
-def changed(model: Any, change: Change) -> Iterator[None]:
+def changed(model: LensModel, change: Change) -> Iterator[None]:
     """Inside, ``change`` is known to everyone who reads the model's geometry."""
     before = changes_of(model)
     model.__dict__[_CHANGES_ATTRIBUTE] = (*before, change)
@@ -66,7 +66,7 @@ def changed(model: Any, change: Change) -> Iterator[None]:
             del model.__dict__[_CHANGES_ATTRIBUTE]
 
 
-def trained_length(model: Any) -> int:
+def trained_length(model: LensModel) -> int:
     """Positions that the model was trained on, also inside a context that lets it read more.
 
     Raises:
@@ -81,7 +81,7 @@ def trained_length(model: Any) -> int:
     return known
 
 
-def trained_of(model: Any, trained: int | None) -> int:
+def trained_of(model: LensModel, trained: int | None) -> int:
     """The training length asked for, or the model's own.
 
     Raises:
@@ -97,12 +97,12 @@ def trained_of(model: Any, trained: int | None) -> int:
     return trained
 
 
-def length_matters(model: Any) -> bool:
+def length_matters(model: LensModel) -> bool:
     """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
     return own_length_matters(model) or any(c.length_matters for c in changes_of(model))
 
 
-def require_fixed_frequencies(model: Any, what: str, instead: str) -> None:
+def require_fixed_frequencies(model: LensModel, what: str, instead: str) -> None:
     """Refuse models whose frequencies depend on the text's length.
 
     Args:
@@ -119,7 +119,7 @@ def require_fixed_frequencies(model: Any, what: str, instead: str) -> None:
         )
 
 
-def require_bare(model: Any) -> None:
+def require_bare(model: LensModel) -> None:
     """Refuse a model on which a method or an edit is in force.
 
     Raises:
@@ -133,7 +133,7 @@ def require_bare(model: Any) -> None:
 
 
 @contextmanager
-def any_length(model: Any) -> Iterator[None]:
+def any_length(model: LensModel) -> Iterator[None]:
     """Inside, texts of any length can be read; tables that grew for them go on leaving.
 
     No method forbids a text that is longer than it was meant for: what happens there is the

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tl_posheads.hooks.changes import changes_of
-from tl_posheads.hooks.model import attention, instance_method, model_name, own_hooks
+from tl_posheads.hooks.model import LensModel, attention, instance_method, model_name, own_hooks
 from tl_posheads.rotary.precision import MOST_ROUNDED, rounding_of
 from tl_posheads.rotary.remapping import only_heads, remapped_attention
 
 
 @contextmanager
-def fused_attention(model: Any) -> Iterator[bool]:
+def fused_attention(model: LensModel) -> Iterator[bool]:
     """Inside, attention runs through torch's fused kernels, which never form the pattern.
 
     Only where the result is the same: nobody watches scores or pattern, and the lens's attention
@@ -62,7 +62,7 @@ def fused_attention(model: Any) -> Iterator[bool]:
 
 
 @contextmanager
-def _rounding_watched(model: Any, layers: Mapping[int, Any]) -> Iterator[None]:
+def _rounding_watched(model: LensModel, layers: Mapping[int, Any]) -> Iterator[None]:
     """Inside, a warning says so once where eager attention in half precision rounds large scores.
 
     The kernels never do, so that a pass without them is another's beside one with them.
@@ -109,7 +109,7 @@ def _watched(layers: Sequence[Any], ours: set[int]) -> bool:
     return False
 
 
-def _kind(model: Any, attn: Any) -> str | None:
+def _kind(model: LensModel, attn: Any) -> str | None:
     name = type(attn).__name__
     if name == "PositionEmbeddingsAttentionBridge":
         inner = attn.original_component

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.model import attention, model_name, require_lens
+from tl_posheads.hooks.model import LensModel, attention, model_name, require_lens
 
 Head = tuple[int, int]
 
 
-def heads_of(model: Any, heads: Sequence[Head]) -> list[Head]:
+def heads_of(model: LensModel, heads: Sequence[Head]) -> list[Head]:
     """``heads`` as ``(layer, head)`` pairs of the model, in the order given.
 
     Raises:

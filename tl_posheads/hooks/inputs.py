@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
-from tl_posheads.hooks.model import model_name
+from tl_posheads.hooks.model import LensModel, model_name
 
 
 def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
@@ -30,7 +30,7 @@ def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
     return slice(int(on[0]), int(on[-1]) + 1)
 
 
-def require_unpadded(model: Any, tokens: Int[Tensor, "doc pos"]) -> None:
+def require_unpadded(model: LensModel, tokens: Int[Tensor, "doc pos"]) -> None:
     """Refuse a batch whose rows seem to be padded: nobody has said where their texts stand.
 
     A pad token at an end of a row is padding. Where the tokenizer begins or ends texts with the
@@ -60,7 +60,7 @@ def require_unpadded(model: Any, tokens: Int[Tensor, "doc pos"]) -> None:
 
 
 def documents_of(
-    model: Any, tokens: Any, attention_mask: Tensor | None, skip_first: int
+    model: LensModel, tokens: Any, attention_mask: Tensor | None, skip_first: int
 ) -> list[Int[Tensor, "pos"]]:
     """Texts without their padding, checked.
 
@@ -129,7 +129,7 @@ def documents_of(
     return [row.long().cpu() for row in rows]
 
 
-def layers_of(model: Any, layers: Sequence[int] | None) -> list[int]:
+def layers_of(model: LensModel, layers: Sequence[int] | None) -> list[int]:
     n_layers = int(model.cfg.n_layers)
     wanted = sorted({int(layer) for layer in (range(n_layers) if layers is None else layers)})
     wrong = [layer for layer in wanted if not 0 <= layer < n_layers]

@@ -23,6 +23,7 @@ from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.lengths import own_border, own_frequencies
 from tl_posheads.hooks.model import (
+    LensModel,
     input_device,
     instance_method,
     model_name,
@@ -35,7 +36,7 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
 
 @contextmanager
-def unembed_only(model: Any, positions: Tensor) -> Iterator[None]:
+def unembed_only(model: LensModel, positions: Tensor) -> Iterator[None]:
     """Inside, logits are computed at ``positions`` alone: the vocabulary is the widest layer."""
 
     def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -49,7 +50,11 @@ def unembed_only(model: Any, positions: Tensor) -> Iterator[None]:
 
 
 def generate(
-    model: Any, tokens: Int[Tensor, "batch pos"], n_new: int, ends: Sequence[int], **options: Any
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    n_new: int,
+    ends: Sequence[int],
+    **options: Any,
 ) -> Int[Tensor, "batch pos_and_new"]:
     """The lens's own ``generate``: at most ``n_new`` tokens more, up to one of ``ends``.
 
@@ -82,7 +87,7 @@ def generate(
     return tokens
 
 
-def _whole_passes(model: Any, length: int, n_new: int) -> list[int]:
+def _whole_passes(model: LensModel, length: int, n_new: int) -> list[int]:
     """Lengths at which generation from ``length`` tokens begins anew, and where it ends.
 
     Past LongRoPE's border every key turns otherwise, and what was cached is of no use.
@@ -96,7 +101,7 @@ def _whole_passes(model: Any, length: int, n_new: int) -> list[int]:
 _CACHES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
-def reads_cache(model: Any) -> bool:
+def reads_cache(model: LensModel) -> bool:
     """Whether cached generation says what uncached does, tried on four tokens.
 
     From transformers 5.24 on the cache has another name, by which the Bridge of 4.3 doesn't know
@@ -132,7 +137,7 @@ def reads_cache(model: Any) -> bool:
     return _CACHES[model]
 
 
-def settle_cache(model: Any) -> None:
+def settle_cache(model: LensModel) -> None:
     """Where a Bridge's ``generate`` wouldn't read its cache, have it do without; warns once.
 
     Nothing is tried where transformers gives the cache the name that all Bridges know.
@@ -146,7 +151,7 @@ def settle_cache(model: Any) -> None:
             model.adapter.supports_kv_cache = reads_cache(model)
 
 
-def greedy(model: Any, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
+def greedy(model: LensModel, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
     """The tokens that the model writes after a prompt, at most ``n_new``, up to an end token.
 
     Ends are EOS and what else the checkpoint's ``generation_config`` lists.
@@ -159,7 +164,7 @@ def greedy(model: Any, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "s
 
 
 def target_logits(
-    model: Any, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
+    model: LensModel, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
 ) -> Float[Tensor, "target d_vocab"]:
     """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it."""
     with own_frequencies(model), unembed_only(model, targets - 1):
@@ -177,7 +182,7 @@ def _scored(
 
 
 def target_logprobs(
-    model: Any, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
+    model: LensModel, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
 ) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
     """Log-probability of the tokens at ``targets``, and whether each was the likeliest.
 
@@ -192,7 +197,9 @@ def target_logprobs(
 
 
 def mean_loss(
-    model: Any, documents: Sequence[Int[Tensor, "pos"]], targets: Sequence[Int[Tensor, "target"]]
+    model: LensModel,
+    documents: Sequence[Int[Tensor, "pos"]],
+    targets: Sequence[Int[Tensor, "target"]],
 ) -> float:
     """Mean negative log-probability of the texts' tokens at ``targets``, in nats."""
     both = zip(documents, targets, strict=True)
@@ -216,7 +223,7 @@ class CachedPrefix:
 
 
 def cached_prefix(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
     layers: Sequence[int],
@@ -242,7 +249,7 @@ def cached_prefix(
 
 
 def run_from_layer(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
     prefix: CachedPrefix,

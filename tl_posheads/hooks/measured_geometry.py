@@ -16,6 +16,7 @@ from tl_posheads.hooks.inputs import layers_of, require_finite
 from tl_posheads.hooks.lengths import context_length, own_frequencies, own_length_matters
 from tl_posheads.hooks.masks import visible_keys, window_of
 from tl_posheads.hooks.model import (
+    LensModel,
     PassDone,
     attention,
     model_name,
@@ -41,7 +42,7 @@ _LONGEST_SEEN_WINDOW = 512
 
 
 def measured_layers(
-    model: Any, *, length: int, layers: Sequence[int] | None
+    model: LensModel, *, length: int, layers: Sequence[int] | None
 ) -> tuple[str, tuple[LayerGeometry, ...]]:
     """Name and layers for ``RotaryGeometry.from_model``."""
     asked, n_layers, name = layers_of(model, layers), int(model.cfg.n_layers), model_name(model)
@@ -88,7 +89,7 @@ def _placeholder(layer: int, like: LayerGeometry) -> LayerGeometry:
     )
 
 
-def _plain_token(model: Any) -> int:
+def _plain_token(model: LensModel) -> int:
     """A token that is no padding: some models treat padding apart."""
     tokenizer = getattr(model, "tokenizer", None)
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
@@ -96,7 +97,7 @@ def _plain_token(model: Any) -> int:
     return next(t for t in range(vocabulary // 2, 2 * vocabulary) if t % vocabulary not in special)
 
 
-def _declared_window(model: Any, layer: int) -> int | None:
+def _declared_window(model: LensModel, layer: int) -> int | None:
     """The window that the layer says it has; the mask is asked too, where it is short enough."""
     attn: Any = attention(model, layer)
     if hasattr(attn, "attn_type"):  # HookedTransformer
@@ -112,7 +113,7 @@ def _declared_window(model: Any, layer: int) -> int | None:
     return int(window)
 
 
-def _require_every_key(model: Any, layer: int) -> None:
+def _require_every_key(model: LensModel, layer: int) -> None:
     """Refuse attention whose gaps would show in texts longer than the measured pass alone."""
     inner: Any = getattr(attention(model, layer), "original_component", None)
     config: Any = getattr(inner, "config", None)
@@ -134,7 +135,7 @@ class _Layer(dict[str, Tensor]):
 
 
 @contextmanager
-def _rotations_passed_by(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
+def _rotations_passed_by(model: LensModel, seen: dict[int, _Layer]) -> Iterator[None]:
     """DeepSeek-V2 turns complex numbers, GPT-J is left to itself: both pass hook_cos by."""
     handles = []
 
@@ -148,7 +149,7 @@ def _rotations_passed_by(model: Any, seen: dict[int, _Layer]) -> Iterator[None]:
                 layer.setdefault("hook_sin", output[0])
                 layer.setdefault("hook_cos", output[1])
 
-    inner = getattr(model, "original_model", model)
+    inner: Any = getattr(model, "original_model", model)
     for module_name, module in inner.named_modules():
         if module_name.split(".")[-1] == "rotary_emb":
             handles.append(module.register_forward_hook(keep))
@@ -175,7 +176,7 @@ def _ended_before(module: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _Layer]:
+def _observe(model: LensModel, tokens: Tensor, layers: Sequence[int]) -> dict[int, _Layer]:
     seen = {layer: _Layer() for layer in layers}
     again: set[int] = set()
 
@@ -227,7 +228,9 @@ def _observe(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, _La
     return seen
 
 
-def _layer_geometry(model: Any, layer: int, seen: _Layer, declared: int | None) -> LayerGeometry:
+def _layer_geometry(
+    model: LensModel, layer: int, seen: _Layer, declared: int | None
+) -> LayerGeometry:
     where = f"layer {layer} of {model_name(model)}"
     if not {"hook_rot_q", "hook_rot_k"} <= seen.keys():
         raise PosheadsError(
@@ -341,7 +344,7 @@ def _whole_vectors(seen: _Layer, rot_q: Tensor, rot_k: Tensor) -> tuple[Tensor, 
     return rot_q.transpose(0, 1), rot_k.index_select(1, share).transpose(0, 1)
 
 
-def declared_scale(model: Any, layer: int, d_head: int) -> tuple[float, float | None]:
+def declared_scale(model: LensModel, layer: int, d_head: int) -> tuple[float, float | None]:
     attn: Any = attention(model, layer)
     if hasattr(attn, "attn_scale"):  # HookedTransformer divides
         cap = float(getattr(model.cfg, "attn_scores_soft_cap", -1) or -1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,32 @@ POSITIONS = {
 }
 
 
-def model_name(model: Any) -> str:
+class LensModel(Protocol):
+    """What this package uses of a model: HookedTransformer and TransformerBridge both have it."""
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    @property
+    def hook_dict(self) -> dict[str, Any]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+def model_name(model: LensModel) -> str:
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
-def require_lens(model: Any) -> None:
+def require_lens(model: LensModel) -> None:
     """Refuse what isn't a TransformerLens model."""
     if getattr(model, "cfg", None) is None or not hasattr(model, "run_with_hooks"):
         raise PosheadsError(
@@ -35,7 +56,7 @@ def require_lens(model: Any) -> None:
         )
 
 
-def require_rotary(model: Any) -> None:
+def require_rotary(model: LensModel) -> None:
     """Refuse what isn't a TransformerLens model with RoPE, by name, before anything is run."""
     require_lens(model)
     kind = str(getattr(model.cfg, "positional_embedding_type", None) or "none")
@@ -53,7 +74,7 @@ def require_rotary(model: Any) -> None:
         )
 
 
-def attention(model: Any, layer: int) -> nn.Module | None:
+def attention(model: LensModel, layer: int) -> nn.Module | None:
     """The layer's attention component; None in layers that have none (hybrid models)."""
     block = model.blocks[layer]
     return block._modules.get("attn") if isinstance(block, nn.Module) else None
@@ -100,7 +121,7 @@ def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[list[
 
 
 @contextmanager
-def others_hooks_suspended(model: Any) -> Iterator[None]:
+def others_hooks_suspended(model: LensModel) -> Iterator[None]:
     """Inside, no HookPoint calls anyone; afterwards all do again, in their order."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
     kept = [(point, point.__dict__["_forward_hooks"]) for point in points]
@@ -113,7 +134,7 @@ def others_hooks_suspended(model: Any) -> Iterator[None]:
             point.__dict__["_forward_hooks"] = hooks
 
 
-def require_clean(model: Any) -> None:
+def require_clean(model: LensModel) -> None:
     """Refuse a model on which someone forgot hooks: scores would be those of another model.
 
     Permanent hooks and those of a ``with model.hooks(...)`` that is still open are meant, and
@@ -152,7 +173,7 @@ def _offloading(module: nn.Module) -> list[Any]:
     return [hook for hook in found if getattr(hook, "offload", False)]
 
 
-def input_device(model: Any) -> torch.device:
+def input_device(model: LensModel) -> torch.device:
     """Where the model takes its tokens: that of its embedding, while it runs.
 
     Weights that accelerate offloaded lie on the device ``meta`` between passes.
@@ -181,7 +202,7 @@ def readable(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def require_own_biases(model: Any, layers: Iterable[int], what: str) -> None:
+def require_own_biases(model: LensModel, layers: Iterable[int], what: str) -> None:
     """Refuse heads a part of whose output the lens moved into the layer's output bias.
 
     ``fold_value_biases``, which ``enable_compatibility_mode()`` and
@@ -212,7 +233,7 @@ class PassDone(Exception):
     """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
 
 
-def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+def run_forward(model: LensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
     device = input_device(model)
     options = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
     with torch.no_grad():
@@ -220,7 +241,7 @@ def run_forward(model: Any, tokens: Tensor, attention_mask: Tensor | None = None
 
 
 def read_pass(
-    model: Any, tokens: Tensor, readers: Sequence[tuple[Any, Callable[[Tensor], Any]]]
+    model: LensModel, tokens: Tensor, readers: Sequence[tuple[Any, Callable[[Tensor], Any]]]
 ) -> None:
     """One pass whose hook points show their values to ``readers``; it ends when all have seen."""
     waiting = set(range(len(readers)))

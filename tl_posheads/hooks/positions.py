@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.model import attention, instance_method, model_name
+from tl_posheads.hooks.model import LensModel, attention, instance_method, model_name
 
 
 class Positions:
@@ -108,7 +108,7 @@ def key_positions(
 
 
 @contextmanager
-def watched_positions(model: Any) -> Iterator[Positions]:
+def watched_positions(model: LensModel) -> Iterator[Positions]:
     """Inside, the positions of the running pass can be read from what this yields."""
     positions = Positions()
     with ExitStack() as stack:
@@ -162,7 +162,7 @@ def _gptj(positions: Positions) -> Callable[..., None]:
     return hook
 
 
-def _rotary_embedding(model: Any, positions: Positions) -> Callable[..., None]:
+def _rotary_embedding(model: LensModel, positions: Positions) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         at = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if not isinstance(at, Tensor):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-from tl_posheads.hooks.model import model_name
+from tl_posheads.hooks.model import LensModel, model_name
 
 
-def model_facts(model: Any) -> dict[str, str]:
+def model_facts(model: LensModel) -> dict[str, str]:
     """Name, class and dtype of a model."""
     return {
         "model": model_name(model),

@@ -15,14 +15,21 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.changes import Change, changed, trained_length
 from tl_posheads.hooks.masks import lowest_score
-from tl_posheads.hooks.model import attention, instance_method, is_native, model_name, own_hooks
+from tl_posheads.hooks.model import (
+    LensModel,
+    attention,
+    instance_method,
+    is_native,
+    model_name,
+    own_hooks,
+)
 from tl_posheads.hooks.positions import Positions, key_positions, text_keys, watched_positions
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.precision import MOST_ROUNDED, rounding_of
 from tl_posheads.rotary.remapping import only_heads, remapped_scores
 
 
-def require_scores(model: Any, what: str) -> None:
+def require_scores(model: LensModel, what: str) -> None:
     """Refuse models whose scores can't be computed again from rotated queries and keys.
 
     Raises:
@@ -44,7 +51,7 @@ def require_scores(model: Any, what: str) -> None:
 
 @contextmanager
 def rescored(
-    model: Any, layers: Mapping[int, LayerGeometry], positions: Positions
+    model: LensModel, layers: Mapping[int, LayerGeometry], positions: Positions
 ) -> Iterator[list[Any]]:
     """Inside, the scores of ``layers`` are those of their geometry's remapping.
 
@@ -79,7 +86,7 @@ def rescored(
 
 
 @contextmanager
-def remapped(model: Any, layers: Mapping[int, LayerGeometry], name: str) -> Iterator[None]:
+def remapped(model: LensModel, layers: Mapping[int, LayerGeometry], name: str) -> Iterator[None]:
     """Inside, ``layers`` see the distances of their remapping: the edit ``name`` is in force."""
     with ExitStack() as stack:
         stack.enter_context(rotary_hook_points(model))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.lengths import own_length_matters
 from tl_posheads.hooks.measured_geometry import measured_layers
-from tl_posheads.hooks.model import require_rotary
+from tl_posheads.hooks.model import LensModel, require_rotary
 from tl_posheads.rotary.geometry import LayerGeometry
 
 _SHORT = 64  # tokens that tell frequencies which don't depend on the length
@@ -31,7 +30,7 @@ class RotaryGeometry:
 
     @classmethod
     def from_model(
-        cls, model: Any, *, length: int = 64, layers: Sequence[int] | None = None
+        cls, model: LensModel, *, length: int = 64, layers: Sequence[int] | None = None
     ) -> RotaryGeometry:
         """Measure the geometry with one forward pass that gives all positions the same vector.
 

@@ -22,6 +22,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.heads import Head, by_layer, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.model import (
+    LensModel,
     attention,
     is_native,
     model_name,
@@ -37,7 +38,7 @@ MODES = ("zero", "mean", "resample")
 
 
 def ablation_hooks(
-    model: Any,
+    model: LensModel,
     heads: Sequence[Head],
     mode: Mode = "zero",
     *,
@@ -126,7 +127,7 @@ def ablation_hooks(
 
 @contextmanager
 def ablate(
-    model: Any,
+    model: LensModel,
     heads: Sequence[Head],
     mode: Mode = "zero",
     *,
@@ -169,7 +170,7 @@ def ablate(
 
 
 def reference_z(
-    model: Any,
+    model: LensModel,
     layers: dict[int, list[int]],
     documents: Sequence[Int[Tensor, "pos"]],
     mode: Mode,
@@ -215,7 +216,7 @@ def _summed(z: Float[Tensor, "pos head d_head"], per_position: bool, shortest: i
     return wide[:shortest] if per_position else wide.sum(0)
 
 
-def _windowed(model: Any) -> bool:
+def _windowed(model: LensModel) -> bool:
     config = getattr(getattr(model, "original_model", None), "config", None)
     return bool(getattr(config, "sliding_window", None) or getattr(model.cfg, "window_size", None))
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from tl_posheads.hooks.heads import Head, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.lengths import own_frequencies
 from tl_posheads.hooks.model import (
+    LensModel,
     attention,
     input_device,
     instance_method,
@@ -145,7 +146,7 @@ class HeadPatching(Result):
 
 
 def patch_heads(
-    model: Any,
+    model: LensModel,
     clean: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     corrupted: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     metric: Metric,
@@ -242,7 +243,7 @@ def patch_heads(
     return HeadPatching(effects, clean_value, corrupted_value, facts)
 
 
-def _checked_tokens(model: Any, clean: Any, corrupted: Any) -> list[Int[Tensor, "batch pos"]]:
+def _checked_tokens(model: LensModel, clean: Any, corrupted: Any) -> list[Int[Tensor, "batch pos"]]:
     both = [documents_of(model, tokens, None, 0) for tokens in (clean, corrupted)]
     lengths = [[len(row) for row in rows] for rows in both]
     if lengths[0] != lengths[1] or len(set(lengths[0])) > 1:
@@ -256,7 +257,7 @@ def _checked_tokens(model: Any, clean: Any, corrupted: Any) -> list[Int[Tensor, 
     return stacked
 
 
-def _require_head_outputs(model: Any, cache: Any, names: Sequence[str]) -> None:
+def _require_head_outputs(model: LensModel, cache: Any, names: Sequence[str]) -> None:
     for name in names:
         shape = tuple(cache[name].shape) if name in cache else ()
         if len(shape) != 4 or shape[2] != model.cfg.n_heads:
@@ -266,7 +267,7 @@ def _require_head_outputs(model: Any, cache: Any, names: Sequence[str]) -> None:
             )
 
 
-def _rehearse(metric: Metric, shape: Sequence[int], model: Any, seed: int) -> None:
+def _rehearse(metric: Metric, shape: Sequence[int], model: LensModel, seed: int) -> None:
     """Refuse a metric that gives no number, before any pass: on logits that nobody computed."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(*shape, int(model.cfg.d_vocab), generator=random)
@@ -293,7 +294,12 @@ def _number(metric: Metric, logits: Tensor, run: str) -> float:
 
 
 def _sweep(
-    model: Any, tokens: Tensor, cache: Any, metric: Metric, pairs: Sequence[Head], progress: bool
+    model: LensModel,
+    tokens: Tensor,
+    cache: Any,
+    metric: Metric,
+    pairs: Sequence[Head],
+    progress: bool,
 ) -> list[float]:
     values: list[float] = []
 
@@ -311,7 +317,7 @@ def _sweep(
     bar = partial(tqdm, desc="patching", unit="head", disable=not progress, dynamic_ncols=True)
     with instance_method(lens_patching, "tqdm", bar):
         lens_patching.generic_activation_patch(
-            model,
+            cast(Any, model),
             tokens,
             cache,
             checked,

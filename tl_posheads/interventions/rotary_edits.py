@@ -23,7 +23,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.changes import changes_of, require_fixed_frequencies
 from tl_posheads.hooks.heads import Head, by_layer, heads_of
-from tl_posheads.hooks.model import model_name, own_hooks, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, own_hooks, require_rotary
 from tl_posheads.hooks.rescoring import remapped, require_scores
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import turn
@@ -68,7 +68,7 @@ class Edit:
 
 @contextmanager
 def edit_rotary(
-    model: Any,
+    model: LensModel,
     heads: Sequence[Head],
     *,
     scale: Mapping[PairNumbers, float] | None = None,
@@ -122,7 +122,7 @@ def edit_rotary(
 
 @contextmanager
 def edited_rotary(
-    model: Any,
+    model: LensModel,
     members: Mapping[int, list[int]],
     edit: Edit,
     geometry: RotaryGeometry | None = None,
@@ -240,7 +240,7 @@ def _numbers(given: Any, name: str) -> dict[int, float]:
     return out
 
 
-def _require_room(model: Any, edit: Edit) -> None:
+def _require_room(model: LensModel, edit: Edit) -> None:
     for change in changes_of(model):
         if change.kind == "edit":
             raise PosheadsError(
@@ -258,7 +258,7 @@ def _require_room(model: Any, edit: Edit) -> None:
         require_scores(model, edit.name)
 
 
-def _check_layer(model: Any, layer: LayerGeometry, edit: Edit) -> None:
+def _check_layer(model: LensModel, layer: LayerGeometry, edit: Edit) -> None:
     where = f"layer {layer.layer} of {model_name(model)}"
     if not layer.n_pairs:
         raise PosheadsError(f"{where} has no RoPE; leave its heads out")

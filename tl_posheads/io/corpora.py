@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+    from tl_posheads.hooks.model import LensModel
+
 PYTHON_DOCS = "python-docs"
 SUFFIXES = (".txt", ".md", ".rst")
 _BETWEEN = "\n\n"
@@ -54,7 +56,7 @@ def corpus_provenance(name_or_path: str | os.PathLike[str]) -> dict[str, str | N
 
 def load_corpus(
     name_or_path: str | os.PathLike[str],
-    model: Any,
+    model: LensModel,
     *,
     n_docs: int = 16,
     length: int = 1024,
@@ -121,7 +123,7 @@ def _what_to_lower(n_tokens: int, n_docs: int, n_start: int) -> str:
     return f"lower length to {longest} or n_docs, or give more text"
 
 
-def _check_context(model: Any, length: int) -> None:
+def _check_context(model: LensModel, length: int) -> None:
     n_ctx = context_length(model)
     if not n_ctx or length <= n_ctx:
         return

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
 from tl_posheads.hooks.inputs import documents_of, layers_of
-from tl_posheads.hooks.model import model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.result import Files, Result
 from tl_posheads.rotary.contributions import Scale, check_scale, evenly, rows_of
@@ -148,7 +148,7 @@ def sum_by_distance(block: Float[Tensor, "head row key"]) -> Float[Tensor, "head
 
 
 def dominant_dimension_curve(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     heads: Sequence[tuple[int, int]],

@@ -19,7 +19,14 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.hooks.heads import by_layer, heads_of
 from tl_posheads.hooks.inputs import documents_of
-from tl_posheads.hooks.model import attention, model_name, read_pass, require_clean, require_rotary
+from tl_posheads.hooks.model import (
+    LensModel,
+    attention,
+    model_name,
+    read_pass,
+    require_clean,
+    require_rotary,
+)
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.result import Files, Result
 from tl_posheads.rotary.contributions import Scale, check_scale, rows_of
@@ -105,7 +112,7 @@ class HeadMaps(Result):
 
 
 def head_maps(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     heads: Sequence[tuple[int, int]],
     *,
@@ -179,7 +186,7 @@ def head_maps(
 
 
 def _read(
-    model: Any,
+    model: LensModel,
     document: Int[Tensor, "pos"],
     geometry: RotaryGeometry,
     members: dict[int, list[int]],

@@ -15,7 +15,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
 from tl_posheads.hooks.changes import changes_of, length_matters
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
-from tl_posheads.hooks.model import model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ Units = Sequence[tuple[str, Tensor]]
 
 
 def score_heads(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     layers: Sequence[int] | None = None,
@@ -113,7 +113,7 @@ def score_heads(
 
 
 def empty_accumulator(
-    model: Any, units: Units, layers: Sequence[int], settings: Settings
+    model: LensModel, units: Units, layers: Sequence[int], settings: Settings
 ) -> ScoreAccumulator:
     """What these documents' measures are put into.
 
@@ -131,7 +131,7 @@ def empty_accumulator(
 
 
 def geometry_by_length(
-    model: Any, geometry: RotaryGeometry, layers: Sequence[int]
+    model: LensModel, geometry: RotaryGeometry, layers: Sequence[int]
 ) -> Callable[[int], RotaryGeometry]:
     """A text's length to its geometry: another one where frequencies depend on the length."""
     if not length_matters(model):
@@ -139,7 +139,7 @@ def geometry_by_length(
     return cache(lambda length: RotaryGeometry.from_model(model, length=length, layers=layers))
 
 
-def plan_of(model: Any, accumulator: ScoreAccumulator, units: Units) -> dict[str, Any]:
+def plan_of(model: LensModel, accumulator: ScoreAccumulator, units: Units) -> dict[str, Any]:
     """What decides the numbers: a checkpoint of another plan is another run's."""
     geometry = accumulator.geometry
     return {
@@ -150,7 +150,7 @@ def plan_of(model: Any, accumulator: ScoreAccumulator, units: Units) -> dict[str
     }
 
 
-def inputs_of(model: Any, units: Units) -> dict[str, Any]:
+def inputs_of(model: LensModel, units: Units) -> dict[str, Any]:
     """Model and texts, for a checkpoint's plan."""
     return {
         "texts": [unit for unit, _ in units],
@@ -159,7 +159,7 @@ def inputs_of(model: Any, units: Units) -> dict[str, Any]:
     }
 
 
-def facts_of(model: Any, units: Units) -> dict[str, Any]:
+def facts_of(model: LensModel, units: Units) -> dict[str, Any]:
     """Provenance of scores of these documents."""
     return {
         **model_facts(model),
@@ -172,7 +172,7 @@ def facts_of(model: Any, units: Units) -> dict[str, Any]:
 
 
 def sweep(
-    model: Any,
+    model: LensModel,
     accumulator: ScoreAccumulator,
     units: Units,
     kept: Checkpoint,

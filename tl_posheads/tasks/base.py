@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.io.corpora import _tokenise
 
 
@@ -41,12 +42,12 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
 
-    def prompts(self, model: Any) -> list[Prompt]:
+    def prompts(self, model: LensModel) -> list[Prompt]:
         """The same prompts at every call with the same model."""
         ...
 
 
-def check_length(model: Any, prompts: int | Iterable[Prompt]) -> None:
+def check_length(model: LensModel, prompts: int | Iterable[Prompt]) -> None:
     """Refuse prompts that are longer than the model's context, before anything is run.
 
     Args:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.hooks.tokenizer import begin, tokenizer_of
 from tl_posheads.io.corpora import _streamed, _text, _tokenise
 from tl_posheads.tasks.base import Prompt, check_length, encode
@@ -132,7 +133,7 @@ class CorpusTask(ABC):
     def _prompt(self, filler: Filler, i: int, frame: Any) -> Prompt:
         """The i-th prompt, with its short control."""
 
-    def prompts(self, model: Any) -> list[Prompt]:
+    def prompts(self, model: LensModel) -> list[Prompt]:
         """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
 
         Args:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import pandas as pd
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.logprobs import greedy
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.hooks.tokenizer import tokenizer_of
 from tl_posheads.tasks.base import Prompt, check_length
 
 
 def generate_answers(
-    model: Any, prompts: Iterable[Prompt], *, max_new_tokens: int | None = None
+    model: LensModel, prompts: Iterable[Prompt], *, max_new_tokens: int | None = None
 ) -> pd.DataFrame:
     """Greedy continuations of prompts that were cut before their answers.
 

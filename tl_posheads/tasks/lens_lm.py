@@ -17,7 +17,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.lengths import ANY_LENGTH, context_length, own_frequencies
 from tl_posheads.hooks.logprobs import generate, unembed_only
-from tl_posheads.hooks.model import input_device, model_name, require_lens
+from tl_posheads.hooks.model import LensModel, input_device, model_name, require_lens
 from tl_posheads.hooks.tokenizer import begin, end_tokens, generation_config, tokenizer_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: Any,
+        model: LensModel,
         *,
         batch_size: int = 1,
         max_length: int | None = None,
@@ -291,7 +291,7 @@ def _cut(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
-def _plan(model: Any, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
+def _plan(model: LensModel, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
     """A task's generation_kwargs as arguments of the lens's ``generate``, and stop strings."""
     left = dict(given)
     until = left.pop("until", None) or []
@@ -327,7 +327,7 @@ def _plan(model: Any, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, 
     }
 
 
-def _own_tokenizer(model: Any) -> Any:
+def _own_tokenizer(model: LensModel) -> Any:
     theirs = tokenizer_of(model)
     try:
         own = AutoTokenizer.from_pretrained(theirs.name_or_path, local_files_only=True)

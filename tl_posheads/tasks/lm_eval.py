@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.tasks.lens_lm import LensLM, require_lm_eval
 
 __all__ = ["LensLM", "evaluate"]
@@ -26,7 +27,7 @@ _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rand
 
 
 def evaluate(
-    model: Any,
+    model: LensModel,
     tasks: str | Sequence[Any],
     *,
     limit: int | float | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.hooks.tokenizer import begin, tokenizer_of
 from tl_posheads.tasks.base import (
     Prompt,
@@ -77,7 +78,7 @@ class LongPPL:
         # One token more than in other tasks, since BOS is no context.
         check_short(self.short_length, self.length, least=2)
 
-    def prompts(self, model: Any) -> list[Prompt]:
+    def prompts(self, model: LensModel) -> list[Prompt]:
         """Up to ``n`` prompts, each with its short control; takes several passes for each.
 
         Key tokens are those of the model as it is: call this before heads are ablated.
@@ -123,7 +124,7 @@ class LongPPL:
         )
         return found
 
-    def key_tokens(self, model: Any, tokens: Int[Tensor, "pos"]) -> Int[Tensor, "target"]:
+    def key_tokens(self, model: LensModel, tokens: Int[Tensor, "pos"]) -> Int[Tensor, "target"]:
         """Ascending positions of a text's key tokens under a model.
 
         Args:
@@ -138,7 +139,7 @@ class LongPPL:
         return targets[(long - short > self.alpha) & (long > self.beta)]
 
     def _short_logprobs(
-        self, model: Any, tokens: Int[Tensor, "pos"], n_start: int
+        self, model: LensModel, tokens: Int[Tensor, "pos"], n_start: int
     ) -> Float[Tensor, "target"]:
         start, body = tokens[:n_start], tokens[n_start:]
         parts = []

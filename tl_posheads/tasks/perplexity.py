@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.logprobs import target_logprobs
+from tl_posheads.hooks.model import LensModel
 from tl_posheads.tasks.base import (
     Prompt,
     Task,
@@ -73,7 +74,7 @@ class Perplexity(CorpusTask):
 
 
 def loss_by_position(
-    model: Any, task: Task | Iterable[Prompt], *, edges: Sequence[int] | None = None
+    model: LensModel, task: Task | Iterable[Prompt], *, edges: Sequence[int] | None = None
 ) -> pd.DataFrame:
     """Mean loss of the scored tokens, by their position in the prompt.
 

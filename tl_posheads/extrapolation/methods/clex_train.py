@@ -25,14 +25,20 @@ from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.changes import changes_of, trained_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.inputs import documents_of
-from tl_posheads.hooks.model import input_device, own_hooks, require_clean, require_rotary
+from tl_posheads.hooks.model import (
+    LensModel,
+    input_device,
+    own_hooks,
+    require_clean,
+    require_rotary,
+)
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import turn
 from tl_posheads.rotary.geometry import LayerGeometry
 
 
 def train_clex(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     max_factor: int,
@@ -134,7 +140,7 @@ def _solutions(
 
 
 def _hooks(
-    model: Any,
+    model: LensModel,
     layers: dict[int, LayerGeometry],
     inv_freq: dict[int, Float[Tensor, "pair"]],
     positions: Int[Tensor, "pos"],
@@ -151,7 +157,7 @@ def _hooks(
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def _frozen(model: LensModel) -> Iterator[None]:
     """Inside, no weight of the model takes a gradient."""
     before = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:

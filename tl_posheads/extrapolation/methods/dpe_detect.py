@@ -19,7 +19,7 @@ from tl_posheads.hooks.capture import capture_rotary
 from tl_posheads.hooks.changes import trained_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import mean_loss
-from tl_posheads.hooks.model import require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import expand_keys, split_pairs
 
@@ -51,7 +51,7 @@ class EffectiveLengths:
 
 
 def detect_effective_lengths(
-    model: Any,
+    model: LensModel,
     tokens: Texts,
     *,
     targets: Sequence[Int[Tensor, "target"]] | None = None,
@@ -115,7 +115,7 @@ def detect_effective_lengths(
 
 
 def key_pairs(
-    model: Any,
+    model: LensModel,
     tokens: Texts,
     *,
     share: float = 0.75,
@@ -161,7 +161,7 @@ def key_pairs(
 
 
 def fit_dpe(
-    model: Any,
+    model: LensModel,
     tokens: Texts,
     *,
     target: int,
@@ -191,14 +191,14 @@ def fit_dpe(
     return DPE(found.scales(target), window, chosen)
 
 
-def _settings(model: Any, trained: int | None, window: int | None) -> tuple[int, int]:
+def _settings(model: LensModel, trained: int | None, window: int | None) -> tuple[int, int]:
     require_rotary(model)
     require_clean(model)
     known = trained_of(model, trained)
     return known, max(1, known // 8) if window is None else window
 
 
-def _groups(model: Any, groups: int) -> tuple[int, ...]:
+def _groups(model: LensModel, groups: int) -> tuple[int, ...]:
     """How many pairs each group has."""
     require_whole("detect_effective_lengths", groups=(groups, 1))
     found = {layer.n_pairs for layer in RotaryGeometry.from_model(model).layers} - {0}

@@ -19,7 +19,7 @@ from tl_posheads.extrapolation.methods.yarn import YaRN
 from tl_posheads.hooks.changes import trained_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import mean_loss
-from tl_posheads.hooks.model import model_name
+from tl_posheads.hooks.model import LensModel, model_name
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 
 _Factors = tuple[float, ...]
@@ -28,7 +28,7 @@ _MUTATED = 0.3  # share of pairs that a mutation changes
 
 
 def search_longrope(
-    model: Any,
+    model: LensModel,
     tokens: Tensor | Sequence[Tensor],
     *,
     factor: float,

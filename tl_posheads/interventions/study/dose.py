@@ -20,7 +20,7 @@ from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import by_layer, heads_of
 from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
-from tl_posheads.hooks.model import model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.interventions.rotary_edits import Edit, PairNumbers, edited_rotary, pairs_of
@@ -34,7 +34,7 @@ EDITS = ("scale", "shift")
 
 
 def dose_response(
-    model: Any,
+    model: LensModel,
     heads: Sequence[Head],
     pairs: PairNumbers,
     strengths: Sequence[float],
@@ -175,7 +175,7 @@ def _edit(edit: str, pairs: Sequence[int], strength: float) -> Edit:
 
 
 def _one_prompt(
-    model: Any,
+    model: LensModel,
     prompt: Prompt,
     sets: Sequence[Sequence[Head]],
     doses: Sequence[float],

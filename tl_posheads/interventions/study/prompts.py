@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.model import model_name
+from tl_posheads.hooks.model import LensModel, model_name
 from tl_posheads.tasks.base import Prompt, Task, check_length
 
 
@@ -27,7 +27,7 @@ def with_short(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
 
 
-def prompts_of(model: Any, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
+def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
     """Each task's prompts, checked, by its name.
 
     Raises:

@@ -18,7 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.model import model_name, require_clean, require_own_biases, require_rotary
+from tl_posheads.hooks.model import (
+    LensModel,
+    model_name,
+    require_clean,
+    require_own_biases,
+    require_rotary,
+)
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.interventions.ablation import Mode
 from tl_posheads.interventions.study.budget import (
@@ -48,7 +54,7 @@ from tl_posheads.tasks.base import Prompt, Task
 
 
 def ablation_study(
-    model: Any,
+    model: LensModel,
     scores: HeadScores,
     *,
     tasks: Sequence[Task],
@@ -167,7 +173,7 @@ def ablation_study(
 
 
 def _check_request(
-    model: Any, scores: Any, tasks: Any, controls: Sequence[str], n_control: int
+    model: LensModel, scores: Any, tasks: Any, controls: Sequence[str], n_control: int
 ) -> None:
     require_rotary(model)
     require_clean(model)

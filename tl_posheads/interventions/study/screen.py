@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.logprobs import target_logits
-from tl_posheads.hooks.model import attention, own_hooks, readable, require_own_biases
+from tl_posheads.hooks.model import LensModel, attention, own_hooks, readable, require_own_biases
 from tl_posheads.rotary.precision import widened
 
 
@@ -42,7 +42,7 @@ class HeadEffects:
 
 
 def head_effects(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
     replacement: Mapping[int, Tensor | None] | None = None,
@@ -124,7 +124,7 @@ def _norms(z: Tensor, attn: Any) -> Float[Tensor, "head"]:
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def _frozen(model: LensModel) -> Iterator[None]:
     """Inside, no weight asks for a gradient: autograd then keeps no input of a weight for it."""
     asking = [weight for weight in model.parameters() if weight.requires_grad]
     try:

@@ -16,7 +16,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import by_layer
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import Hooks, cached_prefix, run_from_layer
-from tl_posheads.hooks.model import attention, model_name, require_own_biases
+from tl_posheads.hooks.model import LensModel, attention, model_name, require_own_biases
 from tl_posheads.interventions.ablation import (
     Mode,
     check_mode,
@@ -41,7 +41,7 @@ class Trial:
         fused: whether attention ran through fused kernels; known after the first pass.
     """
 
-    model: Any
+    model: LensModel
     mode: Mode
     documents: list[Int[Tensor, "pos"]]
     per_position: bool
@@ -51,7 +51,9 @@ class Trial:
     values: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, mode: Mode, reference: Any, per_position: bool, seed: int) -> Trial:
+    def of(
+        cls, model: LensModel, mode: Mode, reference: Any, per_position: bool, seed: int
+    ) -> Trial:
         """Check mode and reference; runs nothing."""
         check_mode(mode, reference, per_position)
         if mode == "zero":

@@ -94,7 +94,7 @@ class Job:
 class Begun:
     """A process's model, and what all processes share."""
 
-    model: Any
+    model: Any  # None in a process that measures nothing
     units: Units
     accumulator: ScoreAccumulator
     plan: dict[str, Any]

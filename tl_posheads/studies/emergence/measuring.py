@@ -16,7 +16,7 @@ from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.inputs import by_content, documents_of
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.hooks.model import require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import Scale
 from tl_posheads.rotary.geometry import LayerGeometry
@@ -60,7 +60,7 @@ def octaves(longest: int) -> Int[np.ndarray, "edge"]:
     return 2 ** np.arange(int(longest - 1).bit_length() + 1)
 
 
-def texts_of(model: Any, tokens: Any) -> list[tuple[str, Tensor]]:
+def texts_of(model: LensModel, tokens: Any) -> list[tuple[str, Tensor]]:
     """Texts by the hash of their content, checked.
 
     Raises:
@@ -71,7 +71,7 @@ def texts_of(model: Any, tokens: Any) -> list[tuple[str, Tensor]]:
 
 
 def measure_step(
-    model: Any, by_key: Sequence[tuple[str, Tensor]], *, scale: Scale = "none", seed: int = 0
+    model: LensModel, by_key: Sequence[tuple[str, Tensor]], *, scale: Scale = "none", seed: int = 0
 ) -> tuple[Moment, dict[str, Any]]:
     """Scores, curves and loss of a model as it is now, and how they came about.
 
@@ -112,7 +112,7 @@ def measure_step(
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: LensModel) -> Iterator[None]:
     """Every module in eval mode inside, and as it was afterwards."""
     # A Bridge's modules don't hold the model that it was made from, but its eval() reaches it.
     whole = [*model.modules(), *getattr(model, "original_model", model).modules()]
@@ -157,7 +157,7 @@ def _octave_of(numbers: Int[Tensor, "n"], edges: Int[Tensor, "edge"]) -> Int[Ten
 
 
 def _loss(
-    model: Any, document: Int[Tensor, "pos"], edges: Int[Tensor, "edge"]
+    model: LensModel, document: Int[Tensor, "pos"], edges: Int[Tensor, "edge"]
 ) -> Float[Tensor, "octave"]:
     """Mean by octave of position; NaN in those beyond the text's end."""
     targets = torch.arange(1, len(document))

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.inputs import digest_of
-from tl_posheads.hooks.model import model_name
+from tl_posheads.hooks.model import LensModel, model_name
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale
 from tl_posheads.studies.emergence.measuring import Moment, measure_step, texts_of
@@ -60,7 +60,7 @@ class EmergenceTracker:
 
     def __init__(
         self,
-        model: Any,
+        model: LensModel,
         tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
         *,
         every: int | Sequence[int] = 100,
@@ -83,7 +83,7 @@ class EmergenceTracker:
         self._bar = tqdm(desc="training", unit="look", disable=not progress, dynamic_ncols=True)
         self._looking = False
 
-    def see(self, step: int, model: Any = None) -> Moment | None:
+    def see(self, step: int, model: LensModel | None = None) -> Moment | None:
         """Look at the model now, if this step is one of those wanted.
 
         Args:
@@ -93,7 +93,7 @@ class EmergenceTracker:
         """
         return self.look(step, model) if self._every(step) else None
 
-    def look(self, step: int, model: Any = None) -> Moment:
+    def look(self, step: int, model: LensModel | None = None) -> Moment:
         """Look at the model now, or read what the folder has of this step."""
         unit = f"step-{step:09d}"
         found = self._kept.read(unit)

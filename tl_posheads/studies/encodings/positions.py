@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.changes import trained_length
 from tl_posheads.hooks.measured_geometry import declared_scale, measured_scale
-from tl_posheads.hooks.model import model_name, own_hooks, read_pass
+from tl_posheads.hooks.model import LensModel, model_name, own_hooks, read_pass
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.studies.encodings.basis import QKBasis, ordered_planes
 from tl_posheads.studies.encodings.transport import TransportSums, log_shifts
@@ -24,7 +24,7 @@ _N_MEASURED = 64  # tokens that a layer's factor is read from
 Consumer = Callable[[int, Tensor, Tensor], None]
 
 
-def position_table(model: Any, n: int) -> Float[Tensor, "pos d_model"]:
+def position_table(model: LensModel, n: int) -> Float[Tensor, "pos d_model"]:
     """What the model adds to the tokens at positions 0 to ``n - 1``, as a pass shows it.
 
     Measured, not read from a weight: families begin at another row than 0, and the Bridge of 3.9
@@ -50,7 +50,7 @@ def position_table(model: Any, n: int) -> Float[Tensor, "pos d_model"]:
 
 
 def capture_moved(
-    model: Any,
+    model: LensModel,
     document: Int[Tensor, "pos"],
     consumer: Consumer,
     *,
@@ -102,7 +102,7 @@ def capture_moved(
 
 
 def attention_scales(
-    model: Any, document: Int[Tensor, "pos"], layers: Sequence[int]
+    model: LensModel, document: Int[Tensor, "pos"], layers: Sequence[int]
 ) -> dict[int, float]:
     """The factor of every layer's scores on ``q . k``, as a pass over the text's start shows it.
 
@@ -129,7 +129,7 @@ def attention_scales(
 
 
 def moved_bases(
-    model: Any,
+    model: LensModel,
     documents: Sequence[Int[Tensor, "pos"]],
     layers: Sequence[int],
     bar: Any,
@@ -175,7 +175,7 @@ def moved_bases(
 
 
 def _add_moved(
-    model: Any,
+    model: LensModel,
     text: Int[Tensor, "pos"],
     shifts: Sequence[int],
     table: Float[Tensor, "pos d_model"],

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
 from tl_posheads.hooks.inputs import by_content, documents_of, layers_of, require_finite
-from tl_posheads.hooks.model import POSITIONS, model_name, require_clean, require_lens
+from tl_posheads.hooks.model import POSITIONS, LensModel, model_name, require_clean, require_lens
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale, expand_keys, scale_factor
@@ -37,7 +37,7 @@ Read = Callable[[Tensor, Callable[[int, Tensor, Tensor], None]], None]
 
 
 def score_any_code(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     layers: Sequence[int] | None = None,
@@ -129,7 +129,7 @@ class _Code:
     read: Read
 
 
-def code_of(model: Any) -> str:
+def code_of(model: LensModel) -> str:
     """``"rotary"`` or ``"learned"``.
 
     Raises:
@@ -160,7 +160,7 @@ def code_of(model: Any) -> str:
     )
 
 
-def _require_room(model: Any, documents: Sequence[Tensor], skip_first: int) -> None:
+def _require_room(model: LensModel, documents: Sequence[Tensor], skip_first: int) -> None:
     n = max(len(document) for document in documents) - skip_first
     size = 8 * n * (n - 1) // 2 * (int(model.cfg.n_heads) + 1)
     if size > _AT_MOST:
@@ -171,7 +171,7 @@ def _require_room(model: Any, documents: Sequence[Tensor], skip_first: int) -> N
 
 
 def _learned(
-    model: Any,
+    model: LensModel,
     documents: Sequence[Tensor],
     layers: Sequence[int],
     scale: Scale,
@@ -186,7 +186,9 @@ def _learned(
     return _Code(bases, dict.fromkeys(layers), factors, read)
 
 
-def _rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int], scale: Scale) -> _Code:
+def _rotary(
+    model: LensModel, geometry: RotaryGeometry, layers: Sequence[int], scale: Scale
+) -> _Code:
     layers = [layer for layer in layers if geometry[layer].n_pairs]
     if not layers:
         raise PosheadsError(
@@ -198,7 +200,9 @@ def _rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int], scale: 
     return _Code(bases, windows, factors, _read_rotary(model, geometry, layers))
 
 
-def _geometry(model: Any, documents: Sequence[Tensor], layers: Sequence[int]) -> RotaryGeometry:
+def _geometry(
+    model: LensModel, documents: Sequence[Tensor], layers: Sequence[int]
+) -> RotaryGeometry:
     longest = max(len(document) for document in documents)
     geometry = RotaryGeometry.from_model(model, length=longest, layers=layers)
     own = geometry_by_length(model, geometry, layers)
@@ -232,7 +236,7 @@ def _rotary_bases(geometry: RotaryGeometry, layers: Sequence[int]) -> dict[int, 
     return out
 
 
-def _read_rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int]) -> Read:
+def _read_rotary(model: LensModel, geometry: RotaryGeometry, layers: Sequence[int]) -> Read:
     def read(document: Tensor, consumer: Any) -> None:
         def expanded(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             require_finite(layer, rot_q[0], rot_k[0], geometry[layer].kv_head)
@@ -244,7 +248,7 @@ def _read_rotary(model: Any, geometry: RotaryGeometry, layers: Sequence[int]) ->
 
 
 def _values(
-    model: Any,
+    model: LensModel,
     units: Units,
     code: _Code,
     vectors_of: Callable[..., PlaneVectors],
@@ -280,7 +284,7 @@ def _values(
 
 
 def _put_together(
-    model: Any, values: Tensor, units: Units, code: _Code, facts: dict[str, Any]
+    model: LensModel, values: Tensor, units: Units, code: _Code, facts: dict[str, Any]
 ) -> CodeScores:
     n_layers, n_heads = values.shape[2:]
     different = {id(basis): basis for bases in code.bases.values() for basis in bases}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_posheads.hooks.capture import rotary_consumer
 from tl_posheads.hooks.inputs import require_finite
-from tl_posheads.hooks.model import attention, read_pass
+from tl_posheads.hooks.model import LensModel, attention, read_pass
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import evenly, expand_keys
 from tl_posheads.rotary.geometry import LayerGeometry
@@ -84,7 +84,7 @@ def head_scores(
 
 
 def measure_text(
-    model: Any,
+    model: LensModel,
     document: Int[Tensor, "pos"],
     geometry: RotaryGeometry,
     measures: Sequence[str],

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
 from tl_posheads.hooks.logprobs import greedy
-from tl_posheads.hooks.model import attention, model_name, read_pass
+from tl_posheads.hooks.model import LensModel, attention, model_name, read_pass
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.studies.profile.retrieval import copied_share, copies_of, recall
 from tl_posheads.tasks.base import Prompt, Task, check_length
@@ -24,7 +24,9 @@ _DEPTHS = 3
 _ANSWERED = 0.5  # recall that Wu et al. ask for
 
 
-def needle_prompts(model: Any, needles: int | Task | Sequence[Prompt], seed: int) -> list[Prompt]:
+def needle_prompts(
+    model: LensModel, needles: int | Task | Sequence[Prompt], seed: int
+) -> list[Prompt]:
     """Prompts by number, from a task, or as they are.
 
     Raises:
@@ -49,7 +51,7 @@ def needle_prompts(model: Any, needles: int | Task | Sequence[Prompt], seed: int
 
 
 def most_attended(
-    model: Any, tokens: Int[Tensor, "pos"], rows: slice
+    model: LensModel, tokens: Int[Tensor, "pos"], rows: slice
 ) -> Int[Tensor, "layer head row"]:
     """The position that every head attends to most, for some queries; -1 where there is no head.
 
@@ -73,7 +75,7 @@ def most_attended(
 
 
 def retrieval_scores(
-    model: Any,
+    model: LensModel,
     prompts: Sequence[Prompt],
     tick: Callable[[], Any] = lambda: None,
     kept: Checkpoint | None = None,
@@ -129,7 +131,7 @@ def retrieval_scores(
     return total / n_answered, facts
 
 
-def _answered(model: Any, prompt: Prompt) -> dict[str, Tensor]:
+def _answered(model: LensModel, prompt: Prompt) -> dict[str, Tensor]:
     """How much of the needle the model wrote, and where that counts what each head copied.
 
     Neither where the text is without the answer.

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.inputs import by_content, documents_of
-from tl_posheads.hooks.model import model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.interventions.study.prompts import prompts_digest
 from tl_posheads.io.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ N_NEEDLES = 6
 
 
 def profile_heads(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     scores: HeadScores | None = None,
@@ -160,7 +160,7 @@ def profile_heads(
 
 
 def _measured(
-    model: Any,
+    model: LensModel,
     units: Units,
     prompts: Sequence[Prompt],
     wanted: Sequence[str],
@@ -195,7 +195,7 @@ def _measured(
     return texts, retrieval, answered
 
 
-def _check_scores(model: Any, scores: HeadScores | None) -> None:
+def _check_scores(model: LensModel, scores: HeadScores | None) -> None:
     expected = (int(model.cfg.n_layers), int(model.cfg.n_heads))
     if scores is not None and tuple(scores.rho.shape) != expected:
         raise PosheadsError(
@@ -205,7 +205,7 @@ def _check_scores(model: Any, scores: HeadScores | None) -> None:
 
 
 def _prompts(
-    model: Any, needles: int | Task | Sequence[Prompt], seed: int
+    model: LensModel, needles: int | Task | Sequence[Prompt], seed: int
 ) -> tuple[list[Prompt], str]:
     """The prompts, or why there are none; what the caller chose himself is refused instead."""
     if not isinstance(needles, int):

@@ -22,7 +22,7 @@ from tl_posheads.hooks.changes import (
     trained_of,
 )
 from tl_posheads.hooks.heads import Head, by_layer, heads_of
-from tl_posheads.hooks.model import model_name, own_hooks, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, own_hooks, require_rotary
 from tl_posheads.hooks.rescoring import remapped, require_scores
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.geometry import LayerGeometry
@@ -59,7 +59,7 @@ def clamped(
 
 @contextmanager
 def clamp_rotary(
-    model: Any,
+    model: LensModel,
     heads: Sequence[Head],
     pairs: Iterable[int] | None = None,
     *,
@@ -117,7 +117,7 @@ def clamp_rotary(
             yield model
 
 
-def require_room(model: Any) -> None:
+def require_room(model: LensModel) -> None:
     """Refuse models whose scores can't be computed again, and changes that would be in the way.
 
     Raises:
@@ -136,7 +136,7 @@ def require_room(model: Any) -> None:
 
 
 @contextmanager
-def hiding(model: Any, layers: Mapping[int, LayerGeometry], trained: int) -> Iterator[None]:
+def hiding(model: LensModel, layers: Mapping[int, LayerGeometry], trained: int) -> Iterator[None]:
     """Inside, the heads of each layer's remapping don't see keys ``trained`` or more tokens away.
 
     For whole texts in one pass, without padding and without a KV cache.

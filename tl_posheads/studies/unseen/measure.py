@@ -24,7 +24,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, by_layer, heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, require_finite
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.hooks.model import model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rescoring import remapped
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -52,7 +52,7 @@ _NEAREST = -3  # octave, from the training length, that has all nearer positions
 
 
 def unseen_angles(
-    model: Any,
+    model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     trained: int | None = None,
@@ -215,7 +215,7 @@ def _sums(passes: Sequence[tuple[int, str, Pass]], heads: Sequence[Head]) -> dic
     }
 
 
-def _check(model: Any, factor: Any, live: Any, **whole: Any) -> None:
+def _check(model: LensModel, factor: Any, live: Any, **whole: Any) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 < factor < math.inf:
         raise PosheadsError(f"factor={factor!r} was given; expected a number above 1")
     for name, value in whole.items():
@@ -236,7 +236,11 @@ def _check(model: Any, factor: Any, live: Any, **whole: Any) -> None:
 
 
 def _heads(
-    model: Any, geometry: RotaryGeometry, asked: Sequence[Head] | None, trained: int, longest: int
+    model: LensModel,
+    geometry: RotaryGeometry,
+    asked: Sequence[Head] | None,
+    trained: int,
+    longest: int,
 ) -> list[Head]:
     """Heads that see further than the training length, or all that were asked for."""
 
@@ -262,7 +266,7 @@ class _Reader:
 
     def __init__(
         self,
-        model: Any,
+        model: LensModel,
         geometry: RotaryGeometry,
         members: dict[int, list[int]],
         bins: DistanceBins,
