@@ -78,7 +78,11 @@ class Result:
         return None
 
     def __repr__(self) -> str:
-        return "\n".join([f"{type(self).__name__}({self._about()})", *self._finding()])
+        try:
+            found = self._finding()
+        except PosheadsError:  # where nothing can be told, it still has a name
+            found = []
+        return "\n".join([f"{type(self).__name__}({self._about()})", *found])
 
     def _repr_html_(self) -> str:
         """What it says of itself, the first rows of its table, and its figure."""
@@ -241,6 +245,8 @@ def _together(hint: Any, value: Any, at: str, parts: dict[str, Any]) -> Any:
         return origin(_together(x, y, f"{at}.{i}", parts) for i, (x, y) in items)
     if kind is float and type(value) is int:
         return float(value)
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair is no text
     fits = value in args if origin is typing.Literal else isinstance(value, origin or kind)
     if not fits or (kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)):
         shown = f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else _short(value)
