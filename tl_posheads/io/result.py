@@ -95,7 +95,8 @@ class Result:
             figure.savefig(image, format="png", dpi=80, bbox_inches="tight")
             data = base64.b64encode(image.getvalue()).decode()
             shown += f'<img src="data:image/png;base64,{data}" alt="{type(self).__name__}">'
-        return shown
+        # A token may be half a character, which no page can hold.
+        return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write tensors, tables, and at last a label with their checksums into a folder.
@@ -245,8 +246,6 @@ def _together(hint: Any, value: Any, at: str, parts: dict[str, Any]) -> Any:
         return origin(_together(x, y, f"{at}.{i}", parts) for i, (x, y) in items)
     if kind is float and type(value) is int:
         return float(value)
-    if isinstance(value, str):
-        value.encode()  # half a surrogate pair is no text
     fits = value in args if origin is typing.Literal else isinstance(value, origin or kind)
     if not fits or (kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)):
         shown = f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else _short(value)

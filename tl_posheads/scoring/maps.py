@@ -90,7 +90,7 @@ class HeadMaps(Result):
                     "layer": layer,
                     "head": head,
                     "q_pos": range(n_pos),
-                    "token": self.tokens,
+                    "token": pd.Series(self.tokens, dtype=object),  # half a character, too
                     "distance": self.distance[i].numpy(),
                     "dimension": self.dimension[i].numpy(),
                 }
