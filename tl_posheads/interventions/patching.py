@@ -82,6 +82,10 @@ class HeadPatching(Result):
 
     _files = Files("patching", "patching results", "patch again")
 
+    def _check(self) -> None:
+        if self.effects.empty:
+            raise ValueError("no heads")
+
     def _about(self) -> str:
         return (
             f"{self.provenance.get('model')}: {len(self.effects)} heads; metric {self.clean:.3g} "

@@ -174,9 +174,9 @@ class UnseenAngles(Result):
 
     def _finding(self) -> list[str]:
         table = self.summary(n_boot=1)  # its intervals, which take seconds, aren't told
-        share = table.loc[table["quantity"] == "head_share", "value"]
-        if share.empty:
+        if table.empty:
             return []
+        share = table.loc[table["quantity"] == "head_share", "value"]
         return [f"unseen pairs: {share.iloc[-1]:.2f} of each head's change past training"]
 
     def to_pandas(self) -> pd.DataFrame:
