@@ -354,26 +354,16 @@ def test_longrope_needs_the_length_and_the_factor():
 @pytest.mark.skipif(not models.hooked_available(), reason="no HookedTransformer")
 @torch.no_grad()
 def test_qwens_own_scaling_in_a_hookedtransformer_leaves_nothing():
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    cfg = HookedTransformerConfig(
-        n_layers=2,
-        d_model=32,
-        n_ctx=256,
-        d_head=8,
-        n_heads=4,
-        d_vocab=97,
+    model = small_models.small_hooked(
+        n_key_value_heads=None,
         d_mlp=48,
-        seed=0,
-        act_fn="silu",
-        positional_embedding_type="rotary",
-        rotary_dim=8,
+        normalization_type="LN",
+        initializer_range=-1.0,
         final_rms=True,
         rotary_adjacent_pairs=False,
         use_dynamic_ntk_rope=True,
         train_seq_length=N,
     )
-    model = HookedTransformer(cfg).eval()
     attn = model.blocks[0].attn
     model(tokens_of(100, 0)[None])
     before, alpha = attn.rotary_cos, attn._ntk_alpha_cached

@@ -98,26 +98,26 @@ def other_model(name: str) -> TransformerBridge:
     return bridge(build(family, config), f"tiny-{family}")
 
 
-def small_hooked() -> Any:
+def small_hooked(**options: Any) -> Any:
+    """A HookedTransformer with other options than these, where there are some."""
     if not models.hooked_available():
         pytest.skip("this transformer-lens has no HookedTransformer")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    return HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=2,
-            d_model=32,
-            d_head=8,
-            n_heads=4,
-            n_key_value_heads=2,
-            n_ctx=256,
-            d_vocab=97,
-            act_fn="silu",
-            normalization_type="RMS",
-            positional_embedding_type="rotary",
-            rotary_dim=8,
-            seed=0,
-            initializer_range=0.4,
-            device="cpu",
-        )
-    ).eval()
+    defaults = dict(
+        n_layers=2,
+        d_model=32,
+        d_head=8,
+        n_heads=4,
+        n_key_value_heads=2,
+        n_ctx=256,
+        d_vocab=97,
+        act_fn="silu",
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=8,
+        seed=0,
+        initializer_range=0.4,
+        device="cpu",
+    )
+    return HookedTransformer(HookedTransformerConfig(**{**defaults, **options})).eval()

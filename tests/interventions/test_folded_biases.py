@@ -103,22 +103,12 @@ def test_models_whose_biases_are_zero_by_themselves_are_not_refused():
 @pytest.mark.skipif(not hooked_available(), reason="this line has no HookedTransformer")
 @pytest.mark.parametrize("n_kv_heads", [None, 2])
 def test_a_processed_hooked_transformer_is_refused_too(n_kv_heads):
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    model = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=2,
-            d_model=32,
-            n_ctx=64,
-            d_head=8,
-            n_heads=4,
-            d_vocab=97,
-            act_fn="gelu",
-            positional_embedding_type="rotary",
-            rotary_dim=8,
-            n_key_value_heads=n_kv_heads,
-            seed=0,
-        )
+    model = small_models.small_hooked(
+        n_key_value_heads=n_kv_heads,
+        n_ctx=64,
+        act_fn="gelu",
+        normalization_type="LN",
+        initializer_range=-1.0,
     )
     with torch.no_grad():
         for key, weight in model.named_parameters():

@@ -83,24 +83,14 @@ def test_unrotated_coordinates_may_be_the_slowest_dimensions():
 
 
 def hooked_gpt2():
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    return HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=2,
-            d_model=32,
-            n_ctx=256,
-            d_head=8,
-            n_heads=4,
-            d_vocab=97,
-            d_mlp=48,
-            act_fn="gelu",
-            positional_embedding_type="standard",
-            seed=0,
-            device="cpu",
-            init_weights=True,
-            normalization_type="LN",
-        )
+    return small_models.small_hooked(
+        n_key_value_heads=None,
+        d_mlp=48,
+        act_fn="gelu",
+        positional_embedding_type="standard",
+        rotary_dim=None,
+        normalization_type="LN",
+        initializer_range=-1.0,
     )
 
 

@@ -93,7 +93,7 @@ def documents_of(
             f"tokens of shape {shape} were given; expected whole numbers of shape [doc, pos]"
         )
     if attention_mask is None and isinstance(tokens, Tensor):
-        require_unpadded(model, torch.stack(rows))
+        require_unpadded(model, tokens[None] if tokens.ndim == 1 else tokens)
     if attention_mask is not None:
         if attention_mask.shape != (len(rows), len(rows[0])):
             raise PosheadsError(
