@@ -249,10 +249,10 @@ class PairVectors:
         # of a whole number, and the order of those last digits is part of its score.
         total = torch.zeros(peak.shape, dtype=torch.float64, device=peak.device)
         moment = torch.zeros_like(total)
-        for m in range(self.n_pairs):
-            weight = contribution(m).sub_(peak).exp_()
-            total += weight
-            moment.add_(weight, alpha=m)
+        for m in reversed(range(self.n_pairs)):
+            total += contribution(m).sub_(peak).exp_().double()
+            if m:  # sum_m m w_m is the sum of the tails w_m + w_m+1 + ...
+                moment += total
         return moment.div_(total)
 
     def weight_rows(

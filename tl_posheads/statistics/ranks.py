@@ -44,6 +44,8 @@ def ordered_midranks(
     at = torch.arange(n, device=values.device).expand(values.shape)
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    if weights is None and bool(starts.all()):  # no ties: most of the time
+        return order, at.double() + 0.5
     ends = torch.ones_like(starts)
     ends[..., :-1] = starts[..., 1:]
     first = torch.where(starts, at, 0).cummax(-1).values
