@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from tl_posheads.interventions.ablation import ablate, ablation_hooks
     from tl_posheads.interventions.patching import HeadPatching, patch_heads
     from tl_posheads.interventions.rotary_edits import edit_rotary
-    from tl_posheads.interventions.study.controls import control_sets
-    from tl_posheads.interventions.study.dose import dose_response
-    from tl_posheads.interventions.study.dose_results import DoseResponse
-    from tl_posheads.interventions.study.results import AblationStudy
-    from tl_posheads.interventions.study.run import ablation_study
-    from tl_posheads.interventions.study.screen import head_effects
     from tl_posheads.io.corpora import load_corpus
     from tl_posheads.io.models import load_model
     from tl_posheads.rotary.contributions import (
@@ -51,6 +45,12 @@ if TYPE_CHECKING:
     from tl_posheads.statistics.ranks import spearman_by_distance
     from tl_posheads.studies import emergence, profile, unseen
     from tl_posheads.studies import encodings as codes
+    from tl_posheads.studies.ablation.controls import control_sets
+    from tl_posheads.studies.ablation.dose import dose_response
+    from tl_posheads.studies.ablation.dose_results import DoseResponse
+    from tl_posheads.studies.ablation.results import AblationStudy
+    from tl_posheads.studies.ablation.run import ablation_study
+    from tl_posheads.studies.ablation.screen import head_effects
     from tl_posheads.studies.emergence.results import Emergence
     from tl_posheads.studies.emergence.tracker import EmergenceTracker, track_emergence
     from tl_posheads.studies.encodings.results import CodeScores
@@ -71,7 +71,7 @@ _HOME = {
     "dimension_contributions": "rotary.contributions",
     "dominant_dimension": "rotary.contributions",
     "unrotated_contribution": "rotary.contributions",
-    "control_sets": "interventions.study.controls",
+    "control_sets": "studies.ablation.controls",
     "load_corpus": "io.corpora",
     "dominant_dimension_curve": "scoring.curves",
     "Emergence": "studies.emergence.results",
@@ -99,11 +99,11 @@ _HOME = {
     "score_heads": "scoring.score",
     "score_corpus": "scoring.corpus",
     "spearman_by_distance": "statistics.ranks",
-    "ablation_study": "interventions.study.run",
-    "AblationStudy": "interventions.study.results",
-    "dose_response": "interventions.study.dose",
-    "DoseResponse": "interventions.study.dose_results",
-    "head_effects": "interventions.study.screen",
+    "ablation_study": "studies.ablation.run",
+    "AblationStudy": "studies.ablation.results",
+    "dose_response": "studies.ablation.dose",
+    "DoseResponse": "studies.ablation.dose_results",
+    "head_effects": "studies.ablation.screen",
     "CodeScores": "studies.encodings.results",
     "score_any_code": "studies.encodings.scoring",
     "UnseenAngles": "studies.unseen.results",

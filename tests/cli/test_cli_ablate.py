@@ -10,7 +10,7 @@ import pytest
 from helpers.commands import SCORE
 from tl_posheads import AblationStudy
 from tl_posheads.cli.ablate import CONTROLS, TASKS
-from tl_posheads.interventions.study import run as study_run
+from tl_posheads.studies.ablation import run as study_run
 
 pytestmark = pytest.mark.lens
 
@@ -41,7 +41,7 @@ def scored(run):
 
 def test_names_are_those_of_the_library():
     from tl_posheads import tasks
-    from tl_posheads.interventions.study import controls
+    from tl_posheads.studies.ablation import controls
 
     assert tuple(tasks.TASKS) == TASKS
     assert tuple(controls.CONTROLS) == CONTROLS

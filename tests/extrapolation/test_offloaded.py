@@ -11,8 +11,8 @@ from helpers import architectures, small_models
 from tl_posheads import extrapolation as ex
 from tl_posheads.hooks.logprobs import greedy, target_logprobs
 from tl_posheads.hooks.model import input_device
-from tl_posheads.interventions.study.screen import head_effects
 from tl_posheads.io.models import hooked_available
+from tl_posheads.studies.ablation.screen import head_effects
 
 pytestmark = pytest.mark.lens
 

@@ -13,11 +13,11 @@ import tl_posheads as ph
 from helpers import architectures, small_models
 from tl_posheads import extrapolation as ex
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.interventions.study.screen import head_effects
 from tl_posheads.rotary.contributions import turn, unrotated_contribution
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.precision import rounding_of
 from tl_posheads.rotary.remapping import remapped_attention
+from tl_posheads.studies.ablation.screen import head_effects
 
 pytestmark = pytest.mark.lens
 

@@ -12,9 +12,9 @@ import torch
 from helpers.scores_by_hand import head_scores
 from tl_posheads import AblationStudy, ExtrapolationComparison
 from tl_posheads.interventions.patching import HeadPatching
-from tl_posheads.interventions.study.dose_results import DoseResponse
 from tl_posheads.scoring.curves import DominantDimensionCurve
 from tl_posheads.scoring.maps import HeadMaps
+from tl_posheads.studies.ablation.dose_results import DoseResponse
 from tl_posheads.studies.emergence.results import Emergence
 from tl_posheads.studies.encodings.basis import QKBasis
 from tl_posheads.studies.encodings.results import CodeScores

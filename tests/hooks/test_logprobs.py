@@ -10,7 +10,7 @@ from helpers.traces import state, warm
 from tl_posheads import ablation_hooks
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer, target_logprobs
-from tl_posheads.interventions.study.screen import head_effects
+from tl_posheads.studies.ablation.screen import head_effects
 
 pytestmark = pytest.mark.lens
 

@@ -9,8 +9,8 @@ import tl_posheads as ph
 from helpers import architectures, small_models
 from helpers.traces import warm
 from tl_posheads import ablate, ablation_hooks, ablation_study
-from tl_posheads.interventions.study.screen import head_effects
 from tl_posheads.io.models import hooked_available
+from tl_posheads.studies.ablation.screen import head_effects
 
 pytestmark = pytest.mark.lens
 

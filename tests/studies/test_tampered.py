@@ -20,9 +20,9 @@ from safetensors.torch import save as save_tensors
 
 from helpers import results_by_hand
 from tl_posheads import PosheadsError
-from tl_posheads.interventions.study import dose_results, results
 from tl_posheads.io.files import facts_sha256, table_bytes
 from tl_posheads.statistics import effects, power
+from tl_posheads.studies.ablation import dose_results, results
 
 NAN, INF = float("nan"), float("inf")
 some = pytest.mark.parametrize("most", [25, pytest.param(None, marks=pytest.mark.slow)])

@@ -10,7 +10,7 @@ from tl_posheads.cli.command import Run, new_command
 from tl_posheads.cli.options import add_model_options, names, shares, whole
 
 if TYPE_CHECKING:
-    from tl_posheads.interventions.study.results import AblationStudy
+    from tl_posheads.studies.ablation.results import AblationStudy
 
 # As tasks.TASKS and controls.CONTROLS have them; named here so that --help needs no torch.
 TASKS = (
@@ -113,7 +113,7 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
 
 def _ablate(run: Run) -> AblationStudy:
     from tl_posheads import HeadScores, ablation_study, load_corpus
-    from tl_posheads.interventions.study.budget import seconds_of
+    from tl_posheads.studies.ablation.budget import seconds_of
 
     args, reference = run.args, None
     seconds_of(args.budget)

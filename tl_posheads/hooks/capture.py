@@ -21,7 +21,7 @@ from tl_posheads.hooks.lengths import own_frequencies
 from tl_posheads.hooks.model import (
     LensModel,
     PassDone,
-    attention,
+    attention_of,
     instance_method,
     model_name,
     own_hooks,
@@ -138,7 +138,7 @@ def rotary_hook_points(model: LensModel) -> Iterator[Any]:
         return
     with ExitStack() as stack:
         for layer in range(model.cfg.n_layers):
-            attn = attention(model, layer)
+            attn = attention_of(model, layer)
             seam = None if attn is None else _seam(attn)
             if seam is not None:
                 stack.enter_context(seam)
@@ -181,7 +181,7 @@ def capture_rotary(
     require_rotary(model)
     wanted = layers_of(model, layers)
     if layers is None:
-        wanted = [layer for layer in wanted if attention(model, layer) is not None]
+        wanted = [layer for layer in wanted if attention_of(model, layer) is not None]
 
     def until_last(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
         consumer(layer, rot_q, rot_k)
@@ -206,7 +206,7 @@ def rotary_consumer(
     with rotary_hook_points(model):
         points = {}
         for layer in layers:
-            attn: Any = attention(model, layer)
+            attn: Any = attention_of(model, layer)
             if attn is None or not hasattr(attn, "hook_rot_q"):
                 raise PosheadsError(
                     f"layer {layer} of {model_name(model)} has no rotary attention; leave it out "
@@ -237,7 +237,7 @@ def rotary_consumer(
             yield
     missing = sorted(set(layers) - seen)
     if missing:
-        kind = type(attention(model, missing[0])).__name__
+        kind = type(attention_of(model, missing[0])).__name__
         raise PosheadsError(
             f"the rotated queries of layer {missing[0]} of {model_name(model)} never came: "
             f"TransformerLens does not offer them for {kind}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tl_posheads.hooks.changes import changes_of
-from tl_posheads.hooks.model import LensModel, attention, instance_method, model_name, own_hooks
+from tl_posheads.hooks.model import LensModel, attention_of, instance_method, model_name, own_hooks
 from tl_posheads.rotary.precision import MOST_ROUNDED, rounding_of
 from tl_posheads.rotary.remapping import only_heads, remapped_attention
 
@@ -36,7 +36,7 @@ def fused_attention(model: LensModel) -> Iterator[bool]:
     Yields:
         Whether it is in force.
     """
-    found = {i: a for i in range(model.cfg.n_layers) if (a := attention(model, i)) is not None}
+    found = {i: a for i in range(model.cfg.n_layers) if (a := attention_of(model, i)) is not None}
     layers = list(found.values())
     kinds = [_kind(model, attn) for attn in layers]
     changes = changes_of(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.model import LensModel, attention, model_name, require_lens
+from tl_posheads.hooks.model import LensModel, attention_of, model_name, require_lens
 
 Head = tuple[int, int]
 
@@ -31,7 +31,7 @@ def heads_of(model: LensModel, heads: Sequence[Head]) -> list[Head]:
                 f"layer {layer} head {head} was given, but {model_name(model)} has layers 0 to "
                 f"{n_layers - 1} with heads 0 to {n_heads - 1}; choose among those"
             )
-        if attention(model, layer) is None:
+        if attention_of(model, layer) is None:
             raise PosheadsError(
                 f"layer {layer} head {head} was given, but layer {layer} of {model_name(model)} "
                 "has no attention; leave it out"

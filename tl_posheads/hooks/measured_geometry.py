@@ -18,7 +18,7 @@ from tl_posheads.hooks.masks import visible_keys, window_of
 from tl_posheads.hooks.model import (
     LensModel,
     PassDone,
-    attention,
+    attention_of,
     model_name,
     one_thread,
     others_hooks_suspended,
@@ -46,7 +46,7 @@ def measured_layers(
 ) -> tuple[str, tuple[LayerGeometry, ...]]:
     """Name and layers for ``RotaryGeometry.from_model``."""
     asked, n_layers, name = layers_of(model, layers), int(model.cfg.n_layers), model_name(model)
-    wanted = [layer for layer in asked if attention(model, layer) is not None]
+    wanted = [layer for layer in asked if attention_of(model, layer) is not None]
     if not wanted:
         raise PosheadsError(
             f"TransformerLens shows no attention in layers {asked} of {name}; ask for others, or "
@@ -99,7 +99,7 @@ def _plain_token(model: LensModel) -> int:
 
 def _declared_window(model: LensModel, layer: int) -> int | None:
     """The window that the layer says it has; the mask is asked too, where it is short enough."""
-    attn: Any = attention(model, layer)
+    attn: Any = attention_of(model, layer)
     if hasattr(attn, "attn_type"):  # HookedTransformer
         return int(model.cfg.window_size) if attn.attn_type == "local" else None
     inner = getattr(attn, "original_component", None)
@@ -115,7 +115,7 @@ def _declared_window(model: LensModel, layer: int) -> int | None:
 
 def _require_every_key(model: LensModel, layer: int) -> None:
     """Refuse attention whose gaps would show in texts longer than the measured pass alone."""
-    inner: Any = getattr(attention(model, layer), "original_component", None)
+    inner: Any = getattr(attention_of(model, layer), "original_component", None)
     config: Any = getattr(inner, "config", None)
     kinds = getattr(config, "layer_types", None)
     why = None
@@ -194,16 +194,16 @@ def _observe(model: LensModel, tokens: Tensor, layers: Sequence[int]) -> dict[in
     # Sinks, convolutions and recurrent layers tell positions of the same token apart.
     hooks = [
         (
-            getattr(attention(model, i), "hook_in", None) or model.blocks[i].hook_resid_pre,
+            getattr(attention_of(model, i), "hook_in", None) or model.blocks[i].hook_resid_pre,
             same_everywhere,
         )
         for i in layers
     ]
     hooks += [
-        (getattr(attention(model, layer), name), keeper(layer, name))
+        (getattr(attention_of(model, layer), name), keeper(layer, name))
         for layer in layers
         for name in _POINTS
-        if hasattr(attention(model, layer), name)
+        if hasattr(attention_of(model, layer), name)
     ]
     # Others' hooks edit what the model does; what is measured is its own rotation.
     quiet = (others_hooks_suspended(model), _ended_before(getattr(model, "unembed", None)))
@@ -216,7 +216,7 @@ def _observe(model: LensModel, tokens: Tensor, layers: Sequence[int]) -> dict[in
         )
     n = tokens.shape[1]
     for layer in layers:
-        attn: Any = attention(model, layer)
+        attn: Any = attention_of(model, layer)
         inner: Any = getattr(attn, "original_component", None)
         if hasattr(attn, "rotary_cos"):  # HookedTransformer
             seen[layer]["hook_cos"] = attn.rotary_cos[:n]
@@ -235,7 +235,7 @@ def _layer_geometry(
     if not {"hook_rot_q", "hook_rot_k"} <= seen.keys():
         raise PosheadsError(
             f"the rotated queries and keys of {where} never came: TransformerLens does not offer "
-            f"them for {type(attention(model, layer)).__name__}"
+            f"them for {type(attention_of(model, layer)).__name__}"
         )
     rot_q, rot_k = seen["hook_rot_q"][0], seen["hook_rot_k"][0]
     kv_head = share_keys(rot_q.shape[1], rot_k.shape[1])
@@ -345,7 +345,7 @@ def _whole_vectors(seen: _Layer, rot_q: Tensor, rot_k: Tensor) -> tuple[Tensor, 
 
 
 def declared_scale(model: LensModel, layer: int, d_head: int) -> tuple[float, float | None]:
-    attn: Any = attention(model, layer)
+    attn: Any = attention_of(model, layer)
     if hasattr(attn, "attn_scale"):  # HookedTransformer divides
         cap = float(getattr(model.cfg, "attn_scores_soft_cap", -1) or -1)
         return 1 / float(attn.attn_scale), cap if cap > 0 else None

@@ -74,7 +74,7 @@ def require_rotary(model: LensModel) -> None:
         )
 
 
-def attention(model: LensModel, layer: int) -> nn.Module | None:
+def attention_of(model: LensModel, layer: int) -> nn.Module | None:
     """The layer's attention component; None in layers that have none (hybrid models)."""
     block = model.blocks[layer]
     return block._modules.get("attn") if isinstance(block, nn.Module) else None
@@ -214,7 +214,7 @@ def require_own_biases(model: LensModel, layers: Iterable[int], what: str) -> No
         PosheadsError: one of the layers' value biases are all zero, and its output bias isn't.
     """
     for layer in layers:
-        attn = attention(model, layer)
+        attn = attention_of(model, layer)
         if attn is None or "MLA" in type(attn).__name__:  # which has none
             continue
         with readable(attn):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.model import LensModel, attention, instance_method, model_name
+from tl_posheads.hooks.model import LensModel, attention_of, instance_method, model_name
 
 
 class Positions:
@@ -113,7 +113,7 @@ def watched_positions(model: LensModel) -> Iterator[Positions]:
     positions = Positions()
     with ExitStack() as stack:
         for layer in range(model.cfg.n_layers):
-            attn: Any = attention(model, layer)
+            attn: Any = attention_of(model, layer)
             if hasattr(attn, "apply_rotary"):  # HookedTransformer
                 wrapper = _hooked(attn.apply_rotary, positions)
                 stack.enter_context(instance_method(attn, "apply_rotary", wrapper))

@@ -17,7 +17,7 @@ from tl_posheads.hooks.changes import Change, changed, trained_length
 from tl_posheads.hooks.masks import lowest_score
 from tl_posheads.hooks.model import (
     LensModel,
-    attention,
+    attention_of,
     instance_method,
     is_native,
     model_name,
@@ -36,7 +36,7 @@ def require_scores(model: LensModel, what: str) -> None:
         PosheadsError: GPT-J and multi-head latent attention, by name.
     """
     for layer in range(model.cfg.n_layers):
-        attn = attention(model, layer)
+        attn = attention_of(model, layer)
         why = None
         if is_native(attn):
             why = "whose attention in TransformerLens shows its scores only afterwards"
@@ -69,7 +69,7 @@ def rescored(
         # One for all layers: they run one after the other, and nobody's tensors are held longer.
         seen: dict[str, Tensor] = {}
         for layer in layers:
-            attn: Any = attention(model, layer)
+            attn: Any = attention_of(model, layer)
             for which in "qk":
                 point = getattr(attn, f"hook_rot_{which}")
                 keeper = _keep(point, which, seen, positions)

@@ -23,7 +23,7 @@ from tl_posheads.hooks.heads import Head, by_layer, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.model import (
     LensModel,
-    attention,
+    attention_of,
     is_native,
     model_name,
     own_hooks,
@@ -90,7 +90,7 @@ def ablation_hooks(
     layers = by_layer(pairs)
     if mode == "zero":
         require_own_biases(model, layers, "zero-ablation")
-    native = next((layer for layer in layers if is_native(attention(model, layer))), None)
+    native = next((layer for layer in layers if is_native(attention_of(model, layer))), None)
     placed = keep is not None or per_position or mode == "resample"
     if native is not None and (on == "pattern" or placed):
         what = "on='pattern'" if on == "pattern" else "an ablation by position"

@@ -23,7 +23,7 @@ from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.lengths import own_frequencies
 from tl_posheads.hooks.model import (
     LensModel,
-    attention,
+    attention_of,
     input_device,
     instance_method,
     model_name,
@@ -198,7 +198,7 @@ def patch_heads(
     """
     require_lens(model)
     if heads is None:
-        layers = [i for i in range(model.cfg.n_layers) if attention(model, i) is not None]
+        layers = [i for i in range(model.cfg.n_layers) if attention_of(model, i) is not None]
         heads = [(layer, head) for layer in layers for head in range(model.cfg.n_heads)]
     pairs = heads_of(model, heads)
     if not pairs:

@@ -21,7 +21,7 @@ from tl_posheads.hooks.heads import by_layer, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.model import (
     LensModel,
-    attention,
+    attention_of,
     model_name,
     read_pass,
     require_clean,
@@ -208,7 +208,7 @@ def _read(
             found[layer, head] = (*_reduced(whole, here[i], step), whole[at], here[i][at])
 
     with rotary_consumer(model, keep_dominant, list(members)):
-        parts: dict[int, Any] = {layer: attention(model, layer) for layer in members}
+        parts: dict[int, Any] = {layer: attention_of(model, layer) for layer in members}
         readers = [(attn.hook_pattern, partial(read, layer)) for layer, attn in parts.items()]
         read_pass(model, document[None], readers)
     return found

@@ -20,10 +20,10 @@ from tl_posheads.views.report_page import PROSE, SCRIPT, STYLE
 
 if TYPE_CHECKING:
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
-    from tl_posheads.interventions.study.results import AblationStudy
     from tl_posheads.scoring.curves import DominantDimensionCurve
     from tl_posheads.scoring.head_scores import HeadScores
     from tl_posheads.scoring.maps import HeadMaps
+    from tl_posheads.studies.ablation.results import AblationStudy
 
 Row = dict[str, Any]
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
-    from tl_posheads.interventions.study.results import AblationStudy
     from tl_posheads.scoring.curves import DominantDimensionCurve
     from tl_posheads.scoring.head_scores import HeadScores
     from tl_posheads.scoring.maps import HeadMaps
+    from tl_posheads.studies.ablation.results import AblationStudy
 
 
 def curve_section(curve: DominantDimensionCurve) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_posheads.hooks.capture import rotary_consumer
 from tl_posheads.hooks.inputs import require_finite
-from tl_posheads.hooks.model import LensModel, attention, read_pass
+from tl_posheads.hooks.model import LensModel, attention_of, read_pass
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import evenly, expand_keys
 from tl_posheads.rotary.geometry import LayerGeometry
@@ -100,7 +100,7 @@ def measure_text(
     nothing = torch.full((n_layers, n_heads), float("nan"), dtype=torch.float64)
     out = Collected({column: nothing.clone() for column in columns_of(measures)})
     wants = set(measures)
-    layers = [layer for layer in range(n_layers) if attention(model, layer) is not None]
+    layers = [layer for layer in range(n_layers) if attention_of(model, layer) is not None]
     rotary = [layer for layer in layers if geometry[layer].n_pairs]
     if len(rotary) < n_layers:
         rest = sorted(set(range(n_layers)) - set(rotary))
@@ -126,7 +126,7 @@ def measure_text(
 
     readers: list[Any] = []
     for layer in layers:
-        attn: Any = attention(model, layer)
+        attn: Any = attention_of(model, layer)
         value = getattr(attn, "hook_v", None)
         if "utility" in wants and value is not None:
             readers.append((value, partial(keep_value, layer)))

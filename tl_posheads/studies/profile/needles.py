@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
 from tl_posheads.hooks.logprobs import greedy
-from tl_posheads.hooks.model import LensModel, attention, model_name, read_pass
+from tl_posheads.hooks.model import LensModel, attention_of, model_name, read_pass
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.studies.profile.retrieval import copied_share, copies_of, recall
 from tl_posheads.tasks.base import Prompt, Task, check_length
@@ -64,7 +64,7 @@ def most_attended(
     def read(layer: int, pattern: Tensor) -> None:
         out[layer] = pattern[0, :, rows].argmax(-1).cpu()
 
-    parts: dict[int, Any] = {layer: attention(model, layer) for layer in range(n_layers)}
+    parts: dict[int, Any] = {layer: attention_of(model, layer) for layer in range(n_layers)}
     readers = [
         (attn.hook_pattern, partial(read, layer))
         for layer, attn in parts.items()

@@ -19,11 +19,11 @@ from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.inputs import by_content, documents_of
 from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
-from tl_posheads.interventions.study.prompts import prompts_digest
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import Units, facts_of, geometry_by_length, inputs_of, score_heads
+from tl_posheads.studies.ablation.prompts import prompts_digest
 from tl_posheads.studies.profile.measure import Collected, measure_text
 from tl_posheads.studies.profile.needles import needle_prompts, retrieval_scores
 from tl_posheads.studies.profile.results import HeadProfile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from tl_posheads.interventions.study.verdicts import verdict
+from tl_posheads.studies.ablation.verdicts import verdict
 
 
 def table(*, p_far=0.03, p_gap=0.03, near=-0.2, detectable=0.5, lowest=False, short=True):

@@ -24,10 +24,10 @@ from tl_posheads.hooks.model import LensModel, model_name, require_clean, requir
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.interventions.rotary_edits import Edit, PairNumbers, edited_rotary, pairs_of
-from tl_posheads.interventions.study.controls import Head
-from tl_posheads.interventions.study.dose_results import DoseResponse
-from tl_posheads.interventions.study.prompts import prompts_digest, prompts_of, task_facts
 from tl_posheads.io.checkpoint import Checkpoint
+from tl_posheads.studies.ablation.controls import Head
+from tl_posheads.studies.ablation.dose_results import DoseResponse
+from tl_posheads.studies.ablation.prompts import prompts_digest, prompts_of, task_facts
 from tl_posheads.tasks.base import Prompt, Task
 
 EDITS = ("scale", "shift")

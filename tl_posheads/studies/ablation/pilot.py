@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
-from tl_posheads.interventions.study.budget import Cost, Spread, spread_of
-from tl_posheads.interventions.study.conditions import conditions_of
-from tl_posheads.interventions.study.trial import Trial
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.statistics.effects import Agreement, screen_agreement
+from tl_posheads.studies.ablation.budget import Cost, Spread, spread_of
+from tl_posheads.studies.ablation.conditions import conditions_of
+from tl_posheads.studies.ablation.trial import Trial
 from tl_posheads.tasks.base import Prompt
 
 N_PROMPTS = 3

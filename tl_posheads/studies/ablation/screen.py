@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.logprobs import target_logits
-from tl_posheads.hooks.model import LensModel, attention, own_hooks, readable, require_own_biases
+from tl_posheads.hooks.model import LensModel, attention_of, own_hooks, readable, require_own_biases
 from tl_posheads.rotary.precision import widened
 
 
@@ -65,7 +65,7 @@ def head_effects(
     Example:
         >>> head_effects(model, prompt.tokens, prompt.targets).effects   # doctest: +SKIP
     """
-    layers = [i for i in range(model.cfg.n_layers) if attention(model, i) is not None]
+    layers = [i for i in range(model.cfg.n_layers) if attention_of(model, i) is not None]
     zeroed = [i for i in layers if replacement is None or replacement.get(i) is None]
     require_own_biases(model, zeroed, "the effect of setting heads to zero")
     seen: dict[int, Tensor] = {}
@@ -101,7 +101,7 @@ def head_effects(
             effects[layer] = einsum(
                 widened(gradient), widened(change), "batch pos head d, batch pos head d -> head"
             ).cpu()
-            norms[layer] = _norms(z, attention(model, layer)).cpu()
+            norms[layer] = _norms(z, attention_of(model, layer)).cpu()
     return HeadEffects(value, effects, norms)
 
 

@@ -12,8 +12,8 @@ from helpers import small_models
 from helpers.traces import state, warm
 from tl_posheads import DoseResponse, PosheadsError, dose_response, edit_rotary
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.interventions.study import dose
-from tl_posheads.interventions.study.dose import layer_matched
+from tl_posheads.studies.ablation import dose
+from tl_posheads.studies.ablation.dose import layer_matched
 from tl_posheads.tasks.base import Prompt
 
 pytestmark = pytest.mark.lens

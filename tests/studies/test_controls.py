@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from helpers.scores_by_hand import head_scores
 from tl_posheads import PosheadsError
-from tl_posheads.interventions.study.controls import CONTROLS, control_sets, top_sets
+from tl_posheads.studies.ablation.controls import CONTROLS, control_sets, top_sets
 
 DRAWN = ("random", "layer_matched", "norm_matched")
 

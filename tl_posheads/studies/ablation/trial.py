@@ -16,7 +16,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import by_layer
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.logprobs import Hooks, cached_prefix, run_from_layer
-from tl_posheads.hooks.model import LensModel, attention, model_name, require_own_biases
+from tl_posheads.hooks.model import LensModel, attention_of, model_name, require_own_biases
 from tl_posheads.interventions.ablation import (
     Mode,
     check_mode,
@@ -25,10 +25,10 @@ from tl_posheads.interventions.ablation import (
     reference_z,
     replacing,
 )
-from tl_posheads.interventions.study.conditions import Condition
-from tl_posheads.interventions.study.controls import Head
-from tl_posheads.interventions.study.screen import head_effects
 from tl_posheads.io.checkpoint import Checkpoint
+from tl_posheads.studies.ablation.conditions import Condition
+from tl_posheads.studies.ablation.controls import Head
+from tl_posheads.studies.ablation.screen import head_effects
 from tl_posheads.tasks.base import Prompt
 
 
@@ -78,7 +78,7 @@ class Trial:
         layers = {
             layer: list(range(n_heads))
             for layer in range(self.model.cfg.n_layers)
-            if attention(self.model, layer) is not None
+            if attention_of(self.model, layer) is not None
         }
         with fused_attention(self.model):
             self.values = reference_z(

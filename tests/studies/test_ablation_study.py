@@ -14,8 +14,8 @@ from helpers import planted
 from helpers.traces import state
 from tl_posheads import AblationStudy, PosheadsError, ablate, ablation_study
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.interventions.study.budget import Cost, Spread, draws_to_try, make_plan, seconds_of
-from tl_posheads.interventions.study.results import UNABLATED
+from tl_posheads.studies.ablation.budget import Cost, Spread, draws_to_try, make_plan, seconds_of
+from tl_posheads.studies.ablation.results import UNABLATED
 from tl_posheads.tasks import Prompt
 
 TOP = (3, 5)

@@ -27,7 +27,9 @@ from tl_posheads.hooks.model import (
 )
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.interventions.ablation import Mode
-from tl_posheads.interventions.study.budget import (
+from tl_posheads.io.checkpoint import Checkpoint
+from tl_posheads.scoring.head_scores import HeadScores
+from tl_posheads.studies.ablation.budget import (
     LEAST_DRAWS,
     LEAST_PROMPTS,
     Plan,
@@ -35,10 +37,10 @@ from tl_posheads.interventions.study.budget import (
     make_plan,
     seconds_of,
 )
-from tl_posheads.interventions.study.conditions import Condition, conditions_of, screen_tests
-from tl_posheads.interventions.study.controls import CONTROLS, top_sets
-from tl_posheads.interventions.study.pilot import Pilot, run_pilot
-from tl_posheads.interventions.study.prompts import (
+from tl_posheads.studies.ablation.conditions import Condition, conditions_of, screen_tests
+from tl_posheads.studies.ablation.controls import CONTROLS, top_sets
+from tl_posheads.studies.ablation.pilot import Pilot, run_pilot
+from tl_posheads.studies.ablation.prompts import (
     named,
     prompts_digest,
     prompts_of,
@@ -46,10 +48,8 @@ from tl_posheads.interventions.study.prompts import (
     tensor_digest,
     with_short,
 )
-from tl_posheads.interventions.study.results import UNABLATED, AblationStudy
-from tl_posheads.interventions.study.trial import Trial
-from tl_posheads.io.checkpoint import Checkpoint
-from tl_posheads.scoring.head_scores import HeadScores
+from tl_posheads.studies.ablation.results import UNABLATED, AblationStudy
+from tl_posheads.studies.ablation.trial import Trial
 from tl_posheads.tasks.base import Prompt, Task
 
 

@@ -200,7 +200,7 @@ class AblationStudy(Result):
         "Evidence" needs the top heads' effect to be worse than every control's at 5 % after
         correction; otherwise the sentence says "no evidence".
         """
-        from tl_posheads.interventions.study.verdicts import verdict
+        from tl_posheads.studies.ablation.verdicts import verdict
 
         return {task: verdict(self._table, task) for task in self.tasks}
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_posheads.interventions.study.controls import Head
-from tl_posheads.interventions.study.results import RESOLUTION
 from tl_posheads.io.result import Files, Result
 from tl_posheads.statistics.effects import Effect, paired_effect, rank_tests, spearman
+from tl_posheads.studies.ablation.controls import Head
+from tl_posheads.studies.ablation.results import RESOLUTION
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,9 +12,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_posheads.interventions.study.controls import Head, control_sets, top_sets
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.statistics.effects import rank_tests
+from tl_posheads.studies.ablation.controls import Head, control_sets, top_sets
 
 N_SCREEN_DRAWS = 2000
 
