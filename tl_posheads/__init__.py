@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from tl_posheads.scoring.maps import HeadMaps, head_maps
     from tl_posheads.scoring.score import score_heads
     from tl_posheads.statistics.ranks import spearman_by_distance
-    from tl_posheads.studies import emergence, profile, unseen
-    from tl_posheads.studies import encodings as codes
+    from tl_posheads.studies import emergence, encodings, profile, unseen
     from tl_posheads.studies.ablation.controls import control_sets
     from tl_posheads.studies.ablation.dose import dose_response
     from tl_posheads.studies.ablation.dose_results import DoseResponse
@@ -53,8 +52,8 @@ if TYPE_CHECKING:
     from tl_posheads.studies.ablation.screen import head_effects
     from tl_posheads.studies.emergence.results import Emergence
     from tl_posheads.studies.emergence.tracker import EmergenceTracker, track_emergence
-    from tl_posheads.studies.encodings.results import CodeScores
-    from tl_posheads.studies.encodings.scoring import score_any_code
+    from tl_posheads.studies.encodings.results import EncodingScores
+    from tl_posheads.studies.encodings.scoring import score_encoding
     from tl_posheads.studies.profile.results import HeadProfile
     from tl_posheads.studies.profile.run import profile_heads
     from tl_posheads.studies.unseen.measure import unseen_angles
@@ -104,14 +103,14 @@ _HOME = {
     "dose_response": "studies.ablation.dose",
     "DoseResponse": "studies.ablation.dose_results",
     "head_effects": "studies.ablation.screen",
-    "CodeScores": "studies.encodings.results",
-    "score_any_code": "studies.encodings.scoring",
+    "EncodingScores": "studies.encodings.results",
+    "score_encoding": "studies.encodings.scoring",
     "UnseenAngles": "studies.unseen.results",
     "unseen_angles": "studies.unseen.measure",
 }
 
 _PACKAGES = {
-    "codes": "studies.encodings",
+    "encodings": "studies.encodings",
     "emergence": "studies.emergence",
     "extrapolation": "extrapolation",
     "profile": "studies.profile",

@@ -1,4 +1,4 @@
-"""``tl-posheads codes`` as a person types it, on learned positions and on RoPE."""
+"""``tl-posheads encodings`` as a person types it, on learned positions and on RoPE."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from helpers import architectures, small_models
-from tl_posheads import CodeScores, load_corpus, load_model, score_heads
+from tl_posheads import EncodingScores, load_corpus, load_model, score_heads
 from tl_posheads.cli.main import main
 
 pytestmark = pytest.mark.lens
 
 
-def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monkeypatch):
+def test_encodings_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     numbers = torch.randint(3, 90, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "text.txt").write_text(" ".join(f"w{n}" for n in numbers))
@@ -21,7 +21,7 @@ def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monk
         small_models.build(family, config).save_pretrained(tmp_path / family)
         small_models.tiny_tokenizer().save_pretrained(tmp_path / family)
         words = [
-            "codes",
+            "encodings",
             family,
             "--corpus",
             "text.txt",
@@ -43,7 +43,7 @@ def test_codes_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, monk
     model = load_model("Llama", cls="bridge")
     tokens = load_corpus("text.txt", model, n_docs=8, length=40)
     true = score_heads(model, tokens, pairs="all", scale="attention", progress=False)
-    found = CodeScores.load("Llama-out")
+    found = EncodingScores.load("Llama-out")
     for name in ("rho", "ci_low", "ci_high"):
         torch.testing.assert_close(getattr(found, name), getattr(true, name), atol=1e-6, rtol=0)
-    assert CodeScores.load("GPT2-out").provenance["code"] == "learned"
+    assert EncodingScores.load("GPT2-out").provenance["encoding"] == "learned"

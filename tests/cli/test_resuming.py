@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from helpers.commands import SCORE
-from tl_posheads import PosheadsError, score_any_code
+from tl_posheads import PosheadsError, score_encoding
 from tl_posheads.cli import run_folder
 from tl_posheads.io.models import load_model
 from tl_posheads.studies.profile import needles
@@ -16,8 +16,8 @@ from tl_posheads.studies.profile import needles
 pytestmark = pytest.mark.lens
 
 TEXTS = ("--corpus", "PLACE/text.txt", "--docs", 3)
-CODES = ("codes", "PLACE/llama", *TEXTS, "--length", 40)
-LEARNED = ("codes", "PLACE/gpt2", *TEXTS, "--length", 24, "--scale", "attention")
+ENCODINGS = ("encodings", "PLACE/llama", *TEXTS, "--length", 40)
+LEARNED = ("encodings", "PLACE/gpt2", *TEXTS, "--length", 24, "--scale", "attention")
 PROFILE = ("profile", "PLACE/llama", *TEXTS, "--length", 60, "--needles", 3)
 UNSEEN = ("unseen", "PLACE/llama", *TEXTS, "--trained", 24, "--factor", 2)
 
@@ -25,9 +25,9 @@ UNSEEN = ("unseen", "PLACE/llama", *TEXTS, "--trained", 24, "--factor", 2)
 # many calls of those before are not made again.
 STOPS = {
     "score": (SCORE, "scoring.score.capture_rotary", 3, 2),
-    "codes": (CODES, "studies.encodings.scoring.capture_rotary", 3, 2),
-    "codes, moved": (LEARNED, "studies.encodings.positions._add_moved", 3, 2),
-    "codes, learned": (LEARNED, "studies.encodings.scoring.midranks", 12, 10),
+    "encodings": (ENCODINGS, "studies.encodings.scoring.capture_rotary", 3, 2),
+    "encodings, moved": (LEARNED, "studies.encodings.positions._add_moved", 3, 2),
+    "encodings, learned": (LEARNED, "studies.encodings.scoring.midranks", 12, 10),
     "profile, scores": (PROFILE, "scoring.score.capture_rotary", 2, 1),
     "profile, texts": (PROFILE, "studies.profile.run.measure_text", 3, 2),
     "profile, needles": (PROFILE, "studies.profile.needles._answered", 2, 1),
@@ -74,7 +74,7 @@ def test_the_same_command_goes_on(run, tmp_path, monkeypatch, words, function, a
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("words", [SCORE, CODES, PROFILE, UNSEEN], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [SCORE, ENCODINGS, PROFILE, UNSEEN], ids=lambda words: words[0])
 def test_stopped_before_anything_was_done_it_says_so_and_leaves_nothing(
     run, tmp_path, monkeypatch, words
 ):
@@ -91,10 +91,10 @@ def test_a_checkpoint_of_other_texts_or_options_is_refused(place, tmp_path):
     model = load_model(str(place / "llama"))
     tokens = load_corpus(str(place / "text.txt"), model, n_docs=2, length=30)
     options = {"checkpoint": tmp_path / "kept", "progress": False}
-    score_any_code(model, tokens, **options)
+    score_encoding(model, tokens, **options)
     for more in ({"tokens": tokens[:1]}, {"skip_first": 3}, {"scale": "attention"}):
         with pytest.raises(PosheadsError, match="belongs to another run"):
-            score_any_code(model, **{"tokens": tokens, **options, **more})
+            score_encoding(model, **{"tokens": tokens, **options, **more})
 
 
 def test_profile_records_the_scale_that_given_scores_have(run, tmp_path):
@@ -115,14 +115,14 @@ def test_overwrite_takes_away_what_the_run_wrote_and_nothing_else(run, tmp_path)
     assert {"scores.json", "maps/maps.json", "index.html"} <= {*files}
     for mine in ("verdict.txt", "maps/mine.txt"):
         (tmp_path / "s" / mine).write_text("mine")
-    other = (*CODES, "--out", "s", "--overwrite")
+    other = (*ENCODINGS, "--out", "s", "--overwrite")
     code, out, err = run(*other)
     assert code == 0, err
     assert "files: s/table.csv" in out
     found = contents(tmp_path / "s")
     assert found.keys() == {
-        "codes.json",
-        "codes.safetensors",
+        "encodings.json",
+        "encodings.safetensors",
         "table.csv",
         "table.parquet",
         "run.json",
@@ -133,7 +133,7 @@ def test_overwrite_takes_away_what_the_run_wrote_and_nothing_else(run, tmp_path)
 
 
 def test_a_file_in_the_way_is_kept_and_so_are_the_results(run, tmp_path):
-    assert run(*CODES, "--out", "s")[0] == 0
+    assert run(*ENCODINGS, "--out", "s")[0] == 0
     (tmp_path / "s" / "index.html").write_text("mine")
     before = contents(tmp_path / "s")
     words = (*SCORE, "--best", 0, "--out", "s", "--overwrite")

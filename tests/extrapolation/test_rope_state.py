@@ -236,7 +236,7 @@ def test_what_holds_for_one_length_refuses_others():
         ex.Unchanged()(model),
         pytest.raises(ph.PosheadsError, match="frequencies .* not the same"),
     ):
-        ph.codes.score_any_code(model, [tokens_of(40, 1), tokens_of(100, 2)], progress=False)
+        ph.encodings.score_encoding(model, [tokens_of(40, 1), tokens_of(100, 2)], progress=False)
     accumulator = ph.ScoreAccumulator(ph.RotaryGeometry.from_model(model, length=100), pairs="all")
     text = tokens_of(100, 2)
     with ex.Unchanged()(model), torch.no_grad():

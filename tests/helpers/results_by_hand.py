@@ -17,7 +17,7 @@ from tl_posheads.scoring.maps import HeadMaps
 from tl_posheads.studies.ablation.dose_results import DoseResponse
 from tl_posheads.studies.emergence.results import Emergence
 from tl_posheads.studies.encodings.basis import QKBasis
-from tl_posheads.studies.encodings.results import CodeScores
+from tl_posheads.studies.encodings.results import EncodingScores
 from tl_posheads.studies.profile.results import HeadProfile
 from tl_posheads.studies.unseen.results import UnseenAngles
 
@@ -33,7 +33,7 @@ def scores():
     return head_scores(_random(2, 3) - 0.5, n_documents=3, windows=(None, 16), provenance=FACTS)
 
 
-def codes():
+def encodings():
     def basis():
         vectors = torch.linalg.qr(_random(4, 4))[0]
         speeds = torch.tensor([0.5, 0.5, 0.1, 0.0], dtype=torch.float64)
@@ -41,8 +41,8 @@ def codes():
         return QKBasis(vectors, speeds, _random(3, 4), shifts, 0.9, 0.8, 0.7, "transport", None)
 
     of, which = scores(), torch.tensor([[0, 0, -1], [1, 1, 1]])
-    facts = {**FACTS, "code": "learned"}
-    return CodeScores(
+    facts = {**FACTS, "encoding": "learned"}
+    return EncodingScores(
         of.values, of.document_names, of.windows, facts, which=which, bases=(basis(), basis())
     )
 
@@ -236,7 +236,7 @@ KINDS = {
     build.__name__: build
     for build in (
         scores,
-        codes,
+        encodings,
         curve,
         maps,
         study,

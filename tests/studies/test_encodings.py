@@ -134,7 +134,7 @@ def test_half_lives_against_a_loop():
     assert any(x > 11 for x in expected[1:])
 
 
-# --- codes that are added to the content ---------------------------------------------------------
+# --- encodings that are added to the content ----------------------------------------------------
 
 
 def test_sinusoidal_positions_are_found_in_their_order():
@@ -181,10 +181,10 @@ def test_r2_is_what_the_residuals_say():
     assert found.r2_change == pytest.approx(float(1 - left / (moved - x).square().sum()))
 
 
-# --- codes that move nothing -----------------------------------------------------------------------
+# --- encodings that move nothing ----------------------------------------------------------------
 
 
-def test_a_code_that_moves_nothing_orders_nothing():
+def test_an_encoding_that_moves_nothing_orders_nothing():
     q = torch.randn(40, 6, generator=seeded())
     shifts = [1, 2, 4]
     basis = ordered_planes([transport_operator(q, q) for _ in shifts], shifts)

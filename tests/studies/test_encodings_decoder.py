@@ -1,4 +1,4 @@
-"""The study's decoder: each code against its family in transformers, or against what defines it."""
+"""The study's decoder: each encoding against its family in transformers, or its definition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from tl_posheads import LayerGeometry
 from tl_posheads.rotary.contributions import rotate_by
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "coded_transformer.py"
+_FILE = Path(__file__).parents[2] / "benchmarks" / "small_decoder.py"
 
 
 @pytest.fixture(scope="module")
-def coded():
-    spec = importlib.util.spec_from_file_location("coded_transformer", _FILE)
+def decoders():
+    spec = importlib.util.spec_from_file_location("small_decoder", _FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -29,10 +29,10 @@ def coded():
 TOKENS = torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
-def decoder(coded, code):
+def decoder(decoders, encoding):
     torch.manual_seed(0)
-    model = coded.CodedTransformer(code)
-    if code == "t5":
+    model = decoders.SmallDecoder(encoding)
+    if encoding == "t5":
         with torch.no_grad():
             model.relative.normal_()
     return model.eval()
@@ -45,43 +45,45 @@ def queries(model, **how):
     return seen, logits
 
 
-def test_rotations_are_the_packages(coded):
+def test_rotations_are_the_packages(decoders):
     x = torch.randn(1, 30, 4, 32, generator=torch.Generator().manual_seed(1))
     for rotary_dim in (32, 16):
-        geometry = LayerGeometry.from_inv_freq(coded.inv_freq(rotary_dim), 4, d_head=32)
+        geometry = LayerGeometry.from_inv_freq(decoders.inv_freq(rotary_dim), 4, d_head=32)
         at = torch.arange(30)
         expected = rotate_by(x, at, geometry)
-        assert torch.allclose(coded.rotate(x, at, rotary_dim), expected, atol=1e-6)
+        assert torch.allclose(decoders.rotate(x, at, rotary_dim), expected, atol=1e-6)
 
 
-def test_t5_buckets_and_alibi_slopes_are_transformers(coded):
+def test_t5_buckets_and_alibi_slopes_are_transformers(decoders):
     distance = torch.arange(300)
     expected = T5Attention._relative_position_bucket(
         -distance, bidirectional=False, num_buckets=32, max_distance=128
     )
-    assert torch.equal(coded.t5_bucket(distance), expected)
+    assert torch.equal(decoders.t5_bucket(distance), expected)
     for n_heads in (4, 8):
         bloom = build_alibi_tensor(torch.ones(1, 2), n_heads, torch.float32)[:, 0, 1]
-        assert torch.allclose(coded.alibi_slopes(n_heads), bloom)
+        assert torch.allclose(decoders.alibi_slopes(n_heads), bloom)
 
 
-@pytest.mark.parametrize("code", ["rope", "partial_rope", "alibi", "t5", "nope"])
-def test_relative_codes_do_not_know_where_a_text_begins(coded, code):
-    model = decoder(coded, code)
+@pytest.mark.parametrize("encoding", ["rope", "partial_rope", "alibi", "t5", "nope"])
+def test_relative_encodings_do_not_know_where_a_text_begins(decoders, encoding):
+    model = decoder(decoders, encoding)
     (here, plain), (moved, logits) = queries(model), queries(model, offset=9)
     assert torch.allclose(plain, logits, atol=1e-3)
-    assert torch.allclose(here[1], moved[1], atol=1e-4) == (code not in ("rope", "partial_rope"))
+    assert torch.allclose(here[1], moved[1], atol=1e-4) == (
+        encoding not in ("rope", "partial_rope")
+    )
 
 
-@pytest.mark.parametrize("code", ["sinusoidal", "learned"])
-def test_absolute_codes_do(coded, code):
-    model = decoder(coded, code)
+@pytest.mark.parametrize("encoding", ["sinusoidal", "learned"])
+def test_absolute_encodings_do(decoders, encoding):
+    model = decoder(decoders, encoding)
     assert not torch.allclose(queries(model)[1], queries(model, offset=9)[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("code", ["alibi", "t5"])
-def test_the_bias_is_added_to_scaled_scores_before_the_mask(coded, code):
-    model, seen = decoder(coded, code), []
+@pytest.mark.parametrize("encoding", ["alibi", "t5"])
+def test_the_bias_is_added_to_scaled_scores_before_the_mask(decoders, encoding):
+    model, seen = decoder(decoders, encoding), []
     with torch.no_grad():
         plain = model(TOKENS, on_qk=lambda layer, q, k: seen.append((q, k)))
         # The last layer's attention by hand: ablating all heads and adding what they wrote.
@@ -105,8 +107,8 @@ def test_the_bias_is_added_to_scaled_scores_before_the_mask(coded, code):
     assert torch.allclose(kept["z"], expected, atol=1e-5)
 
 
-def test_ablated_heads_write_nothing(coded):
-    model = decoder(coded, "rope")
+def test_ablated_heads_write_nothing(decoders):
+    model = decoder(decoders, "rope")
     written = []
     handle = model.blocks[1].out.register_forward_pre_hook(lambda m, a: written.append(a[0]))
     with torch.no_grad():

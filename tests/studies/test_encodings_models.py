@@ -1,4 +1,4 @@
-"""score_any_code on live models: against score_heads, transformers' own position ids, and refusals."""
+"""score_encoding on live models: against score_heads, transformers' own position ids, and refusals."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from helpers.traces import assert_same, state
 from tl_posheads import PosheadsError
 from tl_posheads.extrapolation import SelfExtend
 from tl_posheads.studies.encodings import (
-    CodeScores,
+    EncodingScores,
     ordered_planes,
     plane_contributions,
-    score_any_code,
+    score_encoding,
     transport_operator,
 )
 from tl_posheads.studies.encodings.positions import attention_scales, capture_moved, position_table
@@ -35,7 +35,7 @@ def test_under_rope_it_is_the_positional_score(name):
     if name == "Cohere" and "hooked" in CLASSES:
         pytest.skip("transformer-lens 3.9 turns Cohere's coordinates unlike transformers")
     model = small_models.rotary_model(name)
-    found = score_any_code(model, TOKENS, progress=False)
+    found = score_encoding(model, TOKENS, progress=False)
     truth = ph.score_heads(model, TOKENS, pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
     assert torch.equal(found.n_pairs, truth.n_pairs)
@@ -47,7 +47,7 @@ def test_under_rope_it_is_the_positional_score(name):
 
 def test_skipped_positions_and_one_layer():
     model = small_models.rotary_model("Llama")
-    found = score_any_code(model, TOKENS, layers=[1], skip_first=4, progress=False)
+    found = score_encoding(model, TOKENS, layers=[1], skip_first=4, progress=False)
     truth = ph.score_heads(model, TOKENS, layers=[1], skip_first=4, pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
     with pytest.raises(PosheadsError, match="none of the heads scored"):
@@ -56,8 +56,8 @@ def test_skipped_positions_and_one_layer():
 
 def test_unrotated_coordinates_may_be_the_slowest_dimensions():
     model = small_models.rotary_model("Phi")
-    left_out = score_any_code(model, TOKENS, progress=False)
-    last = score_any_code(model, TOKENS, unmoved="last", progress=False)
+    left_out = score_encoding(model, TOKENS, progress=False)
+    last = score_encoding(model, TOKENS, unmoved="last", progress=False)
     assert not torch.allclose(left_out.rho, last.rho, atol=1e-3)
     geometry = ph.RotaryGeometry.from_model(model)[0]
     lists = []
@@ -107,12 +107,12 @@ def test_learned_positions_are_scored_and_leave_no_trace(name):
     before = state(model)
     with torch.no_grad():
         plain = model(TOKENS)
-    found = score_any_code(model, TOKENS, progress=False)
+    found = score_encoding(model, TOKENS, progress=False)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), plain)
     assert_same(before, state(model))
     assert torch.isfinite(found.rho).all()
-    assert found.provenance["code"] == "learned"
+    assert found.provenance["encoding"] == "learned"
     assert len(found.bases) == 8
     assert found.bases[0].shifts[-1] == 39
 
@@ -140,7 +140,7 @@ def test_positions_are_moved_as_transformers_moves_them():
         at = slice(head * width, (head + 1) * width)
         return q[:, at], k[:, at]
 
-    found = score_any_code(model, TOKENS, progress=False)
+    found = score_encoding(model, TOKENS, progress=False)
     basis = found.basis(layer, head)
     shifts = [int(s) for s in basis.shifts]
     here = torch.cat([torch.cat(vectors(text, 0)) for text in TOKENS])
@@ -172,7 +172,7 @@ def test_the_table_is_what_the_model_adds():
 def test_long_texts_are_cut_for_moving_and_scored_whole():
     model = small_models.other_model("GPT-2")
     tokens = torch.randint(3, 90, (1, 256), generator=torch.Generator().manual_seed(1))
-    found = score_any_code(model, tokens, layers=[0], progress=False)
+    found = score_encoding(model, tokens, layers=[0], progress=False)
     assert found.bases[0].shifts[-1] == 128
     assert int(found.n_pairs[0, 0]) == 256 * 255 // 2
 
@@ -205,7 +205,7 @@ def test_hooks_are_removed_whatever_is_raised(raised):
 )
 def test_other_codes_are_refused_by_name(name, message):
     with pytest.raises(PosheadsError, match=message):
-        score_any_code(small_models.other_model(name), TOKENS, progress=False)
+        score_encoding(small_models.other_model(name), TOKENS, progress=False)
 
 
 def fake(kind, **more):
@@ -218,7 +218,7 @@ def fake(kind, **more):
     ("model", "message"),
     [
         (fake("wavelets"), "odd uses positions of the kind 'wavelets'"),
-        (fake("none"), "odd uses no position code"),
+        (fake("none"), "odd uses no positional encoding"),
         (fake("shortformer"), "odd uses learned absolute positions added to queries and keys"),
         (fake("standard", attention_dir="bidirectional"), "seen from both sides"),
         (torch.nn.Linear(2, 2), "a Linear was given; expected a HookedTransformer"),
@@ -226,20 +226,20 @@ def fake(kind, **more):
 )
 def test_unknown_codes_are_refused_by_name(model, message):
     with pytest.raises(PosheadsError, match=message):
-        score_any_code(model, TOKENS, progress=False)
+        score_encoding(model, TOKENS, progress=False)
 
 
 def test_moved_distances_are_refused():
     model = small_models.rotary_model("Llama")
     moved = SelfExtend(window=8, group=4)(model)
     with moved, pytest.raises(PosheadsError, match="a method that moves positions"):
-        score_any_code(model, TOKENS, progress=False)
+        score_encoding(model, TOKENS, progress=False)
 
 
 def test_a_context_without_room_is_refused():
     model = small_models.other_model("GPT-2")
     with pytest.raises(PosheadsError, match="texts of 4 tokens or more"):
-        score_any_code(model, TOKENS[:, :3], progress=False)
+        score_encoding(model, TOKENS[:, :3], progress=False)
 
 
 # --- results ---------------------------------------------------------------------------------------
@@ -248,8 +248,8 @@ def test_a_context_without_room_is_refused():
 def test_scores_are_saved_bit_for_bit(tmp_path):
     for name in ("Llama", "GPT-2"):
         make = small_models.rotary_model if name == "Llama" else small_models.other_model
-        scores = score_any_code(make(name), TOKENS, layers=[1], progress=False)
-        again = CodeScores.load(scores.save(tmp_path / name))
+        scores = score_encoding(make(name), TOKENS, layers=[1], progress=False)
+        again = EncodingScores.load(scores.save(tmp_path / name))
         assert torch.equal(scores.values.nan_to_num(9), again.values.nan_to_num(9))
         assert torch.equal(scores.which, again.which)
         assert again.document_names == scores.document_names
@@ -267,22 +267,22 @@ def test_scores_are_saved_bit_for_bit(tmp_path):
         assert table["rho"].tolist() == scores.rho[1].tolist()
         assert again.top(1) == [(1, int(scores.rho[1].argmax()))]
         assert again.top(2) == scores.top(2)
-    with open(tmp_path / "Llama" / "codes.safetensors", "ab") as file:
+    with open(tmp_path / "Llama" / "encodings.safetensors", "ab") as file:
         file.write(b"x")
     with pytest.raises(PosheadsError, match="damaged"):
-        CodeScores.load(tmp_path / "Llama")
+        EncodingScores.load(tmp_path / "Llama")
 
 
 def test_one_text_by_itself_is_its_row():
     model = small_models.other_model("GPT-2")
-    scores = score_any_code(model, TOKENS[:1], progress=False)
+    scores = score_encoding(model, TOKENS[:1], progress=False)
     assert torch.allclose(scores.by_document("rho")[0], scores.rho)
     table = scores.to_pandas()
     assert table[["sd_documents", "ci_low", "ci_high", "p", "p_adjusted"]].isna().all(axis=None)
 
 
 def test_documents_are_the_replicates_of_intervals_and_tests():
-    scores = score_any_code(small_models.rotary_model("Llama"), TOKENS, progress=False)
+    scores = score_encoding(small_models.rotary_model("Llama"), TOKENS, progress=False)
     as_heads, table = scores, scores.to_pandas()
     for row in table.itertuples():
         alone = scores.by_document("rho")[:, row.layer, row.head].numpy()
@@ -302,10 +302,10 @@ def test_documents_are_the_replicates_of_intervals_and_tests():
 def test_the_attention_scale_is_that_of_score_heads(name):
     model = small_models.rotary_model(name)
     options = dict(scale="attention", progress=False)
-    found = score_any_code(model, TOKENS, **options)
+    found = score_encoding(model, TOKENS, **options)
     truth = ph.score_heads(model, TOKENS, pairs="all", **options)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
-    plain = score_any_code(model, TOKENS, progress=False)
+    plain = score_encoding(model, TOKENS, progress=False)
     assert (found.rho - plain.rho).abs().max() > 1e-3
     assert (found.provenance["scale"], plain.provenance["scale"]) == ("attention", "none")
 
@@ -315,8 +315,8 @@ def test_the_attention_scale_of_learned_positions_is_the_models(name):
     model = LEARNED[name]()
     found = attention_scales(model, TOKENS[0], [0, 1])
     assert found == pytest.approx({0: 8**-0.5, 1: 8**-0.5}, rel=1e-4)
-    scores = score_any_code(model, TOKENS, scale="attention", progress=False)
-    plain = score_any_code(model, TOKENS, progress=False)
+    scores = score_encoding(model, TOKENS, scale="attention", progress=False)
+    plain = score_encoding(model, TOKENS, progress=False)
     assert (scores.rho - plain.rho).abs().max() > 1e-3
 
 
@@ -330,4 +330,4 @@ def test_a_scale_by_layer_is_seen():
 
 def test_another_scale_is_refused():
     with pytest.raises(PosheadsError, match="scale='logits' was given"):
-        score_any_code(small_models.rotary_model("Llama"), TOKENS, scale="logits")
+        score_encoding(small_models.rotary_model("Llama"), TOKENS, scale="logits")

@@ -1,4 +1,4 @@
-"""``tl-posheads codes``: positional scores under other position codes than RoPE, too."""
+"""``tl-posheads encodings``: positional scores under other positional encodings than RoPE, too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tl_posheads.cli.command import Run, new_command
 from tl_posheads.cli.options import add_model_options, add_scale, add_skip_first, add_texts, add_top
 
 if TYPE_CHECKING:
-    from tl_posheads.studies.encodings.results import CodeScores
+    from tl_posheads.studies.encodings.results import EncodingScores
 
 _TEXTS = dict(
     help="score heads under learned positions, too",
@@ -20,20 +20,20 @@ stopped run, and shows a finished one.
 """,
     epilog="""\
 examples:
-  tl-posheads codes gpt2 --corpus essays/ --docs 16 --length 512 --out gpt2-codes
-  tl-posheads codes smollm2-135m --length 128 --out codes
+  tl-posheads encodings gpt2 --corpus essays/ --docs 16 --length 512 --out gpt2-encodings
+  tl-posheads encodings smollm2-135m --length 128 --out encodings
 
 what comes out, in the folder --out:
   table.csv     a row per head: rho, its interval over documents, half-lives of its planes
-  codes.*       everything, for CodeScores.load("FOLDER") in Python
+  encodings.*   everything, for EncodingScores.load("FOLDER") in Python
   run.json      what was asked for
 """,
 )
 
 
 def add_command(commands: Any) -> None:
-    """Add ``codes`` to the parser's commands."""
-    add = new_command(commands, "codes", _codes, _lines, "CodeScores", _TEXTS)
+    """Add ``encodings`` to the parser's commands."""
+    add = new_command(commands, "encodings", _encodings, _lines, "EncodingScores", _TEXTS)
     add_texts(add, docs=8, length=256)
     add_skip_first(add)
     add_scale(add)
@@ -41,19 +41,19 @@ def add_command(commands: Any) -> None:
     add_top(add)
 
 
-def _codes(run: Run) -> CodeScores:
-    from tl_posheads.studies.encodings.scoring import score_any_code
+def _encodings(run: Run) -> EncodingScores:
+    from tl_posheads.studies.encodings.scoring import score_encoding
 
     model = run.model()
     tokens = run.texts(model)
     with run.started() as checkpoint:
         options = run.options("skip_first", "scale")
-        scores = score_any_code(model, tokens, checkpoint=checkpoint, **options)
+        scores = score_encoding(model, tokens, checkpoint=checkpoint, **options)
         run.save(scores, {"table.csv": scores.to_pandas()})
     return scores
 
 
-def _lines(scores: CodeScores, top: int) -> list[str]:
+def _lines(scores: EncodingScores, top: int) -> list[str]:
     columns = [
         "layer",
         "head",

@@ -13,7 +13,7 @@ from tl_posheads import __version__
 from tl_posheads.cli import ablate, encodings, profile, report, score, track, unseen
 from tl_posheads.errors import PosheadsError
 
-_STUDIES = ("codes", "profile", "track", "unseen")  # they say how long they took
+_STUDIES = ("encodings", "profile", "track", "unseen")  # they say how long they took
 
 _ABOUT = """\
 Find the Positional Heads of a transformer with rotary position embedding (RoPE).

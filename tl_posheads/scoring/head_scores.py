@@ -318,7 +318,7 @@ class HeadScores(Result):
 
         if not self._ranked():
             raise PosheadsError("no head has a score; there is nothing to draw")
-        table = HeadScores.to_pandas(self)  # CodeScores' own has other columns
+        table = HeadScores.to_pandas(self)  # EncodingScores' own has other columns
         return score_figure(table, self.provenance.get("model", "the model"))
 
     def to_pandas(self) -> pd.DataFrame:

@@ -1,7 +1,7 @@
-"""The positional score under any position code: planes of the q-k space in place of rotary pairs.
+"""The positional score under any positional encoding: planes of the q-k space, not rotary pairs.
 
 =====================  ==========================  ==========================================
-code                   what orders the planes      where
+encoding               what orders the planes      where
 =====================  ==========================  ==========================================
 RoPE                   the rotation, exactly       ``rotation_operators``, ``ordered_planes``
 sinusoidal, learned    moved positions, regressed  ``transport_operator``, ``ordered_planes``
@@ -24,8 +24,8 @@ from tl_posheads.studies.encodings.planes import (
     plane_contributions,
 )
 from tl_posheads.studies.encodings.products import DistanceProducts, distance_products
-from tl_posheads.studies.encodings.results import CodeScores
-from tl_posheads.studies.encodings.scoring import score_any_code
+from tl_posheads.studies.encodings.results import EncodingScores
+from tl_posheads.studies.encodings.scoring import score_encoding
 from tl_posheads.studies.encodings.transport import (
     Transport,
     TransportSums,
@@ -35,7 +35,7 @@ from tl_posheads.studies.encodings.transport import (
 )
 
 __all__ = [
-    "CodeScores",
+    "EncodingScores",
     "DistanceProducts",
     "PlaneVectors",
     "QKBasis",
@@ -51,6 +51,6 @@ __all__ = [
     "plane_contributions",
     "planes_by_products",
     "rotation_operators",
-    "score_any_code",
+    "score_encoding",
     "transport_operator",
 ]

@@ -1,4 +1,4 @@
-"""The dimensions of a head under any position code: planes of the q-k space, fast to slow."""
+"""The dimensions of a head under any positional encoding: planes of the q-k space, fast to slow."""
 
 from __future__ import annotations
 
@@ -145,21 +145,21 @@ def ordered_planes(
     *,
     bias: Float[Tensor, "distance"] | None = None,
 ) -> QKBasis:
-    """Planes of a code that moves queries and keys, ordered by how fast it moves them.
+    """Planes of an encoding that moves queries and keys, ordered by how fast it moves them.
 
     The symmetric parts of the operators ``T_s`` are diagonalised together. ``r_e(s) = e^T T_s e``
     is how much of direction e survives s tokens, and a direction is as fast as half of it is
     lost. Under RoPE the symmetric part of T_s has the eigenvalue ``cos(s theta_m)`` twice, its
     eigenplanes are the rotary pairs, and they come in their order.
 
-    Under codes that are added to the content (sinusoidal, learned) a direction is position only
-    in part: one that is mostly content is slow, because its contribution hardly varies.
+    Under encodings that are added to the content (sinusoidal, learned) a direction is position
+    only in part: one that is mostly content is slow, because its contribution hardly varies.
 
     Args:
         operators: T_s, as :func:`~tl_posheads.studies.encodings.transport.transport_operator` or
             ``rotation_operators`` give them.
         shifts: ascending, in tokens; up to twice each other.
-        bias: what is added to the scores at distances 0, 1, ..., where a code does that too.
+        bias: what is added to the scores at distances 0, 1, ..., where an encoding does that too.
 
     Raises:
         PosheadsError: as many operators as shifts weren't given, shifts that don't ascend, an odd
@@ -196,7 +196,7 @@ def ordered_planes(
 def planes_by_products(
     products: DistanceProducts, head: int, *, bias: Float[Tensor, "distance"] | None = None
 ) -> QKBasis:
-    """Planes of a code that moves no vector (ALiBi, T5, none), ordered by data.
+    """Planes of an encoding that moves no vector (ALiBi, T5, none), ordered by data.
 
     There ``T_s`` is the identity and orders nothing. In its place stand the symmetric parts of
     ``M_d = E[q_i k_{i-d}^T]``, diagonalised together over bins of distance. With

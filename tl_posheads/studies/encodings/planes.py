@@ -1,4 +1,4 @@
-"""What every dimension of a head contributes, under any position code: functions on tensors."""
+"""What every dimension of a head contributes, under any positional encoding, on tensors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PlaneVectors:
         q: queries as they are multiplied with the keys. k: keys, one for each query head.
         bases: one for each head.
         bias: by head and distance, from 0 on, in units of ``q . k``; None without.
-        unmoved: planes that stand still under the code, like partial rotary's unrotated
+        unmoved: planes that stand still under the encoding, like partial rotary's unrotated
             coordinates, are left out, as the paper's score leaves them out, or are the slowest
             dimensions.
 

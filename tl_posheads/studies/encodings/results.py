@@ -1,4 +1,4 @@
-"""Scores of a model's heads under its own position code: a table, its best, its files."""
+"""Scores of a model's heads under its own positional encoding: a table, its best, its files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tl_posheads.studies.encodings.basis import QKBasis
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CodeScores(HeadScores):
-    """Positional scores under any code, and the planes that they rest on; NaN elsewhere.
+class EncodingScores(HeadScores):
+    """Positional scores under any encoding, and the planes that they rest on; NaN elsewhere.
 
     Everything that :class:`HeadScores` has, but of what it measures in a document only rho and the
-    number of query-key pairs: the others are NaN. ``provenance["code"]`` is ``"rotary"`` or
+    number of query-key pairs: the others are NaN. ``provenance["encoding"]`` is ``"rotary"`` or
     ``"learned"``.
 
     Attributes:
@@ -31,7 +31,7 @@ class CodeScores(HeadScores):
     which: Int[Tensor, "layer head"]
     bases: tuple[QKBasis, ...]
 
-    _files = Files("codes", "scores of codes", "score again", version=3, export="table.parquet")
+    _files = Files("encodings", "encoding scores", "score again", version=3, export="table.parquet")
 
     def _check(self) -> None:
         super()._check()

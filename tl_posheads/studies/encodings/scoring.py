@@ -1,4 +1,4 @@
-"""``score_any_code``: the positional score of a live model under the code that it has."""
+"""``score_encoding``: the positional score of a live model under its positional encoding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tl_posheads.statistics.ranks import correlation, midranks
 from tl_posheads.studies.encodings.basis import QKBasis, ordered_planes
 from tl_posheads.studies.encodings.planes import PlaneVectors, Unmoved, dominant_by_distance
 from tl_posheads.studies.encodings.positions import attention_scales, capture_moved, moved_bases
-from tl_posheads.studies.encodings.results import CodeScores
+from tl_posheads.studies.encodings.results import EncodingScores
 from tl_posheads.studies.encodings.transport import log_shifts, rotation_operators
 
 _AT_MOST = 8 << 30  # bytes of one document's query-key pairs in one layer
@@ -36,7 +36,7 @@ _LONGEST_TURN = 1 << 16  # tokens; a rotation is known at any distance
 Read = Callable[[Tensor, Callable[[int, Tensor, Tensor], None]], None]
 
 
-def score_any_code(
+def score_encoding(
     model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
@@ -46,12 +46,12 @@ def score_any_code(
     unmoved: Unmoved = "left_out",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> CodeScores:
+) -> EncodingScores:
     """The positional score with planes of the q-k space in place of rotary pairs.
 
-    A plane is two directions that the code moves at like speed; planes are ordered from fast to
+    A plane is two directions that the encoding moves at like speed; planes are ordered from fast to
     slow by what moving the positions does to queries and keys
-    (:func:`~tl_posheads.codes.ordered_planes`). Then as Hong et al. 2024 (arXiv 2410.08703):
+    (:func:`~tl_posheads.encodings.ordered_planes`). Then as Hong et al. 2024 (arXiv 2410.08703):
     the dominant dimension is the softmax-weighted mean index, and a document's score Spearman's rho
     between it and the token distance, over all query-key pairs that attention sees. A head's score
     is the mean over documents.
@@ -69,7 +69,7 @@ def score_any_code(
             model's scores.
         skip_first: positions at the start of every document that are left out, as queries and as
             keys.
-        unmoved: planes that stand still under the code, like partial rotary's unrotated
+        unmoved: planes that stand still under the encoding, like partial rotary's unrotated
             coordinates: ``"left_out"``, as the paper's score has it, or ``"last"``.
         checkpoint: folder that keeps every finished document, and the sums that learned positions'
             operators follow from; the same call goes on from there.
@@ -81,26 +81,26 @@ def score_any_code(
     context.
 
     Raises:
-        PosheadsError: a model with neither code, by name; one inside a method that moves
+        PosheadsError: a model with neither encoding, by name; one inside a method that moves
             positions (SelfExtend, ReRoPE); what ``score_heads`` refuses; a document whose query-key
             pairs take more than 8 GB a layer; a checkpoint of another run.
 
     Example:
-        >>> scores = score_any_code(model, tokens)              # doctest: +SKIP
+        >>> scores = score_encoding(model, tokens)              # doctest: +SKIP
         >>> scores.to_pandas()                                  # doctest: +SKIP
     """
-    code = code_of(model)
+    encoding = encoding_of(model)
     check_scale(scale)
     require_clean(model)
     units = by_content(documents_of(model, tokens, None, skip_first))
     documents = [document for _, document in units]
     wanted = layers_of(model, layers)
     _require_room(model, documents, skip_first)
-    facts = {"code": code, "scale": scale, "skip_first": skip_first, "unmoved": unmoved}
+    facts = {"encoding": encoding, "scale": scale, "skip_first": skip_first, "unmoved": unmoved}
     plan = {**inputs_of(model, units), **facts, "layers": wanted}
     bar = tqdm(total=0, desc="scoring", unit="pass", disable=not progress, dynamic_ncols=True)
-    with bar, rotary_hook_points(model) if code == "rotary" else nullcontext():
-        if code == "rotary":
+    with bar, rotary_hook_points(model) if encoding == "rotary" else nullcontext():
+        if encoding == "rotary":
             geometry = _geometry(model, documents, wanted)
             found = _rotary(model, geometry, wanted, scale)
             plan["inv_freq"] = [geometry[layer].inv_freq.tolist() for layer in wanted]
@@ -115,8 +115,8 @@ def score_any_code(
 
 
 @dataclass(frozen=True, eq=False)
-class _Code:
-    """A model's position code, by layer.
+class _Encoding:
+    """A model's positional encoding, by layer.
 
     Attributes:
         bases: each head's planes. windows: sliding windows. factors: on the contributions.
@@ -129,11 +129,11 @@ class _Code:
     read: Read
 
 
-def code_of(model: LensModel) -> str:
+def encoding_of(model: LensModel) -> str:
     """``"rotary"`` or ``"learned"``.
 
     Raises:
-        PosheadsError: another code, by name, with what to do instead.
+        PosheadsError: another encoding, by name, with what to do instead.
     """
     require_lens(model)
     kind = str(getattr(model.cfg, "positional_embedding_type", None) or "none")
@@ -150,12 +150,12 @@ def code_of(model: LensModel) -> str:
         )
     used = POSITIONS.get(kind, f"positions of the kind {kind!r}")
     if kind == "none":
-        used = "no position code"
+        used = "no positional encoding"
     elif kind == "standard":
         used += ", seen from both sides"
     raise PosheadsError(
-        f"{name} uses {used}; score_any_code takes RoPE and learned positions of causal models. "
-        "Codes that leave q and k where they are can be scored from tensors, with "
+        f"{name} uses {used}; score_encoding takes RoPE and learned positions of causal models. "
+        "Encodings that leave q and k where they are can be scored from tensors, with "
         "tl_posheads.studies.encodings.distance_products and planes_by_products"
     )
 
@@ -177,18 +177,18 @@ def _learned(
     scale: Scale,
     bar: Any,
     kept: Checkpoint,
-) -> _Code:
+) -> _Encoding:
     bases = moved_bases(model, documents, layers, bar, kept)
     factors = dict.fromkeys(layers, 1.0)
     if scale == "attention":
         factors = attention_scales(model, documents[0], layers)
     read = partial(capture_moved, model, layers=layers)
-    return _Code(bases, dict.fromkeys(layers), factors, read)
+    return _Encoding(bases, dict.fromkeys(layers), factors, read)
 
 
 def _rotary(
     model: LensModel, geometry: RotaryGeometry, layers: Sequence[int], scale: Scale
-) -> _Code:
+) -> _Encoding:
     layers = [layer for layer in layers if geometry[layer].n_pairs]
     if not layers:
         raise PosheadsError(
@@ -197,7 +197,7 @@ def _rotary(
     windows = {layer: geometry[layer].window for layer in layers}
     factors = {layer: scale_factor(scale, geometry[layer]) for layer in layers}
     bases = _rotary_bases(geometry, layers)
-    return _Code(bases, windows, factors, _read_rotary(model, geometry, layers))
+    return _Encoding(bases, windows, factors, _read_rotary(model, geometry, layers))
 
 
 def _geometry(
@@ -250,7 +250,7 @@ def _read_rotary(model: LensModel, geometry: RotaryGeometry, layers: Sequence[in
 def _values(
     model: LensModel,
     units: Units,
-    code: _Code,
+    encoding: _Encoding,
     vectors_of: Callable[..., PlaneVectors],
     skip_first: int,
     bar: Any,
@@ -258,7 +258,7 @@ def _values(
 ) -> Float[Tensor, "measure doc layer head"]:
     """What is measured of every document; those that the checkpoint holds are read from it."""
     bar.total += len(units)
-    shape = len(MEASURES), int(model.cfg.n_layers), len(next(iter(code.bases.values())))
+    shape = len(MEASURES), int(model.cfg.n_layers), len(next(iter(encoding.bases.values())))
     rows = []
     for unit, document in units:
         found = kept.read(unit)
@@ -267,15 +267,15 @@ def _values(
 
             def keep(layer: int, q: Tensor, k: Tensor, row: Tensor = row) -> None:
                 q, k = (x[skip_first:].detach().cpu().double() for x in (q, k))
-                vectors = vectors_of(q * code.factors[layer], k, code.bases[layer])
-                distance, dominant = dominant_by_distance(vectors, code.windows[layer])
+                vectors = vectors_of(q * encoding.factors[layer], k, encoding.bases[layer])
+                distance, dominant = dominant_by_distance(vectors, encoding.windows[layer])
                 ranks = midranks(distance)
                 # Head by head: ranking takes ten times the memory of what is ranked.
                 rho = torch.stack([correlation(midranks(head), ranks) for head in dominant])
                 row[MEASURES.index("rho"), layer] = rho
                 row[MEASURES.index("n_pairs"), layer] = len(distance)
 
-            code.read(document, keep)
+            encoding.read(document, keep)
             found = {"values": row}
             kept.write(unit, found)
         rows.append(found["values"])
@@ -284,19 +284,19 @@ def _values(
 
 
 def _put_together(
-    model: LensModel, values: Tensor, units: Units, code: _Code, facts: dict[str, Any]
-) -> CodeScores:
+    model: LensModel, values: Tensor, units: Units, encoding: _Encoding, facts: dict[str, Any]
+) -> EncodingScores:
     n_layers, n_heads = values.shape[2:]
-    different = {id(basis): basis for bases in code.bases.values() for basis in bases}
+    different = {id(basis): basis for bases in encoding.bases.values() for basis in bases}
     places = {key: i for i, key in enumerate(different)}
     which = torch.full((n_layers, n_heads), -1, dtype=torch.long)
-    for layer, bases in code.bases.items():
+    for layer, bases in encoding.bases.items():
         which[layer] = torch.tensor([places[id(basis)] for basis in bases])
-    return CodeScores(
+    return EncodingScores(
         values=values,
         document_names=tuple(unit for unit, _ in units),
         which=which,
         bases=tuple(different.values()),
-        windows=tuple(code.windows.get(layer) for layer in range(n_layers)),
+        windows=tuple(encoding.windows.get(layer) for layer in range(n_layers)),
         provenance={**facts_of(model, units), **facts},
     )

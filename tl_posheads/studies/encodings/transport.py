@@ -1,10 +1,10 @@
-"""What moving a token does to its query: the operator of a position code, rotation or not.
+"""What moving a token does to its query: the operator of a positional encoding.
 
 Keep a text and move its positions by s tokens. The query of the same token becomes ``q^(s)``, and
-the best linear map ``q^(s) ~ T_s q`` says what the code does, whatever the code is. Under RoPE
-T_s is the rotation by s tokens, exactly. Under sinusoidal or learned positions, which are added
-to the content before the projections, it's a regression, and its R^2 says how good a description
-it is. Codes that leave q and k where they are (ALiBi, T5's bias, none) have ``T_s = 1``: they are
+the best linear map ``q^(s) ~ T_s q`` says what the encoding does, whatever it is. Under RoPE T_s
+is the rotation by s tokens, exactly. Under sinusoidal or learned positions, which are added to the
+content before the projections, it's a regression, and its R^2 says how good a description it is.
+Encodings that leave q and k where they are (ALiBi, T5's bias, none) have ``T_s = 1``: they are
 described by :mod:`tl_posheads.studies.encodings.products` instead.
 """
 
@@ -31,8 +31,8 @@ class Transport:
         operator: ``T_s``; ``moved ~ operator @ q``.
         r2: share of the moved vectors' squared length that it describes.
         r2_change: share of the change ``moved - q`` that it describes; 1 where nothing changes.
-            A code that hardly moves anything has a high ``r2`` whatever the operator, this
-            one says what the operator adds.
+            An encoding that hardly moves anything has a high ``r2`` whatever the operator,
+            this one says what the operator adds.
     """
 
     operator: Float[Tensor, "d_head d_head"]
@@ -66,7 +66,7 @@ def transport_operator(
 ) -> Transport:
     """Least-squares operator from vectors to the same tokens' vectors at moved positions.
 
-    Queries and keys of a head may be pooled: the code moves both alike.
+    Queries and keys of a head may be pooled: the encoding moves both alike.
 
     Args:
         q: a vector per token. moved: the same tokens', all so many positions further on.

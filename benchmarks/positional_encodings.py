@@ -1,11 +1,12 @@
-"""Is the positional score about RoPE, or about any position code? Small decoders, trained alike.
+"""Is the positional score about RoPE alone? Small decoders under seven encodings, trained alike.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/position_codes.py --out DIR
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/positional_encodings.py --out DIR
 
-For every code and seed one decoder reads the texts, passkeys and repeats of ``small_llama.py``, on
-256 tokens. Then: its loss by octave of position, the passkeys that it finds, its heads' scores
-(``ph.codes``), and what ablating its two best heads does, beside every other two. The same command
-on the same folder goes on with what isn't there yet. Some four minutes a model.
+For every encoding and seed one decoder reads the texts, passkeys and repeats of
+``small_llama.py``, on 256 tokens. Then: its loss by octave of position, the passkeys that it finds,
+its heads' scores (``ph.encodings``), and what ablating its two best heads does, beside every other
+two. The same command on the same folder goes on with what isn't there yet. Some four minutes a
+model.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from coded_transformer import CODES, CodedTransformer, inv_freq
 from safetensors.torch import load_file, save
+from small_decoder import ENCODINGS, SmallDecoder, inv_freq
 from small_llama import HELD_OUT, LENGTH, TRAINING, Sequences, _reproducible, make_tokenizer, texts
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import tl_posheads as ph
-from tl_posheads import codes
+from tl_posheads import encodings
 from tl_posheads.io.files import table_bytes, write_bytes
 from tl_posheads.io.gguf import quiet
 from tl_posheads.tasks.base import Prompt
@@ -44,11 +45,11 @@ ABLATED = 2  # heads
 SHUFFLES = 16  # random orders of a head's dimensions
 
 
-def fit(code: str, sequences: Sequences, steps: int, seed: int) -> tuple[CodedTransformer, float]:
-    """The trained decoder and the seconds that it took; data and budget as every other code's."""
+def fit(encoding: str, sequences: Sequences, steps: int, seed: int) -> tuple[SmallDecoder, float]:
+    """The trained decoder and the seconds that it took; the same data and budget for all."""
     rng = random.Random(seed)
     with _reproducible(seed):
-        model = CodedTransformer(code)
+        model = SmallDecoder(encoding)
         groups = [
             dict(
                 params=[w for w in model.parameters() if w.ndim > 1],
@@ -77,7 +78,7 @@ def fit(code: str, sequences: Sequences, steps: int, seed: int) -> tuple[CodedTr
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 seconds = time.perf_counter() - begun
                 print(
-                    f"{code}, seed {seed}: step {step + 1} of {steps}, loss {loss:.3f} "
+                    f"{encoding}, seed {seed}: step {step + 1} of {steps}, loss {loss:.3f} "
                     f"({seconds:.0f} s)",
                     file=sys.stderr,
                     flush=True,
@@ -99,14 +100,14 @@ def prepared(out: Path) -> tuple[Any, str, str]:
     return AutoTokenizer.from_pretrained(folder), reading, held_out
 
 
-def trained(out: Path, code: str, seed: int, steps: int, sequences: Sequences) -> CodedTransformer:
+def trained(out: Path, encoding: str, seed: int, steps: int, sequences: Sequences) -> SmallDecoder:
     """The decoder of the folder, trained first if it isn't there."""
-    path = out / f"{code}-{seed}-{steps}.safetensors"
+    path = out / f"{encoding}-{seed}-{steps}.safetensors"
     if not path.exists():
-        model, seconds = fit(code, sequences, steps, seed)
-        facts = dict(code=code, seed=str(seed), steps=str(steps), seconds=f"{seconds:.1f}")
+        model, seconds = fit(encoding, sequences, steps, seed)
+        facts = dict(encoding=encoding, seed=str(seed), steps=str(steps), seconds=f"{seconds:.1f}")
         write_bytes(path, save(model.state_dict(), metadata=facts))
-    model = CodedTransformer(code)
+    model = SmallDecoder(encoding)
     model.load_state_dict(load_file(path))
     return model.eval()
 
@@ -125,7 +126,7 @@ class HeldOut:
         self.passkeys: list[Prompt] = task.prompts(reader)
 
 
-def losses(model: CodedTransformer, texts: Tensor, **how: Any) -> Tensor:
+def losses(model: SmallDecoder, texts: Tensor, **how: Any) -> Tensor:
     """Loss by position, mean over texts, in nats: ``[pos - 1]``, the first after one token."""
     with torch.no_grad():
         logits = model(texts, **how)[:, :-1]
@@ -139,7 +140,7 @@ def by_octave(loss: Tensor, first: int, last: int) -> dict[str, float]:
     return {f"{low}-{2 * low - 1}": float(loss[low - 1 : 2 * low - 1].mean()) for low in lows}
 
 
-def passkeys(model: CodedTransformer, prompts: list[Prompt], **how: Any) -> tuple[float, float]:
+def passkeys(model: SmallDecoder, prompts: list[Prompt], **how: Any) -> tuple[float, float]:
     """Share found, every digit the likeliest; mean log-probability of a digit, in nats."""
     tokens = torch.stack([prompt.tokens for prompt in prompts])
     with torch.no_grad():
@@ -152,7 +153,7 @@ def passkeys(model: CodedTransformer, prompts: list[Prompt], **how: Any) -> tupl
     return found / len(prompts), float(np.mean(digits))
 
 
-def queries_and_keys(model: CodedTransformer, texts: Tensor, offset: int = 0) -> list[Any]:
+def queries_and_keys(model: SmallDecoder, texts: Tensor, offset: int = 0) -> list[Any]:
     """``(q, k)`` of each layer, ``[doc, pos, head, d_head]``."""
     found: list[Any] = []
     with torch.no_grad():
@@ -160,20 +161,20 @@ def queries_and_keys(model: CodedTransformer, texts: Tensor, offset: int = 0) ->
     return found
 
 
-def own_bases(model: CodedTransformer, texts: Tensor) -> list[list[codes.QKBasis]]:
-    """Bases of every layer's heads by what orders the planes under the model's own code."""
+def own_bases(model: SmallDecoder, texts: Tensor) -> list[list[encodings.QKBasis]]:
+    """Bases of every layer's heads by what orders the planes under the model's own encoding."""
     sizes = model.shape
     if model.rotary_dim:
-        shifts = codes.log_shifts(1 << 16)
+        shifts = encodings.log_shifts(1 << 16)
         turn = ph.LayerGeometry.from_inv_freq(inv_freq(model.rotary_dim), d_head=sizes.d_head)
-        basis = codes.ordered_planes(codes.rotation_operators(turn, shifts), shifts)
+        basis = encodings.ordered_planes(encodings.rotation_operators(turn, shifts), shifts)
         return [[basis] * sizes.n_heads] * sizes.n_layers
-    if model.code not in ("sinusoidal", "learned"):
+    if model.encoding not in ("sinusoidal", "learned"):
         return data_bases(model, texts)
     cut = sizes.n_ctx // 2
-    shifts = codes.log_shifts(sizes.n_ctx - cut)
+    shifts = encodings.log_shifts(sizes.n_ctx - cut)
     here = queries_and_keys(model, texts[:, :cut])
-    sums = [codes.TransportSums(sizes.n_heads, sizes.d_head, len(shifts)) for _ in here]
+    sums = [encodings.TransportSums(sizes.n_heads, sizes.d_head, len(shifts)) for _ in here]
     pooled = [torch.cat(both).flatten(0, 1) for both in here]
     for layer, x in enumerate(pooled):
         sums[layer].add(x)
@@ -181,18 +182,18 @@ def own_bases(model: CodedTransformer, texts: Tensor) -> list[list[codes.QKBasis
         moved = queries_and_keys(model, texts[:, :cut], offset=shift)
         for layer, both in enumerate(moved):
             sums[layer].add_moved(i, pooled[layer], torch.cat(both).flatten(0, 1))
-    return [[codes.ordered_planes(row, shifts) for row in layer.solve()] for layer in sums]
+    return [[encodings.ordered_planes(row, shifts) for row in layer.solve()] for layer in sums]
 
 
-def data_bases(model: CodedTransformer, texts: Tensor) -> list[list[codes.QKBasis]]:
-    """Bases by mean products, which any code has: a second opinion where the code moves q."""
+def data_bases(model: SmallDecoder, texts: Tensor) -> list[list[encodings.QKBasis]]:
+    """Bases by mean products, which exist under any encoding: a second opinion where it moves q."""
     bias = model.bias(texts.shape[1])
     bases = []
     for q, k in queries_and_keys(model, texts):
-        products = codes.distance_products(q, k)
+        products = encodings.distance_products(q, k)
         heads = range(model.shape.n_heads)
         row = [
-            codes.planes_by_products(products, h, bias=None if bias is None else bias[h])
+            encodings.planes_by_products(products, h, bias=None if bias is None else bias[h])
             for h in heads
         ]
         bases.append(row)
@@ -200,7 +201,7 @@ def data_bases(model: CodedTransformer, texts: Tensor) -> list[list[codes.QKBasi
 
 
 def scored(
-    model: CodedTransformer, texts: Tensor, bases: list[list[codes.QKBasis]], shuffles: int = 0
+    model: SmallDecoder, texts: Tensor, bases: list[list[encodings.QKBasis]], shuffles: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """rho ``[layer, head]``, mean over texts; each text's; and of random orders of dimensions."""
     bias = model.bias(texts.shape[1])
@@ -209,7 +210,7 @@ def scored(
     rng = np.random.default_rng(0)
     rho, alone, shuffled = [], [], []
     for layer, (q, k) in enumerate(queries_and_keys(model, texts)):
-        vectors = [codes.PlaneVectors(a, b, bases[layer], bias) for a, b in zip(q, k)]
+        vectors = [encodings.PlaneVectors(a, b, bases[layer], bias) for a, b in zip(q, k)]
         alone.append([_rho(v) for v in vectors])
         rho.append(np.mean(alone[-1], axis=0))
         few, orders = vectors[:4], []
@@ -223,11 +224,11 @@ def scored(
     return np.array(rho), np.array(alone), np.array(shuffled)
 
 
-def _rho(vectors: codes.PlaneVectors) -> np.ndarray:
-    return ph.spearman_by_distance(*codes.dominant_by_distance(vectors)).numpy()
+def _rho(vectors: encodings.PlaneVectors) -> np.ndarray:
+    return ph.spearman_by_distance(*encodings.dominant_by_distance(vectors)).numpy()
 
 
-def ablations(model: CodedTransformer, held: HeldOut, rho: np.ndarray) -> list[dict[str, Any]]:
+def ablations(model: SmallDecoder, held: HeldOut, rho: np.ndarray) -> list[dict[str, Any]]:
     """What ablating any two heads does; the best two by rho are marked."""
     sizes = model.shape
     heads = [(la, h) for la in range(sizes.n_layers) for h in range(sizes.n_heads)]
@@ -253,7 +254,7 @@ def ablations(model: CodedTransformer, held: HeldOut, rho: np.ndarray) -> list[d
     return rows
 
 
-def analysed(model: CodedTransformer, held: HeldOut, seed: int) -> dict[str, Any]:
+def analysed(model: SmallDecoder, held: HeldOut, seed: int) -> dict[str, Any]:
     """Everything that's reported of one decoder."""
     own, data = own_bases(model, held.for_bases), data_bases(model, held.for_bases)
     rho, alone, shuffled = scored(model, held.for_scores, own, SHUFFLES)
@@ -284,11 +285,11 @@ def analysed(model: CodedTransformer, held: HeldOut, seed: int) -> dict[str, Any
             }
         )
     octaves = by_octave(losses(model, held.texts), 0, 8)
-    if model.code != "learned":
+    if model.encoding != "learned":
         octaves |= by_octave(losses(model, held.long), 8, 9)
     found, digit = passkeys(model, held.passkeys)
     result = {
-        "code": model.code,
+        "encoding": model.encoding,
         "seed": seed,
         "loss": octaves,
         "found": found,
@@ -308,7 +309,7 @@ def tables(results: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
         top = pairs[pairs["top"]].iloc[0]
         rows.append(
             {
-                "code": one["code"],
+                "encoding": one["encoding"],
                 "seed": one["seed"],
                 **one["loss"],
                 "found": one["found"],
@@ -332,26 +333,29 @@ def tables(results: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     found = {"models": pd.DataFrame(rows)}
     for key in ("heads", "ablations"):
         parts = [
-            pd.DataFrame(one[key]).assign(code=one["code"], seed=one["seed"]) for one in results
+            pd.DataFrame(one[key]).assign(encoding=one["encoding"], seed=one["seed"])
+            for one in results
         ]
         found[key] = pd.concat(parts)
     return found
 
 
 def figure(found: dict[str, pd.DataFrame]) -> bytes:
-    """Scores of all heads by code, and the harm of the two best heads beside all other twos."""
+    """Scores of all heads by encoding, and the harm of the two best heads beside all other twos."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(10, 7.5), layout="constrained")
     panels = picture.subplots(3, 1, sharex=True)
-    names = [code for code in CODES if code in set(found["models"]["code"])]
+    names = [encoding for encoding in ENCODINGS if encoding in set(found["models"]["encoding"])]
     labels = (
         "score of each head\n(grey: dimensions shuffled)",
         "change of the loss,\nnats a token",
         "change of a passkey digit's\nlog-probability, nats",
     )
-    for x, code in enumerate(names):
-        heads, pairs = (found[key][found[key]["code"] == code] for key in ("heads", "ablations"))
+    for x, encoding in enumerate(names):
+        heads, pairs = (
+            found[key][found[key]["encoding"] == encoding] for key in ("heads", "ablations")
+        )
         spread = np.linspace(-0.3, 0.3, len(heads))
         panels[0].errorbar(
             x + spread,
@@ -382,28 +386,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of models and results")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--codes", nargs="+", choices=CODES, default=list(CODES))
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
     parser.add_argument("--train-only", action="store_true", help="leave the analysis to later")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, reading, _ = prepared(chosen.out)
     sequences, held, results = Sequences(reading, tokenizer), HeldOut(chosen.out, tokenizer), []
     for seed in chosen.seeds:
-        for code in chosen.codes:
-            model = trained(chosen.out, code, seed, chosen.steps, sequences)
+        for encoding in chosen.encodings:
+            model = trained(chosen.out, encoding, seed, chosen.steps, sequences)
             if chosen.train_only:
                 continue
-            path = chosen.out / f"{code}-{seed}-{chosen.steps}.json"
+            path = chosen.out / f"{encoding}-{seed}-{chosen.steps}.json"
             if not path.exists():
                 found = {**analysed(model, held, seed), "steps": chosen.steps}
                 write_bytes(path, json.dumps(found, indent=1).encode())
-                print(f"{code}, seed {seed}: analysed", file=sys.stderr, flush=True)
+                print(f"{encoding}, seed {seed}: analysed", file=sys.stderr, flush=True)
             results.append(json.loads(path.read_text()))
     if results:
         found = tables(results)
         for name, table in found.items():
             write_bytes(chosen.out / f"{name}.parquet", table_bytes(table))
-        write_bytes(chosen.out / "codes.png", figure(found))
+        write_bytes(chosen.out / "encodings.png", figure(found))
         print(found["models"].round(3).T.to_string())
 
 

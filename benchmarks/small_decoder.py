@@ -1,4 +1,4 @@
-"""One small decoder for every position code: nothing but the code differs."""
+"""One small decoder for every positional encoding: nothing but the encoding differs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-CODES = ("rope", "partial_rope", "alibi", "sinusoidal", "learned", "t5", "nope")
+ENCODINGS = ("rope", "partial_rope", "alibi", "sinusoidal", "learned", "t5", "nope")
 THETA = 10000.0
 T5_BUCKETS, T5_FARTHEST = 32, 128  # T5's own (Raffel et al. 2020, arXiv 1910.10683)
 
@@ -79,22 +79,22 @@ class Block(nn.Module):
         self.down = nn.Linear(shape.d_mlp, shape.d_model, bias=False)
 
 
-class CodedTransformer(nn.Module):
-    """A pre-norm decoder with tied embeddings and one of :data:`CODES`.
+class SmallDecoder(nn.Module):
+    """A pre-norm decoder with tied embeddings and one of :data:`ENCODINGS`.
 
-    Scores are scaled by ``d_head**-0.5`` under every code, T5's too.
+    Scores are scaled by ``d_head**-0.5`` under every encoding, T5's too.
 
     Args:
-        code: one of :data:`CODES`; ``"partial_rope"`` turns the first half of a head.
+        encoding: one of :data:`ENCODINGS`; ``"partial_rope"`` turns the first half of a head.
         shape: sizes.
         std: of the initial weights.
     """
 
-    def __init__(self, code: str, shape: Shape | None = None, std: float = 0.06) -> None:
+    def __init__(self, encoding: str, shape: Shape | None = None, std: float = 0.06) -> None:
         super().__init__()
-        if code not in CODES:
-            raise ValueError(f"code={code!r} was given; expected one of {CODES}")
-        self.code, self.shape = code, shape or Shape()
+        if encoding not in ENCODINGS:
+            raise ValueError(f"encoding={encoding!r} was given; expected one of {ENCODINGS}")
+        self.encoding, self.shape = encoding, shape or Shape()
         sizes = self.shape
         self.embed = nn.Embedding(sizes.n_vocab, sizes.d_model)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layers))
@@ -105,24 +105,25 @@ class CodedTransformer(nn.Module):
                     weight.normal_(0.0, std)
             # A direction that all tokens share: heads find "the token before" sooner with it.
             self.embed.weight.add_(std * torch.randn(sizes.d_model))
-        # The codes' own weights come last: what comes before is the same under every code.
-        if code == "learned":
+        # The encodings' own weights come last: what comes before is the same under every encoding.
+        if encoding == "learned":
             # Half as large as the embedding, as GPT-2 begins.
             scale = std * sizes.d_model**0.5 / 2
             self.positions = nn.Parameter(scale * torch.randn(sizes.n_ctx, sizes.d_model))
-        if code == "t5":
+        if encoding == "t5":
             self.relative = nn.Parameter(torch.zeros(T5_BUCKETS, sizes.n_heads))
 
     @property
     def rotary_dim(self) -> int:
-        return {"rope": self.shape.d_head, "partial_rope": self.shape.d_head // 2}.get(self.code, 0)
+        whole = self.shape.d_head
+        return {"rope": whole, "partial_rope": whole // 2}.get(self.encoding, 0)
 
     def bias(self, n: int) -> Float[Tensor, "head distance"] | None:
-        """What the code adds to a scaled score at distances 0 to ``n - 1``; None if nothing."""
+        """What the encoding adds to a scaled score at distances 0 to ``n - 1``; None if nothing."""
         distance = torch.arange(n)
-        if self.code == "alibi":
+        if self.encoding == "alibi":
             return -alibi_slopes(self.shape.n_heads)[:, None] * distance
-        if self.code == "t5":
+        if self.encoding == "t5":
             return self.relative[t5_bucket(distance)].T
         return None
 
@@ -153,9 +154,9 @@ class CodedTransformer(nn.Module):
         sizes, n = self.shape, tokens.shape[1]
         position = torch.arange(offset, offset + n)
         x = self.embed(tokens) * sizes.d_model**0.5
-        if self.code == "learned":
+        if self.encoding == "learned":
             x = x + self.positions[position]
-        if self.code == "sinusoidal":
+        if self.encoding == "sinusoidal":
             x = x + sinusoids(position, sizes.d_model)
         mask = self._mask(n)
         for layer, block in enumerate(self.blocks):
