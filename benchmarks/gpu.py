@@ -27,6 +27,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tl_posheads as ph
+from tl_posheads.studies.ablation import trial
+from tl_posheads.studies.ablation.trial import Trial
 
 D_HEAD, N_VOCAB = 128, 1024
 
@@ -53,6 +55,7 @@ def main() -> None:
     start = time.perf_counter()
     agreement(args, tokens[:, : args.agree], device)
     beside_forward(args, tokens, device)
+    ablations(args, device)
     print(f"\n{time.perf_counter() - start:.0f} s in all.")
 
 
@@ -84,6 +87,26 @@ def beside_forward(args: argparse.Namespace, tokens: torch.Tensor, device: str) 
     print(table_of(seconds_of(ways, args.rounds), base))
     peaks = ", ".join(f"{name} {peak_growth(call) / 1e3:.2f} GB" for name, call in ways.items())
     print(f"\nMemory beyond the weights: {peaks}.")
+
+
+def ablations(args: argparse.Namespace, device: str) -> None:
+    """Print what running ablations of single heads as batches saves."""
+    model = random_llama(args, device, getattr(torch, args.dtype))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, N_VOCAB, (args.agree,), generator=generator)
+    prompt = ph.tasks.Prompt(tokens, torch.arange(args.agree - 8, args.agree))
+    sets = [[(0, head)] for head in range(args.heads)]
+    own, chosen = Trial.of(model, "zero", None, False, "z", 0), trial.rows_at_once
+    own.prepare()
+
+    def run(rows: int | None) -> None:
+        trial.rows_at_once = chosen if rows is None else lambda *shape: rows
+        own.run(prompt, 0, sets, lambda n: None)
+
+    base = "one by one"
+    ways = {base: lambda: run(1), "in batches": lambda: run(None)}
+    print(f"\nEvery head of layer 0 ablated by itself, {args.agree:,} tokens in {args.dtype}:\n")
+    print(table_of(seconds_of(ways, args.rounds), base))
 
 
 def random_llama(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Any:

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tl_posheads import extrapolation, tasks, views
     from tl_posheads.errors import PosheadsError
+    from tl_posheads.extrapolation.allocation import AllocationStretch, allocation_stretch
     from tl_posheads.extrapolation.break_point import BreakPoint, break_point
     from tl_posheads.extrapolation.compare import compare_extrapolations, sweep_theta
     from tl_posheads.extrapolation.comparison import ExtrapolationComparison
@@ -37,19 +38,24 @@ if TYPE_CHECKING:
     )
     from tl_posheads.rotary.geometry import LayerGeometry
     from tl_posheads.scoring.accumulator import ScoreAccumulator
+    from tl_posheads.scoring.cached import dominant_from_cache
     from tl_posheads.scoring.corpus import score_corpus
     from tl_posheads.scoring.curves import dominant_dimension_curve
     from tl_posheads.scoring.head_scores import HeadScores
-    from tl_posheads.scoring.maps import HeadMaps, head_maps
+    from tl_posheads.scoring.maps import HeadMaps, dominant_map, head_maps
     from tl_posheads.scoring.score import score_heads
     from tl_posheads.statistics.ranks import spearman_by_distance
-    from tl_posheads.studies import emergence, encodings, profile, unseen
+    from tl_posheads.studies import atlas, emergence, encodings, profile, unseen
+    from tl_posheads.studies.ablation.association import association
     from tl_posheads.studies.ablation.controls import control_sets
     from tl_posheads.studies.ablation.dose import dose_response
     from tl_posheads.studies.ablation.dose_results import DoseResponse
+    from tl_posheads.studies.ablation.head_effects import head_effects
+    from tl_posheads.studies.ablation.head_effects_results import HeadEffects
     from tl_posheads.studies.ablation.results import AblationStudy
     from tl_posheads.studies.ablation.run import ablation_study
-    from tl_posheads.studies.ablation.screen import head_effects
+    from tl_posheads.studies.atlas.results import RotaryAtlas
+    from tl_posheads.studies.atlas.run import rotary_atlas
     from tl_posheads.studies.emergence.results import Emergence
     from tl_posheads.studies.emergence.tracker import EmergenceTracker, track_emergence
     from tl_posheads.studies.encodings.results import EncodingScores
@@ -73,6 +79,8 @@ _HOME = {
     "control_sets": "studies.ablation.controls",
     "load_corpus": "io.corpora",
     "dominant_dimension_curve": "scoring.curves",
+    "dominant_from_cache": "scoring.cached",
+    "dominant_map": "scoring.maps",
     "Emergence": "studies.emergence.results",
     "EmergenceTracker": "studies.emergence.tracker",
     "track_emergence": "studies.emergence.tracker",
@@ -80,6 +88,8 @@ _HOME = {
     "compare_extrapolations": "extrapolation.compare",
     "sweep_theta": "extrapolation.compare",
     "ExtrapolationComparison": "extrapolation.comparison",
+    "AllocationStretch": "extrapolation.allocation",
+    "allocation_stretch": "extrapolation.allocation",
     "BreakPoint": "extrapolation.break_point",
     "Stretch": "extrapolation.stretch",
     "break_point": "extrapolation.break_point",
@@ -92,6 +102,8 @@ _HOME = {
     "load_model": "io.models",
     "HeadPatching": "interventions.patching",
     "patch_heads": "interventions.patching",
+    "RotaryAtlas": "studies.atlas.results",
+    "rotary_atlas": "studies.atlas.run",
     "HeadProfile": "studies.profile.results",
     "profile_heads": "studies.profile.run",
     "HeadScores": "scoring.head_scores",
@@ -102,7 +114,9 @@ _HOME = {
     "AblationStudy": "studies.ablation.results",
     "dose_response": "studies.ablation.dose",
     "DoseResponse": "studies.ablation.dose_results",
-    "head_effects": "studies.ablation.screen",
+    "association": "studies.ablation.association",
+    "head_effects": "studies.ablation.head_effects",
+    "HeadEffects": "studies.ablation.head_effects_results",
     "EncodingScores": "studies.encodings.results",
     "score_encoding": "studies.encodings.scoring",
     "UnseenAngles": "studies.unseen.results",
@@ -110,6 +124,7 @@ _HOME = {
 }
 
 _PACKAGES = {
+    "atlas": "studies.atlas",
     "encodings": "studies.encodings",
     "emergence": "studies.emergence",
     "extrapolation": "extrapolation",
@@ -133,4 +148,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_PACKAGES])
+    return sorted(__all__)

@@ -12,7 +12,9 @@ from tl_posheads import extrapolation as ex
 from tl_posheads.hooks.logprobs import greedy, target_logprobs
 from tl_posheads.hooks.model import input_device
 from tl_posheads.io.models import hooked_available
-from tl_posheads.studies.ablation.screen import head_effects
+from tl_posheads.studies.ablation.attribution import attributed_effects
+from tl_posheads.studies.ablation.norms import output_norms
+from tl_posheads.tasks import Prompt
 
 pytestmark = pytest.mark.lens
 
@@ -52,8 +54,8 @@ def everything(model):
         "logprobs": target_logprobs(model, TOKENS[0], at)[0],
         "written": greedy(model, TOKENS[0, :8], 4),
     }
-    effects = head_effects(model, TOKENS[0], at)
-    out |= {"effects": effects.effects, "norms": effects.norms}
+    out["effects"] = attributed_effects(model, TOKENS[0], at).effects
+    out["norms"] = output_norms(model, [Prompt(TOKENS[0], at)])
     for mode in ("zero", "mean"):
         reference = None if mode == "zero" else TOKENS
         with ph.ablate(model, HEADS, mode, reference=reference):

@@ -92,13 +92,34 @@ def _retrieve(model: Any, layer: int, head: int, strength: float) -> None:
             o[:, rows][_OUT + value, value] = strength
 
 
+def _idle(model: Any, layer: int, head: int, pairs: Sequence[int]) -> None:
+    """Slow rotary pairs of the retrieving head that add the same to all keys' scores.
+
+    Their queries are as long as the looking pair's. So are their keys on average over a text of 24
+    tokens, where the looking pair's are long at the needle and nothing elsewhere.
+    """
+    attention = model.model.layers[layer].self_attn
+    rows = slice(head * _D_HEAD, (head + 1) * _D_HEAD)
+    q, k = (getattr(attention, f"{name}_proj").weight[rows] for name in "qk")
+    common = model.model.embed_tokens.weight[:, _NOISE:].mean(0)  # what all tokens share
+    with torch.no_grad():
+        for pair in pairs:
+            q[pair] = q[_SLOWEST]
+            k[pair, _NOISE:] = 0.37 * common / (model.config.hidden_size / 2) ** 0.5
+
+
 def planted_retriever(
-    n_layers: int = 8, n_heads: int = 16, planted: tuple[int, int] = (3, 5), seed: int = 0
+    n_layers: int = 8,
+    n_heads: int = 16,
+    planted: tuple[int, int] = (3, 5),
+    seed: int = 0,
+    idle: Sequence[int] = (),
 ) -> Any:
     """A Bridge in which the planted head retrieves and every other one adds a little noise.
 
     The other heads read everything but the value's code, so that they cannot retrieve; what they
-    write shifts the answers' logits at random, to harm or good.
+    write shifts the answers' logits at random, to harm or good. The planted head looks with its
+    slowest rotary pair; ``idle`` ones are about as long and do nothing.
     """
     model, generator = _blank(n_layers, n_heads, seed)
     with torch.no_grad():
@@ -111,6 +132,7 @@ def planted_retriever(
             # No head may write what the planted one looks for.
             layer.self_attn.o_proj.weight[:_OUT] = 0.0
     _retrieve(model, *planted, strength=1.0)
+    _idle(model, *planted, idle)
     return small_models.bridge(model, "planted-retriever")
 
 

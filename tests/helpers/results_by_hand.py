@@ -10,11 +10,14 @@ import pandas as pd
 import torch
 
 from helpers.scores_by_hand import head_scores
-from tl_posheads import AblationStudy, ExtrapolationComparison
+from tl_posheads import AblationStudy, ExtrapolationComparison, HeadEffects
 from tl_posheads.interventions.patching import HeadPatching
 from tl_posheads.scoring.curves import DominantDimensionCurve
 from tl_posheads.scoring.maps import HeadMaps
+from tl_posheads.studies.ablation.dose_controls import EditedSet
 from tl_posheads.studies.ablation.dose_results import DoseResponse
+from tl_posheads.studies.atlas.measure import BY_DISTANCE, BY_HEAD, BY_PAIR
+from tl_posheads.studies.atlas.results import RotaryAtlas
 from tl_posheads.studies.emergence.results import Emergence
 from tl_posheads.studies.encodings.basis import QKBasis
 from tl_posheads.studies.encodings.results import EncodingScores
@@ -79,7 +82,7 @@ def maps():
 
 def study():
     rng, rows = np.random.default_rng(0), []
-    for kind, n in (("top", 1), ("random", 3), ("lowest", 1)):
+    for kind, n in (("top", 1), ("retrieval", 1), ("random", 3), ("lowest", 1)):
         for draw in range(n):
             for n_heads, fraction in ((1, 0.17), (2, 0.33)):
                 heads = rng.permutation(6)[:n_heads]
@@ -93,36 +96,46 @@ def study():
                         "heads": json.dumps([[int(h) // 3, int(h) % 3] for h in heads]),
                     }
                 )
-    cells, screen, tests = [], [], []
-    for task in ("passkey", "copying"):
-        for variant in ("long", "short"):
-            for prompt in range(3):
-                for condition in range(-1, len(rows)):
-                    value = float(rng.normal(-1, 0.1))
-                    cells.append((task, variant, prompt, condition, value, 0.5, prompt > 0))
-                for place in range(6):
-                    effect = float(rng.normal(-0.1, 0.1))
-                    screen.append((task, variant, prompt, place // 3, place % 3, effect))
-            for fraction in (0.17, 0.33):
-                for control, n in (("random", 9), ("lowest", 0)):
-                    p = 0.2 if n else np.nan
-                    tests.append((task, variant, fraction, control, -0.1, n, p))
-    columns = ["task", "variant", "prompt"]
+    cells = [
+        (task, variant, prompt, condition, float(rng.normal(-1, 0.1)), 0.5, prompt > 0)
+        for task in ("passkey", "copying")
+        for variant in ("long", "short")
+        for prompt in range(3)
+        for condition in range(-1, len(rows))
+    ]
+    columns = ["task", "variant", "prompt", "condition", "value", "accuracy", "exact"]
+    rungs = [("passkey", 0, 0.95, False), ("passkey", 1, 0.6, True), ("copying", 0, 0.5, True)]
+    facts = {
+        "tasks": {task: {"rungs": 2, "metric": False} for task in ("passkey", "copying")},
+        "left_out": {"needle": "at its floor on the easiest rung"},
+        "positive_control": {"n_heads": 2},
+    }
     return AblationStudy(
         pd.DataFrame(rows),
-        pd.DataFrame(cells, columns=[*columns, "condition", "logprob", "accuracy", "exact"]),
-        pd.DataFrame(screen, columns=[*columns, "layer", "head", "effect"]),
+        pd.DataFrame(cells, columns=columns),
+        pd.DataFrame(rungs, columns=["task", "rung", "probability", "taken"]),
+        {**FACTS, **facts},
+    )
+
+
+def effects():
+    rows = [
+        (task, prompt, 64, -0.5, 0.5, prompt > 0, -0.1)
+        for task in ("passkey", "copying")
+        for prompt in range(3)
+    ]
+    columns = ["task", "prompt", "n_tokens", "clean", "accuracy", "exact", "clean_short"]
+    long, short = (-_random(6, 2, 3, seed=i) for i in range(2))
+    long[:, 1, 2] = short[:, 1, 2] = short[3:] = float("nan")
+    agreement = [("passkey", 5, 0.7, 0.2, 0.9, 1.1), ("copying", 5, 0.5, 0.1, 0.8, 0.9)]
+    return HeadEffects(
+        pd.DataFrame(rows, columns=columns),
+        long,
+        short,
+        _random(2, 3).float(),
         pd.DataFrame(
-            tests,
-            columns=[
-                "task",
-                "variant",
-                "fraction",
-                "control",
-                "screen_effect",
-                "n_screen_draws",
-                "p_screen",
-            ],
+            agreement,
+            columns=["task", "n_heads", "rank_correlation", "ci_low", "ci_high", "slope"],
         ),
         dict(FACTS),
     )
@@ -137,8 +150,13 @@ def dose():
         for strength in (0.0, 0.5, 1.0)
     ]
     columns = ["prompt", "set", "strength", "logprob", "exact", "clean"]
-    facts = {**FACTS, "edit": "scale", "pairs": [0, 1]}
-    return DoseResponse(pd.DataFrame(rows, columns=columns), [[(0, i)] for i in range(3)], facts)
+    facts = {**FACTS, "edit": "scale", "rotary_pairs": [0, 1]}
+    sets = [
+        EditedSet("", [(0, 0)], [0, 1]),
+        EditedSet("layer_matched_heads", [(0, 1)], [0, 1]),
+        EditedSet("norm_matched_rotary_pairs", [(0, 0)], [2, 3]),
+    ]
+    return DoseResponse(pd.DataFrame(rows, columns=columns), sets, [2.0, 1.0, 1.5, 0.5], facts)
 
 
 def comparison():
@@ -155,6 +173,9 @@ def comparison():
         n_whole=far.repeat(3, 1),
         within=_random(2, 3, 2, 7),
         n_within=near.repeat(3, 1),
+        slow=((2, 3),) * len(HEADS),
+        slow_whole=_random(2, 3, 2, 15).sigmoid(),
+        slow_within=_random(2, 3, 2, 7).sigmoid(),
         scores_within=(scores(), scores()),
         scores_whole=(scores(), scores()),
         loss=pd.DataFrame(loss, columns=["method", "document", "position", "loss"]),
@@ -188,6 +209,27 @@ def profile():
     table.loc[2, "sink"] = np.nan
     return HeadProfile(
         table, {**FACTS, "missing": {"sink": "no"}, "needles": {"n_prompts": 2, "n_answered": 1}}
+    )
+
+
+def atlas():
+    """Three documents, two layers of three heads, three rotary pairs, four bins; one layer bare."""
+    by_pair = _random(len(BY_PAIR), 3, 2, 3, 3)
+    by_distance = _random(len(BY_DISTANCE), 3, 2, 3, 4, seed=1)
+    by_distance[0] = torch.tensor([1.0, 2.0, 3.0, 4.5])
+    by_pair[:, :, 1, 2] = float("nan")
+    return RotaryAtlas(
+        by_pair=by_pair,
+        by_head=_random(len(BY_HEAD), 3, 2, 3, seed=2),
+        by_distance=by_distance,
+        wavelengths=torch.tensor([6.0, 60.0, 600.0]).double().expand(3, 2, 3),
+        lengths=[8, 8, 8],
+        document_names=("a", "b", "c"),
+        windows=(None, 6),
+        trained=100,
+        scale="none",
+        scores=_random(3, 2, 3, seed=3) - 0.5,
+        provenance=dict(FACTS),
     )
 
 
@@ -240,10 +282,12 @@ KINDS = {
         curve,
         maps,
         study,
+        effects,
         dose,
         comparison,
         emergence,
         profile,
+        atlas,
         unseen,
         patching,
     )

@@ -10,7 +10,7 @@ from helpers import architectures, small_models
 from helpers.traces import warm
 from tl_posheads import ablate, ablation_hooks, ablation_study
 from tl_posheads.io.models import hooked_available
-from tl_posheads.studies.ablation.screen import head_effects
+from tl_posheads.studies.ablation.attribution import attributed_effects
 
 pytestmark = pytest.mark.lens
 
@@ -85,7 +85,7 @@ def test_all_that_sets_heads_to_zero_refuses_before_a_pass():
         with refused:
             ablation_hooks(model, [(0, 0)], on="pattern", positions=[3])
         with refused:
-            head_effects(model, TOKENS[0], torch.tensor([4]))
+            attributed_effects(model, TOKENS[0], torch.tensor([4]))
         task = ph.tasks.Passkey(length=200, n=2)
         for mode in (dict(), dict(mode="mean", reference=REFERENCE)):
             with refused:

@@ -69,13 +69,13 @@ def test_no_overlap_and_spread(numbered, model, monkeypatch, seed, enough):
         assert max(one) <= 1000 * (i + 1) + 2
 
 
-def test_long_texts_are_sampled_not_tokenised_whole(model, tmp_path, monkeypatch):
+def test_long_texts_are_sampled_nottoken_idsd_whole(model, tmp_path, monkeypatch):
     path = tmp_path / "long.txt"
     path.write_text("word " * 200_000)
     seen = []
-    real = corpora._tokenise
+    real = corpora.token_ids
     monkeypatch.setattr(
-        corpora, "_tokenise", lambda text, tok: seen.append(text) or real(text, tok)
+        corpora, "token_ids", lambda text, tok: seen.append(text) or real(text, tok)
     )
     assert load_corpus(path, model, n_docs=2, length=64).shape == (2, 64)
     assert sum(map(len, seen)) < 10_000
@@ -336,3 +336,13 @@ class TestWhatCantBeRead:
     def test_ends_of_lines_and_pages_are_text(self, folder):
         (folder / "a.txt").write_bytes("a\tb\r\nc\x0cd\x0be\rf ü".encode())
         assert corpora._text(str(folder)).startswith("a\tb\nc\x0cd\x0be\rf ü")
+
+
+def test_texts_in_a_list_and_a_text_as_a_name(model):
+    texts = ["one two three four five " * 10, "six seven eight nine ten " * 10]
+    found = load_corpus(texts, model, n_docs=2, length=8)
+    assert found.shape == (2, 8)
+    with pytest.raises(PosheadsError, match=r"give texts in a list, \[text\]"):
+        load_corpus(texts[0] * 100, model, n_docs=2, length=8)
+    with pytest.raises(PosheadsError, match="given as the name of a corpus"):
+        load_corpus("two\nlines", model, n_docs=2, length=8)

@@ -12,63 +12,59 @@ from scipy import stats
 
 from tl_posheads import PosheadsError
 from tl_posheads.statistics.effects import (
+    agreement,
     holm,
     paired_effect,
     rank_tests,
-    screen_agreement,
     sign_flip_p,
 )
-from tl_posheads.statistics.power import smallest_detectable
 
 
-def test_the_interval_covers_the_mean_at_about_its_rate():
-    generator = np.random.default_rng(0)
-    hits = []
-    for i in range(300):
-        clean = generator.normal(-2, 1, 60)
-        effect = paired_effect(
-            clean - 0.3 + 0.4 * generator.standard_normal(60), clean, n_boot=500, seed=i
-        )
-        hits.append(effect.ci_low <= -0.3 <= effect.ci_high)
-    assert 0.90 <= np.mean(hits) <= 0.985
+def coverage(draw, n_prompts, n_sim=2000):
+    """Share of studies whose interval holds the true mean difference, -0.3."""
+    generator, hits = np.random.default_rng(n_prompts), 0
+    for _ in range(n_sim):
+        clean = generator.normal(-2, 1, n_prompts)
+        effect = paired_effect(clean - 0.3 + draw(generator, n_prompts), clean)
+        hits += effect.ci_low <= -0.3 <= effect.ci_high
+    return hits / n_sim
 
 
-def test_the_interval_is_that_of_the_paired_differences():
+@pytest.mark.parametrize("n_prompts", [3, 5, 8])
+def test_the_interval_covers_the_mean_of_few_prompts(n_prompts):
+    error = 3 * np.sqrt(0.95 * 0.05 / 2000)
+    normal = coverage(lambda rng, n: 0.4 * rng.normal(size=n), n_prompts)
+    assert normal == pytest.approx(0.95, abs=error)
+    # Most prompts lose little, some much: .88, .88 and .90 over 8000 studies.
+    skewed = coverage(lambda rng, n: 0.4 * (1 - rng.exponential(size=n)), n_prompts)
+    assert 0.86 <= skewed <= 0.95
+
+
+@pytest.mark.parametrize("n_prompts", [2, 5, 40])
+def test_the_interval_is_scipys_of_the_paired_differences(n_prompts):
     generator = np.random.default_rng(1)
-    clean = generator.normal(-5, 30, 40)
-    ablated = clean + generator.exponential(1.0, 40) - 2
-    effect = paired_effect(ablated, clean, seed=3)
+    clean = generator.normal(-5, 30, n_prompts)
+    ablated = clean + generator.exponential(1.0, n_prompts) - 2
+    effect = paired_effect(ablated, clean)
+    reference = stats.ttest_rel(ablated, clean)
     assert effect.mean == pytest.approx(np.mean(ablated - clean), abs=1e-12)
-    assert effect.n_prompts == 40
-    # By hand: percentiles of resampled means, which BCa moves a little for skewed data.
-    differences = ablated - clean
-    means = [differences[generator.integers(0, 40, 40)].mean() for _ in range(4000)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    assert effect.ci_low == pytest.approx(low, abs=0.08)
-    assert effect.ci_high == pytest.approx(high, abs=0.12)
-    assert effect == paired_effect(ablated, clean, seed=3)
-    bca = stats.bootstrap((differences,), np.mean, n_resamples=10_000, rng=np.random.default_rng(8))
-    assert effect.ci_low == pytest.approx(bca.confidence_interval.low, abs=0.02)
-    assert effect.ci_high == pytest.approx(bca.confidence_interval.high, abs=0.02)
+    assert effect.n_prompts == n_prompts
+    interval = reference.confidence_interval(0.95)
+    assert (effect.ci_low, effect.ci_high) == pytest.approx((interval.low, interval.high))
 
 
 def test_degenerate_effects():
-    same = paired_effect(np.full(7, 0.1), np.full(7, 0.3), seed=0)
+    same = paired_effect(np.full(7, 0.1), np.full(7, 0.3))
     assert same.mean == same.ci_low == same.ci_high == 0.1 - 0.3
-    one = paired_effect(np.array([1.0]), np.array([3.0]), seed=0)
+    one = paired_effect(np.array([1.0]), np.array([3.0]))
     assert one.mean == -2
     assert np.isnan([one.ci_low, one.ci_high]).all()
-    none = paired_effect(np.array([]), np.array([]), seed=0)
+    none = paired_effect(np.array([]), np.array([]))
     assert np.isnan([none.mean, none.ci_low, none.ci_high]).all()
-    lost = paired_effect(np.array([1.0, np.nan]), np.zeros(2), seed=0)
+    lost = paired_effect(np.array([1.0, np.nan]), np.zeros(2))
     assert np.isnan([lost.mean, lost.ci_low]).all()
-    # BCa of nearly constant data: some interval that holds the mean, and no warning.
-    near = paired_effect(np.array([0.0] * 9 + [1.0]), np.zeros(10), seed=0)
-    assert near.ci_low <= near.mean <= near.ci_high
     with pytest.raises(PosheadsError, match="one value for each prompt"):
-        paired_effect(np.zeros(3), np.zeros(4), seed=0)
-    with pytest.raises(PosheadsError, match="n_boot=0"):
-        paired_effect(np.zeros(3), np.zeros(3), n_boot=0, seed=0)
+        paired_effect(np.zeros(3), np.zeros(4))
 
 
 def loops(top, draws):
@@ -243,98 +239,42 @@ def test_holm_leaves_out_what_is_nan():
     assert holm(np.array([])).shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("n_draws", "n_tests", "draw_sd", "prompt_sd"),
-    [(39, 1, 0.1, 0.5), (59, 4, 0.1, 0.5), (99, 8, 0.02, 1.0), (29, 3, 0.2, 0.0)],
-)
-def test_power_at_the_smallest_detectable_effect(n_draws, n_tests, draw_sd, prompt_sd):
-    """Experiments of which everything is simulated, down to the prompts, and rank_tests itself."""
-    n_prompts, n_sim = 50, 1200
-    delta = smallest_detectable(
-        draw_sd=draw_sd,
-        prompt_sd=prompt_sd,
-        n_draws=n_draws,
-        n_prompts=n_prompts,
-        n_tests=n_tests,
-        seed=1,
-    )
-    generator = np.random.default_rng(99)
-    found = 0
-    for _ in range(n_sim):
-        true = draw_sd * generator.normal(size=(n_draws + 1, n_tests))
-        true[0, 0] = -delta
-        # Every set's deviations by prompt: the difference of two has prompt_sd.
-        noise = prompt_sd / np.sqrt(2) * generator.normal(size=(n_draws + 1, n_tests, n_prompts))
-        measured = true + noise.mean(-1)
-        found += rank_tests(measured[0], measured[1:]).p_adjusted[0] <= 0.05
-    assert found / n_sim == pytest.approx(0.8, abs=0.05)
-
-
-def test_the_smallest_detectable_effect_is_smaller_with_more_of_everything():
-    base = dict(draw_sd=0.1, prompt_sd=1.0, n_draws=59, n_prompts=20, n_tests=4, seed=0)
-    delta = smallest_detectable(**base)
-    assert delta == smallest_detectable(**base)
-    assert smallest_detectable(**{**base, "n_prompts": 200}) < delta
-    assert smallest_detectable(**{**base, "n_tests": 1}) < delta
-    assert smallest_detectable(**base, power=0.5) < delta
-    assert smallest_detectable(**base, alpha=0.1) < delta
-    scaled = smallest_detectable(**{**base, "draw_sd": 1.0, "prompt_sd": 10.0})
-    assert scaled == pytest.approx(10 * delta, rel=2e-3)
-
-
-def test_what_cannot_be_detected():
-    base = dict(draw_sd=0.1, prompt_sd=1.0, n_draws=19, n_prompts=20, n_tests=1, seed=0, n_sim=200)
-    assert np.isfinite(smallest_detectable(**base))
-    assert smallest_detectable(**{**base, "n_draws": 18}) == np.inf
-    assert smallest_detectable(**{**base, "draw_sd": 0.0, "prompt_sd": 0.0}) == 0
-    assert np.isnan(smallest_detectable(**{**base, "prompt_sd": np.nan}))
-    for wrong in (
-        {"draw_sd": -1.0},
-        {"prompt_sd": np.inf},
-        {"n_draws": 0},
-        {"alpha": 0.0},
-        {"power": 1.0},
-    ):
-        with pytest.raises(PosheadsError, match="expected"):
-            smallest_detectable(**{**base, **wrong})
-
-
 def test_agreement_of_an_estimate():
     generator = np.random.default_rng(0)
     estimated = generator.normal(-1, 1, 60)
     true = 2 * estimated + 0.5 * generator.normal(size=60)
-    got = screen_agreement(estimated, true)
+    got = agreement(estimated, true)
     assert got.rank_correlation == pytest.approx(stats.spearmanr(estimated, true).statistic)
     assert got.slope == pytest.approx(np.linalg.lstsq(estimated[:, None], true)[0].item())
     assert got.ci_low < got.rank_correlation < got.ci_high <= 1
     assert got.n_sets == 60
-    reference = stats.bootstrap(
-        (estimated, true),
-        lambda x, y: stats.spearmanr(x, y).statistic,
-        paired=True,
-        vectorized=False,
-        n_resamples=1000,
-        rng=np.random.default_rng(5),
-    ).confidence_interval
-    assert got.ci_low == pytest.approx(reference.low, abs=0.03)
-    assert got.ci_high == pytest.approx(reference.high, abs=0.03)
+    # Percentiles of resampled sets, one at a time, a little further apart than 2.5 and 97.5 %.
+    drawn = []
+    for _ in range(1000):
+        picks = generator.integers(0, 60, 60)
+        drawn.append(stats.spearmanr(estimated[picks], true[picks]).statistic)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert got.ci_low == pytest.approx(low, abs=0.03)
+    assert got.ci_high == pytest.approx(high, abs=0.01)
+    assert got == agreement(estimated, true, seed=0)
 
 
 def test_agreement_of_ties_constants_and_few():
     tied = np.array([0.0, 0.0, 1.0, 1.0, 2.0, 3.0])
     other = np.array([1.0, 0.0, 1.0, 2.0, 2.0, 2.0])
-    assert screen_agreement(tied, other).rank_correlation == pytest.approx(
+    assert agreement(tied, other).rank_correlation == pytest.approx(
         stats.spearmanr(tied, other).statistic
     )
-    constant = screen_agreement(np.ones(5), np.arange(5.0))
+    constant = agreement(np.ones(5), np.arange(5.0))
     assert np.isnan([constant.rank_correlation, constant.ci_low]).all()
     assert constant.slope == 2
-    zero = screen_agreement(np.zeros(5), np.arange(5.0))
+    zero = agreement(np.zeros(5), np.arange(5.0))
     assert np.isnan(zero.slope)
-    assert np.isnan(screen_agreement(np.arange(2.0), np.arange(2.0)).rank_correlation)
-    few = screen_agreement(np.arange(3.0), np.arange(3.0))
+    assert np.isnan(agreement(np.arange(2.0), np.arange(2.0)).rank_correlation)
+    few = agreement(np.arange(3.0), np.arange(3.0))
     assert few.rank_correlation == pytest.approx(1)
+    assert np.isnan([few.ci_low, few.ci_high]).all()
     with pytest.raises(PosheadsError, match="one value for each set"):
-        screen_agreement(np.zeros(3), np.zeros(4))
+        agreement(np.zeros(3), np.zeros(4))
     with pytest.raises(PosheadsError, match="leave that set out"):
-        screen_agreement(np.array([1.0, np.nan]), np.zeros(2))
+        agreement(np.array([1.0, np.nan]), np.zeros(2))

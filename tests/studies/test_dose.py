@@ -13,7 +13,7 @@ from helpers.traces import state, warm
 from tl_posheads import DoseResponse, PosheadsError, dose_response, edit_rotary
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.studies.ablation import dose
-from tl_posheads.studies.ablation.dose import layer_matched
+from tl_posheads.studies.ablation.dose_controls import CONTROLS, EditedSet, layer_matched
 from tl_posheads.tasks.base import Prompt
 
 pytestmark = pytest.mark.lens
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.lens
 TOKENS = torch.randint(3, 90, (4, 30), generator=torch.Generator().manual_seed(8))
 HEADS = [(1, 2), (0, 1)]
 STRENGTHS = [0.0, 0.5, 1.0]
-OPTIONS = dict(controls=5, seed=3, progress=False)
+HEADS_ONLY = ["layer_matched_heads"]
+OPTIONS = dict(draws=5, seed=3, progress=False)
 
 
 class Ends:
@@ -43,14 +44,14 @@ def llama():
 
 @pytest.fixture(scope="module")
 def found(llama):
-    return dose_response(llama, HEADS, range(2, 4), STRENGTHS, Ends(), **OPTIONS)
+    return dose_response(llama, HEADS, [2], STRENGTHS, Ends(), **OPTIONS)
 
 
 def test_cells_are_passes_by_hand(llama, found):
-    for s, heads in enumerate(found.sets):
+    for s, one in enumerate(found.sets):
         for i, row in enumerate(TOKENS):
             for strength in STRENGTHS:
-                with edit_rotary(llama, heads, scale={range(2, 4): 1 - strength}):
+                with edit_rotary(llama, one.heads, scale={tuple(one.rotary_pairs): 1 - strength}):
                     logprob, hit = target_logprobs(llama, row, torch.tensor([27, 28, 29]))
                 c = found.cells
                 cell = c[(c["set"] == s) & (c["prompt"] == i) & (c["strength"] == strength)]
@@ -58,14 +59,29 @@ def test_cells_are_passes_by_hand(llama, found):
                 assert cell["logprob"].item() == pytest.approx(float(logprob.mean()), abs=1e-4)
                 assert cell["exact"].item() == bool(hit.all())
     effects = found.effects()
-    assert effects.shape == (6, 4, 3)
+    assert effects.shape == (1 + 5 + 3 + 3, 4, 3)  # there are three other pairs
     assert (effects[:, :, 0] == 0).all()
-    assert np.abs(effects[:, :, 2]).max() > 1e-3
+    assert (np.abs(effects[:, :, 2]).max(1) > 1e-3).all()
+
+
+def test_controls_change_heads_or_pairs_and_never_both(found):
+    asked = found.sets[0]
+    assert asked == EditedSet("", sorted(HEADS), [2])
+    assert list(found.controls) == list(CONTROLS)
+    for one in found.sets[1:]:
+        if one.control == "layer_matched_heads":
+            assert one.rotary_pairs == [2]
+        else:
+            assert one.heads == sorted(HEADS)
+    for control in CONTROLS[1:]:
+        drawn = [found.sets[i].rotary_pairs for i in found.controls[control]]
+        assert sorted(drawn) == [[0], [1], [3]]
 
 
 def test_nothing_is_run_at_strength_0(llama, monkeypatch):
     monkeypatch.setattr(dose, "run_from_layer", lambda *args: pytest.fail("a pass was run"))
-    found = dose_response(llama, HEADS, 1, [0.0], Ends(), **OPTIONS)
+    found = dose_response(llama, HEADS, 1, [0.0], Ends(), controls=HEADS_ONLY, **OPTIONS)
+    assert found.norms == []
     assert (found.effects() == 0).all()
 
 
@@ -89,24 +105,32 @@ def test_draws_have_as_many_heads_of_each_layer():
 
 
 def planted(effect, n_draws=39, n_prompts=12, seed=0):
-    """Set 0 loses ``effect`` nats times the strength, the draws nothing; all with noise."""
+    """Set 0 loses ``effect`` nats times the strength, the draws nothing; all with noise.
+
+    Other heads, that is; beside them stands one draw of other pairs, which loses as much.
+    """
     rng = np.random.default_rng(seed)
     strengths, rows = [0.0, 0.25, 0.5, 1.0], []
-    for s in range(n_draws + 1):
+    for s in range(n_draws + 2):
         for prompt in range(n_prompts):
             for strength in strengths:
                 noise = 0.0 if strength == 0 else rng.normal(0, 0.1)
-                lost = effect * strength if s == 0 else 0.0
+                lost = effect * strength if s in (0, n_draws + 1) else 0.0
                 rows.append([prompt, s, strength, -1 - lost + noise, lost < 0.5, -1.0])
     columns = ["prompt", "set", "strength", "logprob", "exact", "clean"]
     cells = pd.DataFrame(rows, columns=columns)
-    facts = {"model": "planted", "edit": "scale", "pairs": [0], "strengths": strengths}
-    return DoseResponse(cells, [[(0, i)] for i in range(n_draws + 1)], facts)
+    facts = {"model": "planted", "edit": "scale", "strengths": strengths}
+    sets = [
+        EditedSet("layer_matched_heads" if i else "", [(0, i)], [0]) for i in range(n_draws + 1)
+    ]
+    sets += [EditedSet("random_rotary_pairs", [(0, 0)], [1])]
+    return DoseResponse(cells, sets, [3.0, 1.5], facts)
 
 
 def test_a_planted_effect_is_found():
     found = planted(1.0)
-    table = found.to_pandas().set_index("strength")
+    by_control = dict(list(found.to_pandas().groupby("control")))
+    table = by_control["layer_matched_heads"].set_index("strength")
     np.testing.assert_allclose(table["effect"], [0, -0.25, -0.5, -1.0], atol=0.08)
     assert (table["ci_low"].iloc[1:] < table["effect"].iloc[1:]).all()
     assert table.loc[1.0, "ci_low"] <= -1.0 + 0.1
@@ -114,35 +138,58 @@ def test_a_planted_effect_is_found():
     assert table.loc[1.0, "p"] == 1 / 40
     assert table.loc[1.0, "p_adjusted"] == 1 / 40
     assert np.isnan(table.loc[0.0, "p"])
+    assert (table["n_draws"] == 39).all()
+    assert table.loc[1.0, "exact"] == 0
+    assert table.loc[1.0, "control_exact"] == 1
+    draws = found.effects()[1:-1, :, -1].mean(1)
+    last = table.loc[1.0, ["control_effect", "control_min", "control_max"]].astype(float)
+    np.testing.assert_allclose(last, [draws.mean(), draws.min(), draws.max()])
+    assert table.loc[1.0, "difference"] == pytest.approx(table.loc[1.0, "effect"] - draws.mean())
+    assert table.loc[1.0, "difference_low"] < -0.9
+    assert -1.1 < table.loc[1.0, "difference_high"] < -0.9
+    pairs = by_control["random_rotary_pairs"].set_index("strength")
+    assert pairs.loc[1.0, "p"] >= 0.5  # one draw can't show more
+    assert abs(pairs.loc[1.0, "difference"]) < 0.1
+    assert (pairs["norm_ratio"] == 0.5).all()
     trend, control = found.trend()
     assert trend.mean < -0.9
     assert trend.ci_high < -0.8
-    assert abs(control) < 0.3
+    assert abs(control["layer_matched_heads"]) < 0.3
+    assert control["random_rotary_pairs"] < -0.9
+
+
+def test_every_control_is_told():
+    text = repr(planted(1.0)).splitlines()
+    assert len(text) == 3
+    assert "at strength 1: -1.0" in text[1]
+    assert "other heads -0.00 (corrected p 0.025, 39 draws)" in text[2].replace("+0.00", "-0.00")
+    assert "other rotary pairs -1.0" in text[2]
+    assert "at 0.5 of the norm" in text[2]
+    assert text[2].endswith("1 draw)")
 
 
 def test_a_planted_head_is_found_by_the_pair_it_looks_with():
-    model = warm(plant.planted_retriever(n_layers=4, n_heads=8, planted=(2, 5)))
-    task, options = plant.Retrieval(n=3, length=24), dict(controls=19, seed=2, progress=False)
-    found = dose_response(model, [(2, 5)], 7, [0.0, 0.5, 0.75, 1.0], task, **options)
+    retriever = warm(plant.planted_retriever(n_layers=4, n_heads=8, planted=(2, 5)))
+    task, options = plant.Retrieval(n=3, length=24), dict(seed=2, progress=False)
+    given = (retriever, [(2, 5)], 7, [0.0, 0.5, 0.75, 1.0], task)
+    found = dose_response(*given, controls=HEADS_ONLY, **options)
     effects = found.effects()
-    holds = np.array([(2, 5) in one for one in found.sets])
+    holds = np.array([(2, 5) in one.heads for one in found.sets])
     assert (np.diff(effects[holds].mean(1), axis=1) < 0).all()
     assert (effects[holds][:, :, -1] < -1).all()
     assert np.abs(effects[~holds]).max() < 0.01
     assert found.trend()[0].mean == -1
     # Draws that hold the head itself are as bad, and count against it.
     assert found.to_pandas()["p"].iloc[-1] == holds.sum() / 20
-    again = dose_response(model, [(2, 5)], 7, [0.0, 0.5, 0.75, 1.0], task, **options)
+    again = dose_response(*given, controls=HEADS_ONLY, **options)
     pd.testing.assert_frame_equal(again.cells, found.cells)
     assert again.provenance == found.provenance
-    other = dose_response(model, [(2, 5)], 0, [0.0, 0.5, 1.0], task, **options)
-    assert np.abs(other.effects()[0]).max() < 1e-4  # it doesn't look with its fastest pair
 
 
 def test_rounding_is_no_trend():
     cells = planted(0.0).cells
     tiny = cells.assign(logprob=cells["clean"] - 1e-6 * cells["strength"])
-    found = DoseResponse(tiny, planted(0.0).sets, {})
+    found = DoseResponse(tiny, planted(0.0).sets, [], {})
     assert found.trend()[0].mean == 0
 
 
@@ -163,7 +210,7 @@ def test_goes_on_where_it_stopped(llama, found, tmp_path, monkeypatch):
         done.append(1)
         return real(*args)
 
-    given = (llama, HEADS, range(2, 4), STRENGTHS, Ends())
+    given = (llama, HEADS, [2], STRENGTHS, Ends())
     before = state(llama)
     monkeypatch.setattr(dose, "_one_prompt", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -171,6 +218,7 @@ def test_goes_on_where_it_stopped(llama, found, tmp_path, monkeypatch):
     assert state(llama)[:2] == before[:2]
     rest = []
     monkeypatch.setattr(dose, "_one_prompt", lambda *args: rest.append(1) or real(*args))
+    monkeypatch.setattr(dose, "pair_norms", lambda *args: pytest.fail("they are kept"))
     again = dose_response(*given, checkpoint=tmp_path / "kept", **OPTIONS)
     assert len(rest) == 2
     pd.testing.assert_frame_equal(again.cells, found.cells)
@@ -188,6 +236,13 @@ class Anonymous:
         return list(self._prompts)
 
 
+class Judged(Anonymous):
+    """A task that says itself what an answer is worth."""
+
+    def evaluate(self, model, prompt):
+        return 1.0
+
+
 def prompt(tokens, target):
     return Prompt(torch.tensor(tokens), torch.tensor([target]))
 
@@ -202,7 +257,8 @@ def test_the_same_task_made_again_goes_on(llama, tmp_path):
     )
     pd.testing.assert_frame_equal(first.cells, second.cells)
     assert first.provenance == second.provenance
-    assert first.provenance["task"] == {"name": "anonymous", "class": "Anonymous"}
+    said = {"name": "anonymous", "class": "Anonymous"}
+    assert said.items() <= first.provenance["task"].items()
 
 
 def test_round_trip_and_picture(found, tmp_path):
@@ -218,7 +274,15 @@ def test_round_trip_and_picture(found, tmp_path):
     figure = found.plot()
     figure.canvas.draw()
     assert figure._repr_png_().startswith(b"\x89PNG")
-    assert len(figure.axes[0].lines) == 1 + 5 + 1  # zero, the draws, the heads
+    # Zero, the draws, what was asked about.
+    assert [len(ax.lines) for ax in figure.axes] == [1 + 5 + 1, 1 + 3 + 1, 1 + 3 + 1]
+    assert len({ax.get_title(loc="left") for ax in figure.axes}) == 3
+
+
+def test_all_pairs_can_be_edited_beside_other_heads(llama):
+    given = (llama, HEADS, range(4), [1.0], Ends())
+    found = dose_response(*given, controls=HEADS_ONLY, **OPTIONS)
+    assert list(found.to_pandas()["control"]) == HEADS_ONLY
 
 
 @pytest.mark.parametrize(
@@ -226,34 +290,46 @@ def test_round_trip_and_picture(found, tmp_path):
     [
         (dict(heads=[]), "at least one head"),
         (dict(heads=[(7, 0)]), "layer 7"),
-        (dict(pairs=range(2, 6)), "pairs 0 to 3"),
+        (dict(rotary_pairs=range(2, 6)), "pairs 0 to 3"),
+        (dict(rotary_pairs=range(3)), "3 rotary pairs were given, but only 1 others"),
+        (dict(rotary_pairs=range(4), controls=CONTROLS[1:2]), "edit fewer pairs"),
         (dict(strengths=[]), "ascending"),
         (dict(strengths=[1.0, 0.5]), "ascending"),
         (dict(strengths=[-1.0]), "0 or more"),
         (dict(strengths=["much"]), "ascending"),
         (dict(edit="freeze"), "'scale' or 'shift'"),
-        (dict(controls=0), "1 or more draws"),
+        (dict(draws=0), "1 or more draws"),
+        (dict(draws=2.5), "1 or more draws"),
+        (dict(controls=19), "expected some of layer_matched_heads"),
+        (dict(controls=[]), "each once"),
+        (dict(controls=["pairs"]), "random_rotary_pairs"),
+        (dict(controls=["random_rotary_pairs"] * 2), "each once"),
+        (dict(controls="random_rotary_pairs"), "each once"),
         (dict(seed=-1), "0 or more"),
-        (dict(pairs=None), "pair's number"),
+        (dict(rotary_pairs=None), "pair's number"),
         (dict(strengths=[0.5, float("nan")]), "ascending"),
         (dict(task="passkey"), "one of tl_posheads.tasks"),
         (dict(task=Anonymous()), "no prompts"),
+        (dict(task=Judged()), "a metric of its own"),
         (dict(task=Anonymous(prompt([3, 4, 5], 0))), "positions from 1 to 2"),
         (dict(task=Anonymous(prompt([3, 4, 5], 3))), "positions from 1 to 2"),
         (dict(task=Anonymous(prompt([3, 400, 5], 2))), "token id 400"),
         (dict(task=Anonymous(prompt([3] * 300, 2))), "at most 256"),
     ],
 )
-def test_refusals(llama, change, message):
+def test_refusals(llama, change, message, monkeypatch):
+    monkeypatch.setattr(dose, "cached_prefix", lambda *args: pytest.fail("a pass was run"))
+    monkeypatch.setattr(dose, "pair_norms", lambda *args: pytest.fail("a pass was run"))
     before = state(llama)
     given = {
         "heads": HEADS,
-        "pairs": range(2, 4),
+        "rotary_pairs": range(2, 4),
         "strengths": STRENGTHS,
         "task": Ends(),
         **OPTIONS,
         **change,
     }
-    with pytest.raises(PosheadsError, match=message):
+    with pytest.raises(PosheadsError, match=message) as refusal:
         dose_response(llama, **given)
+    assert "\n" not in str(refusal.value)
     assert state(llama)[:2] == before[:2]

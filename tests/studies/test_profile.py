@@ -15,13 +15,13 @@ from tl_posheads.figures.profile import clustered
 from tl_posheads.rotary.contributions import rotate_by
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.statistics.ranks import chance_overlap
+from tl_posheads.studies.atlas.vectors import VectorMeans
 from tl_posheads.studies.profile import (
     HeadProfile,
     before_rotation,
     copied_share,
     copies_of,
     detected_share,
-    dimension_norms,
     dimension_utility,
     long_context_share,
     massive_share,
@@ -149,13 +149,16 @@ def test_before_rotation_undoes_rope(generator, layout, d_head):
     turned = rotate_by(x, torch.arange(12), g)
     turned[..., : g.rotary_dim] *= 1.3
     assert torch.allclose(before_rotation(turned, g), x)
-    assert not torch.allclose(dimension_norms(turned), dimension_norms(x))
+    assert torch.allclose(before_rotation(turned[5:], g, first=5), x[5:])
+    norms = VectorMeans.of(turned, g).dimension_norms
+    assert torch.allclose(norms, x.square().sum(0).sqrt())
+    assert not torch.allclose(norms, turned.square().sum(0).sqrt())
 
 
 def test_massive_dimensions_by_hand():
     x = torch.ones(4, 2, 20)
     x[:, 0, 7] = 30.0  # mean of norms: (19 + 30) / 20 * 2 = 4.9; 60 > 5 * 4.9
-    norms = dimension_norms(x)
+    norms = x.square().sum(0).sqrt()
     assert norms[0, 7] == 60.0
     assert massive_share(norms).tolist() == [0.05, 0.0]
     assert massive_share(norms, factor=13.0).tolist() == [0.0, 0.0]

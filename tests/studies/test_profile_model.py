@@ -17,7 +17,6 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.studies.profile import (
     HeadProfile,
     ProfileSettings,
-    dimension_norms,
     long_context_share,
     profile_heads,
 )
@@ -175,7 +174,7 @@ def test_every_measure_is_what_the_caches_say(llama, profile):
         assert (row["long_context"], row["long_context_oracle"]) == pytest.approx(tuple(expected))
         raw = cache[f"blocks.{layer}.attn.hook_k"].reshape(2, 48, 2, 8)[:, :, g.kv_head[head]]
         slow = torch.cat([g.wavelengths > 48] * 2)
-        norms = [dimension_norms(x[:, None])[0] for x in raw]
+        norms = [x.double().square().sum(0).sqrt() for x in raw]
         share = np.mean([float(n[slow].sum() / n.sum()) for n in norms])
         assert row["slow_norm_k"] == pytest.approx(share, abs=1e-5)
         massive = np.mean([float((n > 5 * n.mean()).double().mean()) for n in norms])

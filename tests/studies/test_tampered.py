@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import inspect
 import io
@@ -21,8 +20,8 @@ from safetensors.torch import save as save_tensors
 from helpers import results_by_hand
 from tl_posheads import PosheadsError
 from tl_posheads.io.files import facts_sha256, table_bytes
-from tl_posheads.statistics import effects, power
-from tl_posheads.studies.ablation import dose_results, results
+from tl_posheads.statistics import power
+from tl_posheads.studies.ablation import results
 
 NAN, INF = float("nan"), float("inf")
 some = pytest.mark.parametrize("most", [25, pytest.param(None, marks=pytest.mark.slow)])
@@ -32,9 +31,6 @@ kinds = pytest.mark.parametrize("kind", list(results_by_hand.KINDS))
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Fewer draws: what they tell is tested elsewhere."""
-    for module in (results, dose_results):
-        few = functools.partial(effects.paired_effect, n_boot=20)
-        monkeypatch.setattr(module, "paired_effect", few)
     few = lambda *args, **options: power.smallest_detectable(*args, **{**options, "n_sim": 10})
     monkeypatch.setattr(results, "smallest_detectable", few)
     monkeypatch.setattr("tl_posheads.statistics.ranks._N_SPLITS", 2)
@@ -55,6 +51,7 @@ def told(result):
     """Everything that a result says without arguments: its tables, tests and sentences."""
     names = [
         "to_pandas",
+        "heads",
         "summary",
         "verdict",
         "effects",
@@ -72,6 +69,7 @@ def told(result):
         "attribution",
         "by_pair",
         "split_half",
+        "positive_control",
         "cell_tokens",
         "break_point",
     ]

@@ -16,11 +16,17 @@ lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-eval is missing: pip install 'tl-posheads[evals]'"
 )
 
-from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from helpers.lens import CLASSES  # noqa: E402
 from helpers.lm_eval_tasks import FACTS, PASSAGE, write  # noqa: E402
+from helpers.plain_lm import (  # noqa: E402
+    instances,
+    middle_cut,
+    plain_greedy,
+    plain_ids,
+    plain_logprob,
+)
 from tl_posheads import PosheadsError  # noqa: E402
 from tl_posheads.interventions import ablation  # noqa: E402
 from tl_posheads.io import models  # noqa: E402
@@ -59,37 +65,6 @@ def plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def instances(kind, *arguments):
-    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
-
-
-def plain_logprob(plain, context, wanted):
-    """Of the tokens wanted after the context, one at a time, with nothing but transformers."""
-    total, greedy, ids = 0.0, True, list(context)
-    with torch.no_grad():
-        for token in wanted:
-            scores = plain(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            total += float(scores[token])
-            greedy = greedy and int(scores.argmax()) == token
-            ids.append(token)
-    return total, greedy
-
-
-def plain_ids(plain, context, n):
-    ids = list(context)
-    with torch.no_grad():
-        for _ in range(n):
-            ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(context) :]
-
-
-def plain_greedy(plain, tokenizer, context, n):
-    ids = plain_ids(plain, context, n)
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
 PAIRS = [
     (PASSAGE, " Ann has"),
     ("The sky is", " blue"),
@@ -120,19 +95,23 @@ def test_loglikelihoods_are_those_of_plain_transformers(model, plain, tokenizer,
     assert lm.loglikelihood([], disable_tqdm=True) == []
 
 
-def test_a_long_context_loses_its_beginning(model, plain, tokenizer):
+def test_a_long_context_loses_its_middle(model, plain, tokenizer):
+    ids = tokenizer(PASSAGE)["input_ids"]
+    wanted = tokenizer(PASSAGE + " Ann has")["input_ids"][len(ids) :]
+    for length in (20, 21):
+        lm = LensLM(model, max_length=length)
+        (got,) = lm.loglikelihood(
+            instances("loglikelihood", (PASSAGE, " Ann has")), disable_tqdm=True
+        )
+        # The last token is wanted, not seen: the context and all others fill the length.
+        kept = middle_cut(ids, length + 1 - len(wanted))
+        assert got[0] == pytest.approx(plain_logprob(plain, kept, wanted)[0], abs=1e-3)
+        text = plain_greedy(plain, tokenizer, middle_cut(ids + wanted, length - 4), 4)
+        request = (PASSAGE + " Ann has", {"max_gen_toks": 4, "until": [], "do_sample": False})
+        assert lm.generate_until(instances("generate_until", request), disable_tqdm=True) == [text]
     lm = LensLM(model, max_length=20)
-    ids = tokenizer(PASSAGE + " Ann has")["input_ids"]
-    n = len(ids) - len(tokenizer(PASSAGE)["input_ids"])
-    (got,) = lm.loglikelihood(instances("loglikelihood", (PASSAGE, " Ann has")), disable_tqdm=True)
-    kept = ids[-21:]
-    assert got[0] == pytest.approx(plain_logprob(plain, kept[:-n], kept[-n:])[0], abs=1e-3)
-    # The last token is wanted, not seen: 20 tokens go in.
     with pytest.raises(PosheadsError, match="continuation of .* context holds 20"):
         lm.loglikelihood(instances("loglikelihood", ("It is", PASSAGE)), disable_tqdm=True)
-    text = plain_greedy(plain, tokenizer, ids[-16:], 4)
-    request = (PASSAGE + " Ann has", {"max_gen_toks": 4, "until": [], "do_sample": False})
-    assert lm.generate_until(instances("generate_until", request), disable_tqdm=True) == [text]
     with pytest.raises(PosheadsError, match="256 new tokens.*context holds 20"):
         lm.generate_until(instances("generate_until", ("It is", {})), disable_tqdm=True)
 

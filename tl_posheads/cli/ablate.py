@@ -28,13 +28,14 @@ CONTROLS = ("random", "layer_matched", "lowest", "norm_matched")
 _TEXTS = dict(
     help="ablate the top heads, and others beside them",
     description="""\
-Ablate the top heads of SCORES in MODEL, and other heads for comparison, and write what each does
-to long-context tasks to the folder --out. The same command on the same folder goes on with a
+Ablate the top heads of SCORES in MODEL, other heads for comparison, and retrieval heads as a
+positive control, and write what each does to long-context tasks to the folder --out. Each task is
+first made as hard as the model can still do. The same command on the same folder goes on with a
 stopped run, and shows a finished one.
 """,
     epilog=f"""\
 examples:
-  tl-posheads ablate smollm2-135m scores --tasks passkey,copying --budget 20min --out ablation
+  tl-posheads ablate smollm2-135m scores --tasks passkey,multi-key --budget 20min --out ablation
   tl-posheads ablate ./my-model scores --tasks needle,longppl --length 4096 --mode mean --out abl
 
 tasks: {", ".join(TASKS)}
@@ -60,10 +61,16 @@ def add_command(commands: Any) -> None:
         "--tasks",
         metavar="LIST",
         type=names(TASKS),
-        default=["passkey", "copying"],
-        help="comma-separated, see below (passkey,copying)",
+        default=["passkey", "multi-key"],
+        help="comma-separated, see below (passkey,multi-key)",
     )
-    add("--length", metavar="N", type=whole(16), default=1024, help="tokens a prompt (1024)")
+    add(
+        "--length",
+        metavar="N",
+        type=whole(16),
+        default=1024,
+        help="tokens a prompt, at most (1024)",
+    )
     add("--prompts", metavar="N", type=whole(1), default=20, help="prompts a task, at most (20)")
     add(
         "--fractions",
@@ -91,6 +98,25 @@ def add_command(commands: Any) -> None:
         choices=("zero", "mean", "resample"),
         default="zero",
         help="what replaces a head's output; the mean and the other texts are the corpus's (zero)",
+    )
+    add(
+        "--on",
+        choices=("z", "pattern"),
+        default="z",
+        help="ablate the heads' outputs, or mask their patterns as the paper does (z)",
+    )
+    add(
+        "--as-they-are",
+        dest="calibrated",
+        action="store_false",
+        help="take the tasks as they are, without choosing their difficulty",
+    )
+    add(
+        "--needles",
+        metavar="N",
+        type=whole(0),
+        default=12,
+        help="questions that tell the retrieval heads; 0 goes without positive control (12)",
     )
     add("--budget", metavar="TIME", help="like 60min or 2h: prompts and draws are chosen to fit")
     add(
@@ -123,7 +149,9 @@ def _ablate(run: Run) -> AblationStudy:
             args.corpus, model, n_docs=4, length=args.length, seed=args.seed + 1
         )
     with run.started() as checkpoint:
-        options = run.options("fractions", "controls", "mode", "budget", "seed")
+        options = run.options(
+            "fractions", "controls", "mode", "on", "calibrated", "needles", "budget", "seed"
+        )
         options.update(tasks=tasks, n_control=args.draws, reference=reference)
         study = ablation_study(model, scores, checkpoint=checkpoint, **options)
         verdict = "\n".join(study.verdict().values()) + "\n"
@@ -151,10 +179,9 @@ def table_lines(study: AblationStudy) -> list[str]:
         "n_draws",
         "p",
         "p_adjusted",
-        "p_screen",
-        "screen_rho",
+        "smallest_detectable",
     ]
-    forms = {"fraction": "{:.3g}", "p": "{:.3f}", "p_adjusted": "{:.3f}", "p_screen": "{:.4f}"}
+    forms = {"fraction": "{:.3g}", "p": "{:.3f}", "p_adjusted": "{:.3f}"}
     shown = table[columns].apply(
         lambda column: [
             value
@@ -169,8 +196,4 @@ def table_lines(study: AblationStudy) -> list[str]:
     n = sorted(set(table["n_prompts"]))
     counts = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
     about = "Change of the answers' log-probability, nats a token, and its rank among the controls'"
-    note = (
-        "p_screen ranks estimates from attribution patching; screen_rho is their rank correlation "
-        "with the ablations done."
-    )
-    return [f"{about} ({counts} prompts a task):", *lines, note]
+    return [f"{about} ({counts} prompts a task):", *lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.extrapolation.base import Method, require_longer
+from tl_posheads.extrapolation.base import Method, require_longer, require_positive
 from tl_posheads.extrapolation.comparison import ExtrapolationComparison
 from tl_posheads.extrapolation.methods.theta import Theta
 from tl_posheads.extrapolation.methods.unchanged import Unchanged
@@ -28,6 +29,7 @@ from tl_posheads.hooks.changes import any_length, changes_of, require_bare, trai
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, layers_of
+from tl_posheads.hooks.lengths import checkpoint_length
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
@@ -50,6 +52,7 @@ def compare_extrapolations(
     *,
     heads: Sequence[Head] | int | float = 0.05,
     trained: int | None = None,
+    slower_than: float | Literal["trained"] = "trained",
     tasks: Sequence[Task] = (),
     layers: Sequence[int] | None = None,
     pairs: Literal["auto", "all"] | int = "auto",
@@ -65,7 +68,8 @@ def compare_extrapolations(
     """What methods do to dominant dimensions, scores, loss and tasks, within and past training.
 
     The third finding of Hong et al. 2024 (arXiv 2410.08703, section 4.3): methods that extend the
-    context stretch the pattern of the dominant dimension; the bare model's breaks.
+    context stretch the pattern of the dominant dimension, and "the high-dimensional attention
+    allocation" with it; the bare model's breaks.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
@@ -75,7 +79,12 @@ def compare_extrapolations(
             ``with Unchanged()(model):``.
         heads: those whose curves are drawn; a number is as in ``scores.top``, of the bare model's
             scores within the training length.
-        trained: positions that the model was trained on; its checkpoint's own by default.
+        trained: positions that the model was trained on; its checkpoint's own by default. A
+            shorter one is warned of, and noted in ``provenance`` and ``verdict()``.
+        slower_than: rotary pairs are slow, those of the paper's high dimensions, whose full turn
+            takes the bare model more than so many tokens. By default more than the training length:
+            they never turned once in training, so that past it they meet new angles, and they are
+            what methods are made to change. The same pairs are looked at under every method.
         tasks: run under every method; give lengths on both sides of the training length.
         layers: those whose heads are scored; all by default.
         pairs, weighting: of the scores, as in ``score_heads``.
@@ -97,19 +106,21 @@ def compare_extrapolations(
     Raises:
         PosheadsError: no RoPE, no methods, the same one twice, texts no longer than the training
             length or two that are the same, heads that don't exist, a method that refuses the
-            model, another ``pairs``, ``weighting`` or ``scale``.
+            model, another ``pairs``, ``weighting`` or ``scale``, ``slower_than`` not above 0.
 
     Example:
         >>> from tl_posheads import extrapolation as ex
         >>> found = compare_extrapolations(                     # doctest: +SKIP
         ...     model, [ex.Linear(4), ex.YaRN(4)], tokens, trained=256)
-        >>> found.to_pandas(); found.plot()                     # doctest: +SKIP
+        >>> found.verdict(); found.to_pandas(); found.plot()    # doctest: +SKIP
     """
     require_rotary(model)
     require_clean(model)
     require_bare(model)
     known = trained_of(model, trained)
     chosen = _methods(methods)
+    if slower_than != "trained":
+        require_positive("compare_extrapolations", slower_than=slower_than or 0)
     wanted = layers_of(model, layers)
     with any_length(model):
         documents = documents_of(model, tokens, None, skip_first)
@@ -123,16 +134,20 @@ def compare_extrapolations(
         with method(model, trained=known):
             pass  # a method that refuses the model does so before the first pass
     curved = _heads(model, heads, [(unit, text[:known]) for unit, text in by_key], wanted, settings)
-    plan = Asked(tuple(curved), tuple(wanted), known, settings, n_queries, n_scored)
+    slow = _slow_pairs(model, curved, known, known if slower_than == "trained" else slower_than)
+    plan = Asked(tuple(curved), slow, tuple(wanted), known, settings, n_queries, n_scored)
     facts: dict[str, Any] = {
         **model_facts(model),
         "trained": known,
+        **_note(model, known),
         "methods": [repr(method) for method in chosen],
         "pairs": pairs,
         **asdict(settings),
         "n_queries": n_queries,
         "n_scored": n_scored,
         "heads": [list(head) for head in curved],
+        "slower_than": slower_than,
+        "slow_pairs": [list(pairs) for pairs in slow],
         "layers": wanted,
         "tasks": [repr(task) for task in tasks],
         "tokens_sha256": digest_of(by_key),
@@ -153,6 +168,7 @@ def compare_extrapolations(
         methods=[method.name for method in chosen],
         settings=[_settings(method) for method in chosen],
         heads=list(curved),
+        slow=slow,
         trained=known,
         texts=[texts for texts, _, _ in results],
         within=[within for _, within, _ in results],
@@ -243,6 +259,32 @@ def _heads(
     bare = empty_accumulator(model, near, layers, settings)
     sweep(model, bare, near, Checkpoint(None, {}))
     return bare.scores().top(heads)
+
+
+def _slow_pairs(
+    model: LensModel, heads: Sequence[Head], trained: int, limit: float
+) -> tuple[tuple[int, ...], ...]:
+    """Rotary pairs of each head whose full turn takes the bare model more than ``limit`` tokens."""
+    layers = sorted({layer for layer, _ in heads})
+    geometry = RotaryGeometry.from_model(model, length=trained, layers=layers)
+    return tuple(
+        tuple((geometry[layer].wavelengths > limit).nonzero().flatten().tolist())
+        for layer, _ in heads
+    )
+
+
+def _note(model: LensModel, trained: int) -> dict[str, str]:
+    """Says so where the training length given is shorter than the model's own context."""
+    own = checkpoint_length(model)
+    if own is None or trained >= own:
+        return {}
+    note = (
+        f"trained={trained:,} is shorter than the model's own context of {own:,} tokens: distances "
+        "between them may have been in its training, and what is said of lengths past training may "
+        "be of lengths that it knew"
+    )
+    warnings.warn(note, stacklevel=3)
+    return {"note": note}
 
 
 def _settings(method: Method) -> dict[str, Any]:

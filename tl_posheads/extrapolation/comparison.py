@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.extrapolation import summary
+from tl_posheads.extrapolation.allocation import AllocationStretch, allocation_stretch
 from tl_posheads.extrapolation.break_point import BreakPoint, break_point
 from tl_posheads.extrapolation.observing import Head, TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
 from tl_posheads.io.result import Files, Result
 from tl_posheads.scoring.head_scores import Comparison, HeadScores
 from tl_posheads.statistics.log_bins import log_bins
-from tl_posheads.statistics.ranks import spearman_of_few
+from tl_posheads.statistics.ranks import mean_over_documents
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +37,10 @@ class ExtrapolationComparison(Result):
         settings: the same as numbers and words, by name.
         heads: ``(layer, head)`` of the curves.
         trained: positions of training.
+        slow: rotary pairs of each head that are slow, the same under every method.
         whole, within: mean dominant dimension by distance from 1; NaN where there is no pair.
+        slow_whole, slow_within: softmax weight of the slow pairs together, from 0 to 1; NaN where
+            there is no pair, and for a head that has no slow one.
         n_whole, n_within: query-key pairs of each of these means.
         scores_within, scores_whole: positional scores of each method, all heads; documents are
             the same in all, so that ``compare`` tests heads in pairs.
@@ -48,11 +53,14 @@ class ExtrapolationComparison(Result):
     methods: Annotated[tuple[str, ...], "method"]
     settings: Annotated[tuple[dict[str, Any], ...], "method"]
     heads: Annotated[tuple[Head, ...], "head"]
+    slow: Annotated[tuple[tuple[int, ...], ...], "head"]
     trained: int
     whole: Float[Tensor, "method doc head distance"]
     n_whole: Int[Tensor, "doc distance"]
     within: Float[Tensor, "method doc head near"]
     n_within: Int[Tensor, "doc near"]
+    slow_whole: Float[Tensor, "method doc head distance"]
+    slow_within: Float[Tensor, "method doc head near"]
     scores_within: Annotated[tuple[HeadScores, ...], "method"]
     scores_whole: Annotated[tuple[HeadScores, ...], "method"]
     loss: Annotated[pd.DataFrame, "method:string document:integer position:integer loss:floating"]
@@ -62,7 +70,7 @@ class ExtrapolationComparison(Result):
     ]
     provenance: dict[str, Any]
 
-    _files = Files("comparison", "comparisons", "compare again", version=3)
+    _files = Files("comparison", "comparisons", "compare again", version=4)
 
     def _check(self) -> None:
         if self.trained < 1 or not all(isinstance(s.get("name"), str) for s in self.settings):
@@ -81,6 +89,9 @@ class ExtrapolationComparison(Result):
         n_layers, n_heads = scores[0].rho.shape
         if not all(layer < n_layers and head < n_heads for layer, head in self.heads):
             raise ValueError("curves of heads that have no scores")
+        for weight in (self.slow_whole, self.slow_within):
+            if bool((weight < -1e-6).any()) or bool((weight > 1 + 1e-6).any()):
+                raise ValueError("softmax weights outside of 0 to 1")
         if bool((self.n_whole < 0).any()) or bool((self.n_within < 0).any()):
             raise ValueError("less than no pair")
 
@@ -104,6 +115,7 @@ class ExtrapolationComparison(Result):
         methods: Sequence[str],
         settings: Sequence[Mapping[str, Any]],
         heads: Sequence[Head],
+        slow: Sequence[Sequence[int]],
         trained: int,
         texts: Sequence[Sequence[TextUnder]],
         within: Sequence[HeadScores],
@@ -124,15 +136,19 @@ class ExtrapolationComparison(Result):
             for m, row in enumerate(texts)
             for d, text in enumerate(row)
         ]
+        nan = float("nan")
         return cls(
             methods=tuple(methods),
             settings=tuple(dict(s) for s in settings),
             heads=tuple((int(layer), int(head)) for layer, head in heads),
+            slow=tuple(tuple(map(int, pairs)) for pairs in slow),
             trained=trained,
-            whole=torch.stack([_padded([t.whole for t in row], float("nan")) for row in texts]),
+            whole=torch.stack([_padded([t.whole for t in row], nan) for row in texts]),
             n_whole=_padded([t.n_whole for t in texts[0]], 0),
-            within=torch.stack([_padded([t.within for t in row], float("nan")) for row in texts]),
+            within=torch.stack([_padded([t.within for t in row], nan) for row in texts]),
             n_within=_padded([t.n_within for t in texts[0]], 0),
+            slow_whole=torch.stack([_padded([t.whole_slow for t in row], nan) for row in texts]),
+            slow_within=torch.stack([_padded([t.within_slow for t in row], nan) for row in texts]),
             scores_within=tuple(within),
             scores_whole=tuple(whole),
             loss=pd.concat(losses, ignore_index=True),
@@ -168,16 +184,49 @@ class ExtrapolationComparison(Result):
             seed=seed,
         )
 
+    def allocation_stretch(self, method: str | int, *, seed: int = 0) -> AllocationStretch:
+        """By how much the distance grew at which slow pairs have the bare model's weight.
+
+        Args:
+            method: its name, its text or its number. seed: of the bootstrap.
+        """
+        return allocation_stretch(
+            self.slow_whole[self._number(method)].numpy(),
+            self.slow_within[0].numpy(),
+            n_extended=self.n_whole.numpy(),
+            n_bare=self.n_within.numpy(),
+            trained=self.trained,
+            seed=seed,
+        )
+
     def break_point(self, *, seed: int = 0) -> BreakPoint:
-        """The distance at which the bare model's curves leave their trend."""
+        """The distance at which the bare model's curves leave their trend, if they do."""
         return break_point(self.whole[0].numpy(), n_pairs=self.n_whole.numpy(), seed=seed)
 
-    def overlap(self, method: str | int, *, k: int | float = 0.05) -> Comparison:
-        """Positional Heads of the bare model within training, and the method's on whole texts.
+    def overlap(
+        self,
+        method: str | int,
+        *,
+        k: int | float = 0.05,
+        reference: Literal["within", "whole"] = "within",
+    ) -> Comparison:
+        """Positional Heads of the bare model, and the method's on whole texts.
 
         ``by_head`` says by how much each head's score differs, with a paired t test over texts.
+
+        Args:
+            method: its name, its text or its number; the bare model's own are 0.
+            k: best heads compared, as in ``scores.top``.
+            reference: the bare model's heads within training, on each text's beginning, or on the
+                same whole texts, which leaves the texts alike and the method alone to differ.
+
+        Raises:
+            PosheadsError: another ``reference``, an unknown method, a ``k`` that ``top`` refuses.
         """
-        return self.scores_within[0].compare(self.scores_whole[self._number(method)], k=k)
+        if reference not in ("within", "whole"):
+            raise PosheadsError(f"reference={reference!r} was given; expected 'within' or 'whole'")
+        bare = self.scores_within[0] if reference == "within" else self.scores_whole[0]
+        return bare.compare(self.scores_whole[self._number(method)], k=k)
 
     def _factor(self, m: int) -> float | None:
         settings = self.settings[m]
@@ -185,7 +234,7 @@ class ExtrapolationComparison(Result):
         return None if asked is None else float(asked)
 
     def losses(self, edges: Sequence[int] | None = None) -> pd.DataFrame:
-        """Mean loss by position, in nats, a row per method and bin.
+        """Mean loss by position, in nats, a row per method and bin; 95 % intervals over texts.
 
         Args:
             edges: ascending positions; by default the training length halved and doubled.
@@ -199,13 +248,18 @@ class ExtrapolationComparison(Result):
         place = pd.cut(self.loss["position"], list(edges), right=False, labels=False)
         table = self.loss.assign(bin=place).dropna(subset="bin")
         rows = table.groupby(["method", "bin"], sort=False)["loss"].agg(["mean", "size"])
+        by_text = table.pivot_table("loss", "document", ["method", "bin"], aggfunc="mean")
+        test = mean_over_documents(torch.tensor(by_text[rows.index].to_numpy()))
+        rows["ci_low"], rows["ci_high"] = test.ci_low.numpy(), test.ci_high.numpy()
         rows = rows.reset_index().sort_values(["bin"], kind="stable")
         rows["start"] = [edges[int(b)] for b in rows["bin"]]
         rows["end"] = [edges[int(b) + 1] for b in rows["bin"]]
         order = {name: i for i, name in enumerate(self.methods)}
         rows = rows.sort_values("method", key=lambda names: names.map(order), kind="stable")
         rows = rows.rename(columns={"mean": "loss", "size": "n"})
-        return rows[["method", "start", "end", "loss", "n"]].reset_index(drop=True)
+        return rows[["method", "start", "end", "loss", "ci_low", "ci_high", "n"]].reset_index(
+            drop=True
+        )
 
     def answers(self) -> pd.DataFrame:
         """Mean answer of every task by length, a row per method, task and length."""
@@ -244,74 +298,54 @@ class ExtrapolationComparison(Result):
                 )
         return pd.concat(frames, ignore_index=True)
 
+    def mean_curves(self, *, per_octave: int = 4) -> pd.DataFrame:
+        """The heads' mean curves over bins of log distance, a row per method and bin.
+
+        Columns: ``distance``; ``mean`` dominant dimension and ``slow_weight``, means over texts,
+        and their 95 % intervals over texts by Student's t, ``mean_low`` to ``slow_weight_high``.
+        """
+        return summary.mean_curves(self, per_octave)
+
     @cached_property
     def _summary(self) -> pd.DataFrame:
-        rows = []
-        for m, method in enumerate(self.methods):
-            drawn, alike = self.stretch(m), self.overlap(m)
-            loss = self.loss[self.loss["method"] == method]
-            past = loss["position"] >= self.trained
-            row: dict[str, Any] = {
-                "method": method,
-                "factor": self._factor(m),
-                **({"base": self.settings[m]["base"]} if "base" in self.settings[m] else {}),
-                "stretch": drawn.scale,
-                "stretch_low": drawn.ci_low,
-                "stretch_high": drawn.ci_high,
-                "misfit": drawn.misfit,
-                "r2": drawn.r2,
-                "rho_within": self._mean_rho(self.scores_within[m]),
-                "rho_whole": self._mean_rho(self.scores_whole[m]),
-                "rank_correlation": alike.rank_correlation,
-                "overlap": alike.overlap,
-                "k": alike.k,
-                "chance": alike.chance,
-                "p_chance": alike.p_chance,
-                "loss_within": loss["loss"][~past].mean(),
-                "loss_past": loss["loss"][past].mean(),
-            }
-            asked = self.tasks[self.tasks["method"] == method]
-            for name, group in asked.groupby("task", sort=False):
-                far = group["length"] > self.trained
-                row[f"{name}_within"] = group["exact"][~far].mean()
-                row[f"{name}_past"] = group["exact"][far].mean()
-                row[f"{name}_logprob_past"] = group["logprob"][far].mean()
-            rows.append(row)
-        return pd.DataFrame(rows)
+        return pd.DataFrame([summary.of_method(self, m) for m in range(len(self.methods))])
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per method.
 
         Columns: ``factor`` asked for (``base`` of :func:`~tl_posheads.sweep_theta`); ``stretch``
-        with its 95 % interval, ``misfit`` (dimensions) and ``r2`` of its fit; mean score of
-        ``heads`` within training and on whole texts; ``rank_correlation`` and ``overlap`` of the
-        best ``k`` heads with the bare model's within training, beside ``chance``; mean loss of
-        tokens within and past the training length, nats; and for every task the share of prompts
-        answered exactly, and the answers' mean log-probability past training.
+        with its 95 % interval, ``misfit`` (dimensions) and ``r2`` of its fit;
+        ``allocation_stretch`` with its interval; mean score of ``heads`` within training and on
+        whole texts; ``rank_correlation`` and ``overlap`` of the best ``k`` heads on whole texts,
+        the bare model's too, with the bare model's within training, beside ``chance`` and
+        ``p_chance``, and ``overlap_whole`` with the bare model's on the same whole texts; mean loss
+        of tokens within and past the training length, nats; for every task the share of prompts
+        answered exactly, and the answers' mean log-probability past training; ``reason``, why
+        numbers are missing.
         """
         return self._summary.copy()
-
-    def _mean_rho(self, scores: HeadScores) -> float:
-        return float(np.mean([float(scores.rho[head]) for head in self.heads]))
 
     def achievement(self) -> pd.DataFrame:
         """Does stretch go with what a method achieves? Spearman's rho over methods.
 
-        The paper reads its finding so (Hong et al. 2024, section 4.3). A row per measure (loss
-        past training, log-probability of each task past training): ``rho`` of ``stretch`` with it
-        over methods, ``p`` (exact up to eight methods) and ``n``; NaN with fewer than four methods
-        whose stretch can be told. Few methods, chosen by hand, are no random sample.
+        The paper reads its finding so (Hong et al. 2024, section 4.3). A row per kind of
+        ``stretch`` (of the mean curve, of the slow pairs' allocation) and measure (loss past
+        training, log-probability of each task past training): ``rho`` over methods, ``p`` (exact
+        up to eight methods) and ``n``; NaN, with the ``reason``, with fewer than four methods whose
+        stretch can be told. Few methods, chosen by hand, are no random sample.
         """
-        table = self.to_pandas()
-        measures = [c for c in table.columns if c == "loss_past" or c.endswith("logprob_past")]
-        rows = []
-        for measure in measures:
-            known = table[["stretch", measure]].dropna()
-            rho = p = float("nan")
-            if len(known) >= 4 and known.nunique().min() > 1:
-                rho, p = spearman_of_few(known["stretch"].to_numpy(), known[measure].to_numpy())
-            rows.append({"measure": measure, "rho": rho, "p": p, "n": len(known)})
-        return pd.DataFrame(rows)
+        return summary.achievement(self.to_pandas())
+
+    def verdict(self) -> dict[str, str]:
+        """What each method does, in sentences, and whether stretch goes with what is achieved.
+
+        By method; ``"stretch and achievement"``; and ``"note"``, if there is one. In each: by how
+        much the mean curve and the slow pairs' allocation are drawn out, how many of the best heads
+        are kept and how many by chance, loss within and past training beside the bare model's.
+        """
+        from tl_posheads.extrapolation.verdict import verdict
+
+        return verdict(self)
 
     def plot(self, methods: Sequence[str | int] | None = None) -> Any:
         """Curves, losses and answers by length; a matplotlib figure that shows itself.
@@ -323,10 +357,11 @@ class ExtrapolationComparison(Result):
 
         chosen = range(len(self.methods)) if methods is None else map(self._number, methods)
         return comparison_figure(
-            self.curves(per_octave=4),
+            self.mean_curves(per_octave=4),
             self.losses(),
             self.answers(),
             methods={m: self.methods[m] for m in chosen},
+            n_heads=len(self.heads),
             trained=self.trained,
         )
 

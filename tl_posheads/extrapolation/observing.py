@@ -18,7 +18,7 @@ from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.model import LensModel
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
-from tl_posheads.scoring.curves import mean_by_distance
+from tl_posheads.scoring.curves import curves_by_distance
 from tl_posheads.scoring.draws import DocumentDraws, Settings, measure
 from tl_posheads.scoring.head_scores import HeadScores
 
@@ -32,6 +32,8 @@ class TextUnder:
         n_whole: query-key pairs that it is the mean of, ``[distance]``.
         within: the same where query and key both stand within the training length.
         n_within: query-key pairs of that.
+        whole_slow, within_slow: softmax weight of the slow rotary pairs together, of the same two;
+            NaN where a head has no such pair.
         whole_rows, within_rows: ``draws.MEASURES`` of the plan's layers, of the same two.
         loss: negative log-probability of the tokens at ``positions``, nats.
         positions: of the scored tokens.
@@ -41,6 +43,8 @@ class TextUnder:
     n_whole: Int[Tensor, "distance"]
     within: Float[Tensor, "head distance"]
     n_within: Int[Tensor, "distance"]
+    whole_slow: Float[Tensor, "head distance"]
+    within_slow: Float[Tensor, "head distance"]
     whole_rows: Float[Tensor, "measure layer head"]
     within_rows: Float[Tensor, "measure layer head"]
     loss: Float[Tensor, "target"]
@@ -53,6 +57,7 @@ class Asked:
 
     Attributes:
         heads: those whose curves are drawn.
+        slow: rotary pairs of each of these heads whose softmax weight is summed.
         layers: those whose heads are scored.
         trained: positions of training.
         settings: of the scores; curves leave the same positions out, and have the same scale.
@@ -61,6 +66,7 @@ class Asked:
     """
 
     heads: tuple[Head, ...]
+    slow: tuple[tuple[int, ...], ...]
     layers: tuple[int, ...]
     trained: int
     settings: Settings
@@ -81,12 +87,14 @@ def observe(
     """One pass over a text longer than ``plan.trained``; ``unit``, hexadecimal, names its draws.
 
     Memory: fused attention's, where the model allows it; ``head * pos`` numbers for the curves,
-    twice, and :func:`tl_posheads.scoring.draws.measure`'s.
+    four times, and :func:`tl_posheads.scoring.draws.measure`'s.
     """
     members, settings = by_layer(plan.heads), plan.settings
     first, near, last = settings.skip_first, plan.trained, len(document)
     draws = {stop: DocumentDraws(unit, stop - first, settings) for stop in (near, last)}
+    slow = {layer: pairs for (layer, _), pairs in zip(plan.heads, plan.slow, strict=True)}
     curves: dict[Head, list[Tensor]] = {head: [] for head in plan.heads}
+    weights: dict[Head, list[Tensor]] = {head: [] for head in plan.heads}
     counts: list[Tensor] = []
     rows: dict[int, list[Tensor]] = {near: [], last: []}
 
@@ -98,12 +106,19 @@ def observe(
             if layer in plan.layers:
                 rows[stop].append(measure(q, k, here, draws[stop]).cpu())
             if layer in members:
-                mean, n_pairs = mean_by_distance(
-                    q, k, here, members[layer], n_queries=plan.n_queries, scale=settings.scale
+                mean, weight, n_pairs = curves_by_distance(
+                    q,
+                    k,
+                    here,
+                    members[layer],
+                    slow[layer],
+                    n_queries=plan.n_queries,
+                    scale=settings.scale,
                 )
                 counts.append(n_pairs)
-                for head, curve in zip(members[layer], mean, strict=True):
-                    curves[layer, head].append(curve)
+                for i, head in enumerate(members[layer]):
+                    curves[layer, head].append(mean[i])
+                    weights[layer, head].append(weight[i])
 
     targets = scored_positions(last, plan.n_scored)
     layers = sorted({*plan.layers, *members})
@@ -114,6 +129,8 @@ def observe(
         n_whole=counts[1],
         within=torch.stack([curves[head][0] for head in plan.heads]),
         n_within=counts[0],
+        whole_slow=torch.stack([weights[head][1] for head in plan.heads]),
+        within_slow=torch.stack([weights[head][0] for head in plan.heads]),
         whole_rows=torch.stack(rows[last], 1),
         within_rows=torch.stack(rows[near], 1),
         loss=-logprob.double(),

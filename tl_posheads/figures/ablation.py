@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from tl_posheads.figures.style import COLOURS, picture, styled
 
@@ -14,6 +16,7 @@ _STYLE = {
     "layer_matched": (COLOURS[4], "s"),
     "norm_matched": (COLOURS[2], "^"),
     "lowest": (COLOURS[3], "D"),
+    "retrieval": (COLOURS[1], "X"),
 }
 _OTHER = ("0.4", "o")
 _TOP = "#000000"
@@ -23,14 +26,15 @@ _TOP = "#000000"
 def ablation_figure(table: pd.DataFrame, draws: pd.DataFrame) -> Any:
     """A row per task; on the left the long prompts, on the right their short controls.
 
-    Every small mark is one draw of a control, the black point the top heads with their 95 %
-    interval; at zero nothing was lost.
+    Every small mark is one draw of a control, or the retrieval heads; the black point is the top
+    heads with their 95 % interval; at zero nothing was lost.
 
     Args:
         table: a row per task, variant, fraction and control, as ``AblationStudy`` makes it.
         draws: a row per task, variant and draw of a control (``kind``, ``fraction``): ``effect``.
     """
-    tasks, controls = (list(dict.fromkeys(table[name])) for name in ("task", "control"))
+    tasks = list(dict.fromkeys(table["task"]))
+    controls = list(dict.fromkeys([*table["control"], *draws["kind"]]))
     fractions = sorted(table["fraction"].unique())
     fig = picture(figsize=(9.0, 0.9 + 2.3 * len(tasks)))
     axes = fig.subplots(len(tasks), 2, squeeze=False, sharex=True, sharey="row")
@@ -51,7 +55,30 @@ def ablation_figure(table: pd.DataFrame, draws: pd.DataFrame) -> Any:
     for ax in axes[-1]:
         ax.set_xticks(range(len(fractions)), [f"{100 * fraction:.2g} %" for fraction in fractions])
         ax.set_xlabel("share of heads ablated")
-    fig.legend(handles=_handles(controls), loc="outside upper center", ncols=5)
+    fig.legend(handles=_handles(controls), loc="outside upper center", ncols=6)
+    return fig
+
+
+@styled
+def head_effects_figure(effects: Mapping[str, Float[np.ndarray, "layer head"]]) -> Any:
+    """Mean effect of ablating each head, a map for every task; white is no effect, red is harm.
+
+    Args:
+        effects: by task, NaN where a head wasn't ablated.
+    """
+    n = len(effects)
+    layers, heads = next(iter(effects.values())).shape
+    fig = picture(figsize=(1.5 + n * max(2.2, 0.22 * heads), max(2.8, 1.2 + 0.15 * layers)))
+    axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
+    for ax, (task, values) in zip(axes, effects.items(), strict=True):
+        # The largest effect would leave all others white.
+        size = float(np.nanquantile(np.abs(values), 0.98)) or 1.0
+        image = ax.imshow(values, cmap="RdBu", vmin=-size, vmax=size, aspect="auto", origin="lower")
+        ax.grid(False)
+        ax.set_title(task)
+        ax.set_xlabel("head")
+        fig.colorbar(image, ax=ax, extend="both", label="change of the answers' log-probability")
+    axes[0].set_ylabel("layer")
     return fig
 
 

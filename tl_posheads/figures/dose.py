@@ -1,7 +1,8 @@
-"""The picture of a dose-response run: effect against strength, over the draws."""
+"""The picture of a dose-response run: effect against strength, over each control's draws."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,33 +11,45 @@ from jaxtyping import Float
 
 from tl_posheads.figures.style import COLOURS, picture, styled
 
-_HEADS = "#000000"
+_ASKED = "#000000"
 
 
 @styled
 def dose_figure(
-    table: pd.DataFrame, draws: Float[np.ndarray, "draw strength"], *, n_heads: int, xlabel: str
+    table: pd.DataFrame,
+    draws: Mapping[str, Float[np.ndarray, "draw strength"]],
+    *,
+    titles: Mapping[str, str],
+    label: str,
+    xlabel: str,
 ) -> Any:
-    """The heads' effect with its interval, and a thin line for every draw of as many others.
+    """A panel for each control: the effect with its interval, and a thin line for every draw.
 
     Args:
-        table: a row per strength: ``strength``, ``effect``, ``ci_low`` and ``ci_high``.
-        draws: mean effect of each.
-        n_heads: how many heads were edited.
+        table: a row per strength and control: ``control``, ``strength``, ``effect``, ``ci_low`` and
+            ``ci_high``.
+        draws: mean effect of each, by control.
+        titles: of the controls.
+        label: what was edited.
         xlabel: what a strength is.
     """
-    fig = picture(figsize=(6.5, 4.0))
-    ax = fig.subplots()
-    ax.axhline(0, color="0.5", linewidth=0.8)
-    strength = table["strength"]
-    for i, draw in enumerate(draws):
-        label = "layer-matched heads, a line a draw" if i == 0 else None
-        ax.plot(strength, draw, color=COLOURS[4], linewidth=0.8, alpha=0.6, label=label)
-    label = f"the {n_heads} heads, 95 % interval over prompts"
-    ax.plot(strength, table["effect"], color=_HEADS, marker="o", linewidth=2, label=label)
-    interval = table["ci_low"], table["ci_high"]
-    ax.fill_between(strength, *interval, color=_HEADS, alpha=0.12, linewidth=0)
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel("change (nats a token)")
-    ax.legend()
+    fig = picture(figsize=(max(5.0, 3.2 * len(draws)), 3.8))
+    axes = fig.subplots(1, len(draws), sharey=True, squeeze=False)[0]
+    for ax, (control, lines) in zip(axes, draws.items(), strict=True):
+        rows = table[table["control"] == control]
+        strength = rows["strength"]
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        for i, line in enumerate(lines):
+            name = "control, a line a draw" if i == 0 else None
+            style = dict(color=COLOURS[4], marker=".", markersize=3, linewidth=0.8, alpha=0.6)
+            ax.plot(strength, line, label=name, **style)
+        name = f"{label}, 95 % interval over prompts"
+        ax.plot(strength, rows["effect"], color=_ASKED, marker="o", linewidth=2, label=name)
+        interval = rows["ci_low"], rows["ci_high"]
+        ax.fill_between(strength, *interval, color=_ASKED, alpha=0.12, linewidth=0)
+        ax.vlines(strength, *interval, color=_ASKED, linewidth=0.8)  # one strength has no area
+        ax.set_title(titles[control])
+        ax.set_xlabel(xlabel)
+    axes[0].set_ylabel("change (nats a token)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return fig

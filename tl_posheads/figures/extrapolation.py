@@ -26,39 +26,49 @@ def comparison_figure(
     answers: pd.DataFrame,
     *,
     methods: Mapping[int, str],
+    n_heads: int,
     trained: int,
 ) -> Any:
-    """Above, the mean curve of the heads by distance; below, loss by position and task answers.
+    """Above, the heads' mean curve and their slow pairs' weight by distance; below, loss and tasks.
 
-    The training length is the upright line; what lies right of it the model has never seen.
+    The training length is the upright line; what lies right of it the model has never seen. Bands
+    are 95 % intervals over texts.
 
     Args:
-        curves, losses, answers: tables of an ``ExtrapolationComparison``.
+        curves, losses, answers: ``mean_curves``, ``losses`` and ``answers`` of an
+            ``ExtrapolationComparison``.
         methods: those drawn by number, which their colours go by; 0 is the bare model.
+        n_heads: that the curves are the mean of.
         trained: positions of training.
     """
     tasks = list(dict.fromkeys(answers["task"]))
     fig = picture(figsize=(9.0, 7.0))
-    grid = fig.add_gridspec(2, 1 + len(tasks), height_ratios=(1.25, 1))
-    curves_ax, loss_ax = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
-    task_axes = {task: fig.add_subplot(grid[1, 1 + i]) for i, task in enumerate(tasks)}
+    above, below = fig.subfigures(2, 1, height_ratios=(1.15, 1))
+    curves_ax, slow_ax = above.subplots(1, 2)
+    loss_ax, *rest = below.subplots(1, 1 + len(tasks), squeeze=False)[0]
+    task_axes = dict(zip(tasks, rest, strict=True))
     for number, method in methods.items():
         style = _style(number)
         marked = {**style, "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        mean = curves[curves["method"] == method].groupby("distance")["mean"].mean()
         label = "bare model" if number == 0 else method
-        curves_ax.plot(mean.index, mean.to_numpy(), label=label, **style)
+        mine = curves[curves["method"] == method]
+        for ax, name in ((curves_ax, "mean"), (slow_ax, "slow_weight")):
+            ax.plot(mine["distance"], mine[name], label=label, **style)
+            _band(ax, mine["distance"], mine[f"{name}_low"], mine[f"{name}_high"], style)
         mine = losses[losses["method"] == method]
         middle = np.sqrt(mine["start"].to_numpy(dtype=float) * mine["end"].to_numpy(dtype=float))
         loss_ax.plot(middle, mine["loss"].to_numpy(), **marked)
+        _band(loss_ax, middle, mine["ci_low"], mine["ci_high"], style)
         for task, ax in task_axes.items():
             mine = answers[(answers["method"] == method) & (answers["task"] == task)]
             by_length = mine.sort_values("length")
             ax.plot(by_length["length"], by_length["logprob"], **marked)
-    heads = len(curves[["layer", "head"]].drop_duplicates())
     curves_ax.set_ylabel("dominant dimension\n(rotary pair, 0 = fastest)")
-    curves_ax.set_xlabel("token distance (tokens)")
-    curves_ax.set_title(f"Mean of {heads} head{'s' if heads > 1 else ''} by token distance")
+    curves_ax.set_title(f"Mean of {n_heads} head{'s' if n_heads > 1 else ''} by token distance")
+    slow_ax.set_ylabel("softmax weight of the slow pairs\n(all pairs: 1)")
+    slow_ax.set_title("Allocation to slow pairs")
+    for ax in (curves_ax, slow_ax):
+        ax.set_xlabel("token distance (tokens)")
     loss_ax.set_ylabel("loss (nats a token)")
     loss_ax.set_xlabel("position (tokens)")
     loss_ax.set_title("Loss by position")
@@ -66,12 +76,16 @@ def comparison_figure(
         ax.set_ylabel("log-probability of the answer\n(nats a token)")
         ax.set_xlabel("length of the prompt (tokens)")
         ax.set_title(f"Task: {task}")
-    for ax in (curves_ax, loss_ax, *task_axes.values()):
-        log2_axis(ax, n_ticks=8 if ax is curves_ax else 5)
+    for ax in (curves_ax, slow_ax, loss_ax, *task_axes.values()):
+        log2_axis(ax, n_ticks=5)
         ax.axvline(trained, color="0.5", linewidth=1)
     say_trained(curves_ax, trained)
-    fig.legend(loc="outside upper center", ncols=3)
+    fig.legend(*curves_ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
+
+
+def _band(ax: Any, x: Any, low: Any, high: Any, style: dict[str, Any]) -> None:
+    ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _style(number: int) -> dict[str, Any]:

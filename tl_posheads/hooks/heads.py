@@ -1,30 +1,78 @@
-"""Heads as ``(layer, head)`` pairs."""
+"""Heads as ``(layer, head)`` pairs, from whatever form they are given in."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.model import LensModel, attention_of, model_name, require_lens
 
 Head = tuple[int, int]
+_NAME = re.compile(r"\s*L?(\d+)\s*[.H]\s*(\d+)\s*", re.IGNORECASE)
+_SHARE = 0.05  # of the heads, where scores themselves are given
 
 
-def heads_of(model: LensModel, heads: Sequence[Head]) -> list[Head]:
+@runtime_checkable
+class Ranked(Protocol):
+    """Scores of heads, which tell the best."""
+
+    def top(self, k: float, /) -> list[Head]: ...
+
+
+Heads = Sequence[Head | str] | Head | str | Ranked
+"""``[(6, 6), (7, 8)]``, ``["L6H6", "7.8"]``, one of either, or scores: their top 5 %."""
+
+
+def as_heads(heads: Heads) -> list[Head]:
+    """Heads as ``(layer, head)`` pairs, whatever the model.
+
+    Raises:
+        PosheadsError: what can't be read as heads.
+
+    Example:
+        >>> as_heads("L6H6"), as_heads((6, 6)), as_heads(["L6H6", (7, 8), "7.9"])
+        ([(6, 6)], [(6, 6)], [(6, 6), (7, 8), (7, 9)])
+    """
+    if isinstance(heads, Ranked):
+        return list(heads.top(_SHARE))
+    one = isinstance(heads, str) or (isinstance(heads, tuple) and _numbers(heads))
+    try:
+        return [_pair(head) for head in ([heads] if one else heads)]
+    except (TypeError, ValueError):
+        raise PosheadsError(
+            f"heads={heads!r} was given; expected pairs like [(7, 8), (6, 6)], names like 'L7H8', "
+            "or scores"
+        ) from None
+
+
+def _numbers(pair: tuple[object, ...]) -> bool:
+    return len(pair) == 2 and all(hasattr(number, "__index__") for number in pair)
+
+
+def _pair(head: Any) -> Head:
+    if isinstance(head, str):
+        found = _NAME.fullmatch(head)
+        if found is None:
+            raise ValueError
+        return int(found[1]), int(found[2])
+    layer, index = head
+    return int(layer), int(index)
+
+
+def heads_of(model: LensModel, heads: Heads) -> list[Head]:
     """``heads`` as ``(layer, head)`` pairs of the model, in the order given.
 
     Raises:
         PosheadsError: no TransformerLens model, a head that it doesn't have, the same head twice,
-            no pairs.
+            no heads.
     """
     require_lens(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    try:
-        pairs = [(int(layer), int(head)) for layer, head in heads]
-    except (TypeError, ValueError):
-        raise PosheadsError(
-            f"heads={heads!r} was given; expected pairs like [(7, 8), (6, 6)], as scores.top gives"
-        ) from None
+    pairs = as_heads(heads)
     for layer, head in pairs:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise PosheadsError(
@@ -55,3 +103,20 @@ def by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:
     for layer, head in sorted(heads):
         out.setdefault(layer, []).append(head)
     return out
+
+
+def count_of(k: object, n: int) -> int:
+    """How many of ``n`` heads a count or a share means.
+
+    Raises:
+        PosheadsError: neither.
+    """
+    number = isinstance(k, int | float | np.integer | np.floating) and not isinstance(k, bool)
+    if number and isinstance(k, int | np.integer) and k >= 1:
+        return min(n, int(k))
+    if number and isinstance(k, float | np.floating) and 0 < k <= 1:
+        return min(n, max(1, round(float(k) * n)))
+    raise PosheadsError(
+        f"{k!r} heads were asked for; expected a count of at least 1, like 20, or a share above 0 "
+        "and at most 1, like 0.05"
+    )

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
 from tl_posheads.hooks.model import LensModel, model_name
+from tl_posheads.hooks.tokenizer import begin, token_ids, tokenizer_of
 
 
 def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
@@ -65,14 +67,21 @@ def documents_of(
     """Texts without their padding, checked.
 
     Args:
-        tokens: ``[doc, pos]``, ``[pos]``, or a list of ``[pos]``, which are taken for unpadded.
+        tokens: ``[doc, pos]``, ``[pos]``, or a list of ``[pos]``, which are taken for unpadded;
+            numpy arrays, or texts, read by the model's tokenizer behind its BOS.
         attention_mask: 1 for tokens, 0 for padding; without it a tensor must not be padded.
 
     Raises:
         PosheadsError: as it says, before anything is run.
     """
+    if isinstance(tokens, np.ndarray):
+        tokens = torch.as_tensor(tokens)
+    if isinstance(tokens, str):
+        tokens = [tokens]
     if isinstance(tokens, list | tuple):
-        rows = [torch.as_tensor(row) for row in tokens]
+        rows = [
+            _read(model, row) if isinstance(row, str) else torch.as_tensor(row) for row in tokens
+        ]
         if attention_mask is not None:
             raise PosheadsError(
                 "an attention_mask was given with a list of texts; a list needs none, give the "
@@ -83,7 +92,7 @@ def documents_of(
     else:
         raise PosheadsError(
             f"tokens of type {type(tokens).__name__} were given; expected a tensor [doc, pos] of "
-            "token ids or a list of them (model.to_tokens(text) makes one)"
+            "token ids, a list of them, or texts"
         )
     if not rows or any(row.ndim != 1 or row.is_floating_point() for row in rows):
         shape = (
@@ -129,8 +138,15 @@ def documents_of(
     return [row.long().cpu() for row in rows]
 
 
-def layers_of(model: LensModel, layers: Sequence[int] | None) -> list[int]:
+def _read(model: LensModel, text: str) -> Int[Tensor, "pos"]:
+    tokenizer = tokenizer_of(model)
+    return torch.tensor(begin(tokenizer) + token_ids(text, tokenizer), dtype=torch.long)
+
+
+def layers_of(model: LensModel, layers: Sequence[int] | int | None) -> list[int]:
+    """Layers in order, one of them or all; refused where the model hasn't one."""
     n_layers = int(model.cfg.n_layers)
+    layers = [layers] if isinstance(layers, int) else layers
     wanted = sorted({int(layer) for layer in (range(n_layers) if layers is None else layers)})
     wrong = [layer for layer in wanted if not 0 <= layer < n_layers]
     if wrong or not wanted:

@@ -34,6 +34,9 @@ from tl_posheads.hooks.tokenizer import end_tokens
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
+_TOKENS_CPU = 1024
+_MOST_ROWS = 64
+
 
 @contextmanager
 def unembed_only(model: LensModel, positions: Tensor) -> Iterator[None]:
@@ -164,20 +167,23 @@ def greedy(model: LensModel, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tens
 
 
 def target_logits(
-    model: LensModel, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
-) -> Float[Tensor, "target d_vocab"]:
-    """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it."""
+    model: LensModel, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"], rows: int = 1
+) -> Float[Tensor, "row target d_vocab"]:
+    """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it.
+
+    The text stands in each of ``rows`` rows, which hooks may tell apart.
+    """
     with own_frequencies(model), unembed_only(model, targets - 1):
-        inputs = tokens[None].to(input_device(model))
-        logits: Tensor = model(inputs, return_type="logits")[0].float()
+        inputs = tokens.to(input_device(model)).expand(rows, -1)
+        logits: Tensor = model(inputs, return_type="logits").float()
         return logits
 
 
 def _scored(
     logits: Tensor, tokens: Tensor, targets: Tensor
-) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
-    wanted = tokens[targets].to(logits.device)
-    logprob = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+) -> tuple[Float[Tensor, "row target"], Bool[Tensor, "row target"]]:
+    wanted = tokens[targets].to(logits.device).expand(logits.shape[:-1])
+    logprob = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
     return logprob.cpu(), (logits.argmax(-1) == wanted).cpu()
 
 
@@ -193,7 +199,8 @@ def target_logprobs(
         Natural logarithms in float32 and booleans, on the CPU.
     """
     with torch.no_grad():
-        return _scored(target_logits(model, tokens, targets), tokens, targets)
+        logprob, hit = _scored(target_logits(model, tokens, targets), tokens, targets)
+    return logprob[0], hit[0]
 
 
 def mean_loss(
@@ -261,14 +268,57 @@ def run_from_layer(
     Returns:
         As :func:`target_logprobs`.
     """
+    logprob, hit = run_rows_from_layer(model, tokens, targets, prefix, layer, hooks, 1)
+    return logprob[0], hit[0]
+
+
+def run_rows_from_layer(
+    model: LensModel,
+    tokens: Int[Tensor, "pos"],
+    targets: Int[Tensor, "target"],
+    prefix: CachedPrefix,
+    layer: int,
+    hooks: Hooks,
+    rows: int,
+) -> tuple[Float[Tensor, "row target"], Bool[Tensor, "row target"]]:
+    """:func:`run_from_layer` on as many rows of the same text, which ``hooks`` may tell apart."""
     points = model.hook_dict
     with ExitStack() as stack:
         if layer > 0:
-            output = prefix.outputs[layer]
+            output = _in_rows(prefix.outputs[layer], rows)
             for below in range(layer):
                 # Each hands on what the last of them returned; their input decides nothing.
                 stack.enter_context(
                     instance_method(model.blocks[below], "forward", lambda *a, **k: output)
                 )
         stack.enter_context(own_hooks([(points[name], hook) for name, hook in hooks]))
-        return target_logprobs(model, tokens, targets)
+        stack.enter_context(torch.no_grad())
+        return _scored(target_logits(model, tokens, targets, rows), tokens, targets)
+
+
+def _in_rows(output: Any, rows: int) -> Any:
+    """What a block returned for one row, for many; nobody writes into it."""
+    if isinstance(output, Tensor):
+        return output.expand(rows, *output.shape[1:]) if rows > 1 else output
+    if isinstance(output, tuple):
+        return tuple(_in_rows(part, rows) for part in output)
+    return output
+
+
+def rows_at_once(model: LensModel, n_pos: int, n_targets: int) -> int:
+    """Rows of a text of ``n_pos`` tokens that one pass takes without running out of memory.
+
+    On a CPU more than a thousand tokens a pass gain nothing.
+    """
+    device = input_device(model)
+    if device.type != "cuda":
+        return max(1, _TOKENS_CPU // n_pos)
+    config = model.cfg
+    widest = 6 * int(config.d_model) + 4 * int(getattr(config, "d_mlp", None) or 4 * config.d_model)
+    # Eager attention holds pattern and scores; where kernels are fused, they are never formed.
+    per_row = n_pos * (widest + 3 * n_pos * int(config.n_heads)) * 4
+    per_row += 3 * n_targets * int(config.d_vocab) * 4
+    # What torch has of the device and doesn't use is as good as free.
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + spare
+    return int(max(1, min(_MOST_ROWS, free // 2 // per_row)))

@@ -19,6 +19,15 @@ def tokenizer_of(model: Any) -> Any:
     return tokenizer
 
 
+def token_ids(text: str, tokenizer: Any) -> list[int]:
+    """Plain text's tokens, nothing added; names of special tokens in it are text."""
+    # verbose=False: a whole corpus is longer than any context, which is no news here.
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False
+    )
+    return list(encoded["input_ids"])
+
+
 def begin(tokenizer: Any) -> list[int]:
     """What plain text begins with: BOS, or nothing where the checkpoint has none.
 

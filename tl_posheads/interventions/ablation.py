@@ -8,7 +8,7 @@ The paper masks heads in the attention pattern (Hong et al. 2024, arXiv 2410.087
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head, by_layer, heads_of
+from tl_posheads.hooks.heads import Heads, by_layer, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.model import (
     LensModel,
@@ -39,7 +39,7 @@ MODES = ("zero", "mean", "resample")
 
 def ablation_hooks(
     model: LensModel,
-    heads: Sequence[Head],
+    heads: Heads,
     mode: Mode = "zero",
     *,
     reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
@@ -52,7 +52,8 @@ def ablation_hooks(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        heads: pairs ``(layer, head)``, as ``scores.top`` gives; none gives no hooks.
+        heads: pairs ``(layer, head)`` as ``scores.top`` gives, names like ``"L6H6"``, one of
+            either, or scores, whose top 5 % are taken; none gives no hooks.
         mode: ``"zero"``; ``"mean"``, the head's mean over ``reference``; ``"resample"``, what the
             head wrote at the same position in a text of ``reference``, the seed's choice for
             every row of the batch.
@@ -84,20 +85,14 @@ def ablation_hooks(
     pairs = heads_of(model, heads)
     keep = _positions(positions)
     check_mode(mode, reference, per_position)
-    _check_on(on, mode)
+    check_on(on, mode)
     if not pairs:
         return []
     layers = by_layer(pairs)
     if mode == "zero":
         require_own_biases(model, layers, "zero-ablation")
-    native = next((layer for layer in layers if is_native(attention_of(model, layer))), None)
     placed = keep is not None or per_position or mode == "resample"
-    if native is not None and (on == "pattern" or placed):
-        what = "on='pattern'" if on == "pattern" else "an ablation by position"
-        raise PosheadsError(
-            f"{what} was asked of {model_name(model)}, whose attention in TransformerLens shows "
-            "its pattern only afterwards; use on='z' without positions, mode 'zero' or 'mean'"
-        )
+    check_native(model, layers, on, placed)
     windowed = _windowed(model)
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
     if on == "pattern":
@@ -128,7 +123,7 @@ def ablation_hooks(
 @contextmanager
 def ablate(
     model: LensModel,
-    heads: Sequence[Head],
+    heads: Heads,
     mode: Mode = "zero",
     *,
     reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
@@ -328,7 +323,27 @@ def _positions(positions: ChosenPositions) -> Callable[[Tensor], Tensor] | None:
     return lambda at: torch.isin(at, wanted.to(at.device))
 
 
-def _check_on(on: str, mode: str) -> None:
+def check_native(model: LensModel, layers: Iterable[int], on: str, placed: bool) -> None:
+    """Refuse what can't be done where the lens only looks on as transformers computes attention.
+
+    Raises:
+        PosheadsError: the pattern, or some positions alone, of such a layer.
+    """
+    asked = on == "pattern" or placed
+    if asked and any(is_native(attention_of(model, layer)) for layer in layers):
+        what = "on='pattern'" if on == "pattern" else "an ablation by position"
+        raise PosheadsError(
+            f"{what} was asked of {model_name(model)}, whose attention in TransformerLens shows "
+            "its pattern only afterwards; use on='z' without positions, mode 'zero' or 'mean'"
+        )
+
+
+def check_on(on: str, mode: str) -> None:
+    """Refuse another place than z or pattern, and a pattern that is more than set to zero.
+
+    Raises:
+        PosheadsError: as it says.
+    """
     if on not in ("z", "pattern"):
         raise PosheadsError(f"on={on!r} was given; expected 'z' or 'pattern'")
     if on == "pattern" and mode != "zero":

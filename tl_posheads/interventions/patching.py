@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformer_lens import patching as lens_patching
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head, heads_of
+from tl_posheads.hooks.heads import Head, Heads, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.lengths import own_frequencies
 from tl_posheads.hooks.model import (
@@ -154,7 +154,7 @@ def patch_heads(
     clean: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     corrupted: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
     metric: Metric,
-    heads: Sequence[Head] | None = None,
+    heads: Heads | None = None,
     *,
     scores: HeadScores | None = None,
     seed: int = 0,

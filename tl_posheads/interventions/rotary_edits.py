@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.changes import changes_of, require_fixed_frequencies
-from tl_posheads.hooks.heads import Head, by_layer, heads_of
+from tl_posheads.hooks.heads import Heads, by_layer, heads_of
 from tl_posheads.hooks.model import LensModel, model_name, own_hooks, require_rotary
 from tl_posheads.hooks.rescoring import remapped, require_scores
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -69,7 +69,7 @@ class Edit:
 @contextmanager
 def edit_rotary(
     model: LensModel,
-    heads: Sequence[Head],
+    heads: Heads,
     *,
     scale: Mapping[PairNumbers, float] | None = None,
     shift: Mapping[PairNumbers, float] | None = None,
@@ -86,7 +86,7 @@ def edit_rotary(
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
-        heads: ``(layer, head)`` pairs, as ``scores.top`` gives.
+        heads: as for :func:`tl_posheads.ablate`.
         scale: factor on the contribution of pairs; 0 takes them out of the scores.
         shift: tokens by which the query stands further on, for these pairs; may be negative.
         freeze: the distance in tokens that pairs see instead of the real one; pairs without a

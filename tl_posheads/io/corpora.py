@@ -8,13 +8,13 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
-from tl_posheads.hooks.tokenizer import begin, tokenizer_of
+from tl_posheads.hooks.tokenizer import begin, token_ids, tokenizer_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -31,6 +31,7 @@ _CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f]")
 # A text with more characters than this for each token asked for is sampled before it is
 # tokenised; gigabytes would take minutes and nearly all tokens would be thrown away.
 _ENOUGH_CHARACTERS = 64
+_LONGEST_NAME = 1024
 
 
 def corpus_provenance(name_or_path: str | os.PathLike[str]) -> dict[str, str | None]:
@@ -55,7 +56,7 @@ def corpus_provenance(name_or_path: str | os.PathLike[str]) -> dict[str, str | N
 
 
 def load_corpus(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Sequence[str],
     model: LensModel,
     *,
     n_docs: int = 16,
@@ -69,7 +70,8 @@ def load_corpus(
         name_or_path: ``python-docs`` (the text that ships with every Python), a text file, a
             folder of them (``.txt``, ``.md``, ``.rst``, below it too, hidden ones left out;
             links to folders are left out with a warning), or a hub data set's id, ``id`` or
-            ``id:configuration``, whose ``text`` column is streamed through ``datasets``.
+            ``id:configuration``, whose ``text`` column is streamed through ``datasets``. Or texts
+            themselves, in a list.
         model: anything with ``.tokenizer``; its special tokens' names in the text stay text.
         n_docs: rows of the result. length: tokens of each, BOS included.
         prepend_bos: put the checkpoint's BOS token first, if it has one.
@@ -97,14 +99,19 @@ def load_corpus(
 
     start = begin(tokenizer) if prepend_bos else []
     body = length - len(start)
-    name = os.fspath(name_or_path)
-    text = _text(name)
+    text: str | None
+    if isinstance(name_or_path, str | os.PathLike):
+        name = os.fspath(name_or_path)
+        _require_name(name)
+        text = _text(name)
+    else:
+        name, text = "the list of texts", "\n\n".join(name_or_path)
     if text is None:
         text = _streamed(name, _ENOUGH_CHARACTERS // 2 * n_docs * body)
     rng = random.Random(seed)
     rows = _sampled(text, tokenizer, n_docs, body, rng)
     if rows is None:
-        ids = _tokenise(text, tokenizer)
+        ids = token_ids(text, tokenizer)
         part = len(ids) // n_docs
         if part < body:
             raise PosheadsError(
@@ -114,6 +121,14 @@ def load_corpus(
         firsts = [part * doc + rng.randint(0, part - body) for doc in range(n_docs)]
         rows = [ids[first : first + body] for first in firsts]
     return torch.tensor([start + row for row in rows], dtype=torch.long)
+
+
+def _require_name(name: str) -> None:
+    if len(name) > _LONGEST_NAME or "\n" in name:
+        raise PosheadsError(
+            f"a text of {len(name):,} characters was given as the name of a corpus; give texts "
+            "in a list, [text]"
+        )
 
 
 def _what_to_lower(n_tokens: int, n_docs: int, n_start: int) -> str:
@@ -135,14 +150,6 @@ def _check_context(model: LensModel, length: int) -> None:
     warnings.warn(f"length={length} is beyond the {n_ctx} tokens of the model", stacklevel=3)
 
 
-def _tokenise(text: str, tokenizer: Any) -> list[int]:
-    # verbose=False: a whole corpus is longer than any context, which is no news here.
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False
-    )
-    return list(encoded["input_ids"])
-
-
 def _sampled(
     text: str, tokenizer: Any, n_docs: int, body: int, rng: random.Random
 ) -> list[list[int]] | None:
@@ -159,7 +166,7 @@ def _sampled(
         # Start behind white space, so that no word is cut and tokenised as another.
         while first > 0 and first < part * doc + part - 1 and not text[first - 1].isspace():
             first += 1
-        ids = _tokenise(text[first : min(first + stretch, part * (doc + 1))], tokenizer)
+        ids = token_ids(text[first : min(first + stretch, part * (doc + 1))], tokenizer)
         if len(ids) < body:
             return None
         rows.append(ids[:body])

@@ -6,7 +6,7 @@ take rotated queries and keys, as TransformerLens hooks give them, and the layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal, Protocol
 
 import torch
@@ -265,6 +265,19 @@ class PairVectors:
             total += contribution(m).sub_(peak).exp_()
         for m in range(self.n_pairs):
             yield contribution(m).sub_(peak).exp_().div_(total)
+
+    def weight_of(
+        self, rows: Int[Tensor, "rows"], keys: slice, pairs: Collection[int]
+    ) -> Float[Tensor, "head rows keys"]:
+        """The softmax weight of some pairs together; float32."""
+        contribution, peak = self._rows(rows, keys)
+        total, part = torch.zeros_like(peak), torch.zeros_like(peak)
+        for m in range(self.n_pairs):
+            share = contribution(m).sub_(peak).exp_()
+            total += share
+            if m in pairs:
+                part += share
+        return part.div_(total)
 
     def contribution(self, rows: Int[Tensor, "rows"], keys: slice) -> Callable[[int], Tensor]:
         """``m`` to the contributions of pair ``m``, ``[head, rows, keys]``, a new array."""

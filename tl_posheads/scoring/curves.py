@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
+from tl_posheads.hooks.heads import Heads, as_heads
 from tl_posheads.hooks.inputs import documents_of, layers_of
 from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -151,7 +152,7 @@ def dominant_dimension_curve(
     model: LensModel,
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
-    heads: Sequence[tuple[int, int]],
+    heads: Heads,
     scale: Scale = "none",
     attention_mask: Int[Tensor, "doc pos"] | None = None,
     skip_first: int = 0,
@@ -162,7 +163,7 @@ def dominant_dimension_curve(
 
     Args:
         model, tokens, scale, attention_mask, skip_first, progress: as in ``score_heads``.
-        heads: ``(layer, head)`` pairs, ``scores.top(8)`` for one. They need equally many rotary
+        heads: ``scores.top(8)``, or as for ``ablate``. They need equally many rotary
             pairs.
         levels: quantiles between 0 and 1.
 
@@ -178,7 +179,7 @@ def dominant_dimension_curve(
     require_rotary(model)
     check_scale(scale)
     require_clean(model)
-    wanted = [(int(layer), int(head)) for layer, head in heads]
+    wanted = as_heads(heads)
     layers = layers_of(model, [layer for layer, _ in wanted]) if wanted else []
     documents = documents_of(model, tokens, attention_mask, skip_first)
     if not wanted or not all(0 < level < 1 for level in levels):
@@ -248,18 +249,59 @@ def mean_by_distance(
         >>> mean.tolist(), n_pairs.tolist()
         ([[0.5, 0.5, 0.5]], [3, 2, 1])
     """
+    mean, _, n_pairs = curves_by_distance(
+        rot_q, rot_k, geometry, heads, (), n_queries=n_queries, scale=scale
+    )
+    return mean, n_pairs
+
+
+def curves_by_distance(
+    rot_q: Float[Tensor, "pos head d_head"],
+    rot_k: Float[Tensor, "pos kv_head d_head"],
+    geometry: LayerGeometry,
+    heads: Sequence[int],
+    pairs: Collection[int],
+    *,
+    n_queries: int | None = None,
+    scale: Scale = "none",
+) -> tuple[Float[Tensor, "head distance"], Float[Tensor, "head distance"], Int[Tensor, "distance"]]:
+    """:func:`mean_by_distance`, and beside it the mean softmax weight of some pairs together.
+
+    Args:
+        rot_q, rot_k, geometry, heads, n_queries, scale: as there.
+        pairs: those weighed; the weight is NaN without any.
+
+    Returns:
+        The mean dominant dimension, the weight from 0 to 1, and the number of query-key pairs.
+
+    Raises:
+        PosheadsError: another ``scale``.
+
+    Example:
+        >>> import torch
+        >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]))
+        >>> q = torch.zeros(3, 1, 4)
+        >>> curves_by_distance(q, q, g, [0], [1])[1].tolist()
+        [[0.5, 0.5]]
+    """
     vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
     n_pos = rot_q.shape[0]
     rows = evenly(n_pos, n_pos if n_queries is None else n_queries, rot_q.device)
-    total = torch.zeros(len(heads), n_pos, dtype=torch.float64, device=rot_q.device)
+    total = torch.zeros(2, len(heads), n_pos, dtype=torch.float64, device=rot_q.device)
     count = torch.zeros(n_pos, dtype=torch.long, device=rot_q.device)
-    for dominant, distance, valid, _ in rows_of(vectors, rows, geometry.window):
+    for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):
         apart = distance[valid]
-        total.index_add_(1, apart, dominant[:, valid])
+        total[0].index_add_(1, apart, dominant[:, valid])
         count += torch.bincount(apart, minlength=n_pos)
+        if pairs:
+            first = int(query[0, 0] - distance[0, 0])
+            keys = slice(first, first + distance.shape[1])
+            weight = vectors.weight_of(query[:, 0], keys, pairs)
+            total[1].index_add_(1, apart, weight[:, valid].double())
     n_pairs = count[1:].cpu()
     over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
-    return total[:, 1:].cpu() / over, n_pairs
+    mean, weight = total[:, :, 1:].cpu() / over
+    return mean, weight if pairs else torch.full_like(weight, float("nan")), n_pairs
 
 
 class _HeadSums:

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head
+from tl_posheads.hooks.heads import Head, as_heads, count_of
 from tl_posheads.io.result import Files, Result
 from tl_posheads.scoring.draws import MEASURES, Settings
 from tl_posheads.statistics.ranks import (
@@ -279,6 +279,18 @@ class HeadScores(Result):
             key=lambda place: (-float(self.rho[place]), place),
         )
 
+    def __getitem__(self, head: Head | str) -> pd.Series:
+        """A head's row of :meth:`to_pandas`: ``scores[6, 6]`` or ``scores["L6H6"]``.
+
+        Raises:
+            PosheadsError: no head, or one without a score.
+        """
+        (layer, index), table = as_heads(head)[0], self.to_pandas()
+        found = table[(table["layer"] == layer) & (table["head"] == index)]
+        if found.empty:
+            raise PosheadsError(f"L{layer}H{index} was asked for, but it has no score")
+        return found.iloc[0]
+
     def top(self, k: int | float) -> list[Head]:
         """The best heads as ``(layer, head)``, best first.
 
@@ -379,20 +391,3 @@ class HeadScores(Result):
         values = (test.mean, test.ci_low, test.ci_high, test.p, test.p_adjusted)
         table = dict(zip(columns, (x.numpy() for x in values), strict=True))
         return pd.DataFrame({"layer": layer.numpy(), "head": head.numpy(), **table})
-
-
-def count_of(k: object, n: int) -> int:
-    """How many of ``n`` heads a count or a share means.
-
-    Raises:
-        PosheadsError: neither.
-    """
-    number = isinstance(k, int | float | np.integer | np.floating) and not isinstance(k, bool)
-    if number and isinstance(k, int | np.integer) and k >= 1:
-        return min(n, int(k))
-    if number and isinstance(k, float | np.floating) and 0 < k <= 1:
-        return min(n, max(1, round(float(k) * n)))
-    raise PosheadsError(
-        f"{k!r} heads were asked for; expected a count of at least 1, like 20, or a share above 0 "
-        "and at most 1, like 0.05"
-    )

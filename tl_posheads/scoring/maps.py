@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
-from tl_posheads.hooks.heads import by_layer, heads_of
+from tl_posheads.hooks.heads import Heads, by_layer, heads_of
 from tl_posheads.hooks.inputs import documents_of
 from tl_posheads.hooks.model import (
     LensModel,
@@ -114,7 +114,7 @@ class HeadMaps(Result):
 def head_maps(
     model: LensModel,
     tokens: Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
-    heads: Sequence[tuple[int, int]],
+    heads: Heads,
     *,
     q_pos: Sequence[int] = (-1,),
     max_cells: int = 80,
@@ -125,7 +125,7 @@ def head_maps(
     Args:
         model: HookedTransformer or TransformerBridge with RoPE and a tokenizer.
         tokens: one text, without padding; a batch or a list of one is one, too.
-        heads: ``(layer, head)``, like ``scores.top(4)``.
+        heads: ``scores.top(4)``, or as for :func:`tl_posheads.ablate`.
         q_pos: positions whose looks are kept token by token; negative ones from the end.
         max_cells: cells a side of the maps at most; longer texts are put together.
         scale: of the contributions that the dominant dimension is taken of, as in ``score_heads``.
@@ -150,7 +150,7 @@ def head_maps(
     documents = documents_of(model, tokens, None, 0)
     if len(documents) != 1 or max_cells < 2 or not heads:
         raise PosheadsError(
-            f"{len(documents)} texts, heads={list(heads)!r} and max_cells={max_cells!r} were "
+            f"{len(documents)} texts, heads={heads!r} and max_cells={max_cells!r} were "
             "given; expected one text, at least one (layer, head) and at least 2 cells"
         )
     document = documents[0]
@@ -199,7 +199,7 @@ def _read(
     dominant: dict[int, Tensor] = {}
 
     def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
-        dominant[layer] = _dominant(rot_q[0], rot_k[0], geometry[layer], members[layer], scale)
+        dominant[layer] = dominant_map(rot_q[0], rot_k[0], geometry[layer], members[layer], scale)
 
     def read(layer: int, pattern: Tensor) -> None:
         here = dominant.pop(layer)
@@ -214,10 +214,17 @@ def _read(
     return found
 
 
-def _dominant(
-    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, heads: list[int], scale: Scale
+def dominant_map(
+    rot_q: Float[Tensor, "pos head d_head"],
+    rot_k: Float[Tensor, "pos kv_head d_head"],
+    geometry: LayerGeometry,
+    heads: list[int],
+    scale: Scale = "none",
 ) -> Float[Tensor, "head q_pos k_pos"]:
-    """D of every query-key pair, NaN where there is none."""
+    """D of every query-key pair of some heads of a text, float64; NaN where there is none.
+
+    Needs no model: rotated queries and keys, and the layer's geometry.
+    """
     vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
     n_pos = rot_q.shape[0]
     out = torch.full((len(heads), n_pos, n_pos), float("nan"), dtype=torch.float64)

@@ -52,7 +52,8 @@ def score_heads(
     Args:
         model: HookedTransformer or TransformerBridge with RoPE. Hooks inside a
             ``with model.hooks(...)`` stay in force; the model is left as it was.
-        tokens: documents of at least two positions, no two the same; a list holds texts of unequal
+        tokens: documents of at least two positions, no two the same, as ids (a tensor or numpy
+            array) or as texts (a string or a list of them); a list holds texts of unequal
             length.
         layers: those to score; all by default.
         pairs: ``"auto"`` draws, in every document, as many query-key pairs as ``target_se`` asks

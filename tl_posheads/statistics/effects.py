@@ -6,16 +6,14 @@ Everything here works on arrays; nothing needs a model.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.statistics.log_bins import interval_of
 
 # Effects whose difference is below this share of the largest are the same up to rounding.
 _ROUNDING = 1e-6
@@ -28,7 +26,7 @@ class Effect:
 
     Attributes:
         mean: ablated minus clean, in the unit of the data.
-        ci_low, ci_high: 95 % bootstrap interval over prompts; NaN with fewer than two.
+        ci_low, ci_high: 95 % interval over prompts; NaN with fewer than two.
         n_prompts: prompts.
     """
 
@@ -57,7 +55,7 @@ class Agreement:
 
     Attributes:
         rank_correlation: Spearman's rho over the sets.
-        ci_low, ci_high: 95 % bootstrap interval of it over the sets.
+        ci_low, ci_high: 95 % bootstrap interval of it over the sets; NaN with fewer than four.
         slope: least-squares slope through the origin of true on estimated; 1 if the estimates are
             right on average.
         n_sets: sets.
@@ -70,62 +68,29 @@ class Agreement:
     n_sets: int
 
 
-def _bootstrap(
-    data: Sequence[np.ndarray], statistic: Callable[..., Any], n_boot: int, seed: int
-) -> tuple[float, float]:
-    """95 % interval: BCa where it can be computed, percentiles otherwise."""
-    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        # scipy warns where BCa fails; its NaN says as much.
-        warnings.simplefilter("ignore")
-        result = stats.bootstrap(
-            data,
-            statistic,
-            n_resamples=n_boot,
-            paired=True,
-            vectorized=True,
-            axis=-1,
-            confidence_level=0.95,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-            batch=max(1, 4_000_000 // len(data[0])),
-        )
-    low, high = (float(bound) for bound in result.confidence_interval)
-    if np.isfinite(low) and np.isfinite(high):
-        return low, high
-    values = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
-    if len(values) < n_boot // 2:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def paired_effect(
-    ablated: Float[np.ndarray, "prompt"],
-    clean: Float[np.ndarray, "prompt"],
-    *,
-    n_boot: int = 10_000,
-    seed: int,
+    ablated: Float[np.ndarray, "prompt"], clean: Float[np.ndarray, "prompt"]
 ) -> Effect:
-    """Mean of ablated minus clean over the prompts, with a 95 % bootstrap interval.
+    """Mean of ablated minus clean over the prompts, with Student's 95 % interval.
 
-    The bootstrap draws whole prompts, so that what a prompt does to both runs cancels. The
-    interval is BCa (Efron 1987, J. Am. Stat. Assoc. 82, 171), or percentiles where BCa is
-    undefined. If all differences are equal, it is the mean twice.
+    What a prompt does to both runs cancels. The interval is for prompts like these: for normal
+    differences it covers exactly, with as few as two prompts. Where most prompts lose little and
+    some much, few prompts seldom hold one of those, and it covers less: .88 to .90 with three to
+    eight exponential differences.
 
     Args:
         ablated, clean: the same prompts' values in the same order, log-probabilities in nats.
-        n_boot: bootstrap draws.
-        seed: of the bootstrap.
 
     Returns:
-        :class:`Effect`. With one prompt the interval is NaN, with none the mean too.
+        :class:`Effect`. If all differences are equal, the interval is the mean twice; with one
+        prompt it is NaN, with none the mean too.
 
     Raises:
-        PosheadsError: arrays of different or more than one dimension, ``n_boot`` below 1.
+        PosheadsError: arrays of different or more than one dimension.
 
     Example:
         >>> import numpy as np
-        >>> paired_effect(np.array([-3.0, -2.0]), np.array([-2.0, -1.0]), seed=0)
+        >>> paired_effect(np.array([-3.0, -2.0]), np.array([-2.0, -1.0]))
         Effect(mean=-1.0, ci_low=-1.0, ci_high=-1.0, n_prompts=2)
     """
     ablated, clean = (np.asarray(values, dtype=np.float64) for values in (ablated, clean))
@@ -134,8 +99,6 @@ def paired_effect(
             f"ablated of shape {ablated.shape} and clean of shape {clean.shape} were given; "
             "expected one value for each prompt in both"
         )
-    if n_boot < 1:
-        raise PosheadsError(f"n_boot={n_boot} was given; expected at least 1")
     difference = ablated - clean
     n = len(difference)
     mean = float(difference.mean()) if n else float("nan")
@@ -145,7 +108,8 @@ def paired_effect(
         # The mean of equal numbers may be off by a rounding; the number itself is not.
         mean = float(difference[0])
         return Effect(mean, mean, mean, n)
-    return Effect(mean, *_bootstrap((difference,), np.mean, n_boot, seed), n)
+    half = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n))
+    return Effect(mean, mean - half, mean + half, n)
 
 
 def rank_tests(
@@ -289,7 +253,7 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.where(variance > 0, (x * y).sum(axis) / np.sqrt(variance), np.nan)
 
 
-def screen_agreement(
+def agreement(
     estimated: Float[np.ndarray, "set"],
     true: Float[np.ndarray, "set"],
     *,
@@ -315,8 +279,8 @@ def screen_agreement(
 
     Example:
         >>> import numpy as np
-        >>> agreement = screen_agreement(np.array([-1.0, -2.0, -4.0]), np.array([-2.0, -4.0, -8.0]))
-        >>> round(agreement.rank_correlation, 6), agreement.slope
+        >>> found = agreement(np.array([-1.0, -2.0, -4.0]), np.array([-2.0, -4.0, -8.0]))
+        >>> round(found.rank_correlation, 6), found.slope
         (1.0, 2.0)
     """
     estimated, true = (np.asarray(values, dtype=np.float64) for values in (estimated, true))
@@ -333,5 +297,8 @@ def screen_agreement(
     rho = float(spearman(estimated, true)) if n >= 3 else float("nan")
     low = high = float("nan")
     if np.isfinite(rho):
-        low, high = _bootstrap((estimated, true), spearman, n_boot, seed)
+        picks = np.random.default_rng(seed).integers(n, size=(n_boot, n))
+        drawn = spearman(estimated[picks], true[picks])
+        # A resample of one set alone has no order and is left out.
+        low, high = interval_of(drawn[np.isfinite(drawn)], n)
     return Agreement(rho, low, high, slope, n)

@@ -1,117 +1,181 @@
-"""How small an effect an experiment could have found, by simulation."""
+"""How small an effect an experiment could have found, by resampling what it measured."""
 
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from tl_posheads.errors import PosheadsError
 
+# Shape that a tail is taken to have before its values are seen, and how many values that is worth:
+# few values say next to nothing of it. 0 is an exponential tail, a normal law's is near -0.2.
+_SHAPE, _WORTH = -0.1, 20
+
 
 def smallest_detectable(
+    top: Float[np.ndarray, "prompt test"],
+    draws: Float[np.ndarray, "prompt draw test"],
     *,
-    draw_sd: float,
-    prompt_sd: float,
-    n_draws: int,
-    n_prompts: int,
-    n_tests: int,
     alpha: float = 0.05,
     power: float = 0.8,
+    resolution: float = 0.0,
     seed: int,
-    n_sim: int = 2000,
-) -> float:
-    """The smallest harm that :func:`rank_tests` would have found, by simulation.
+    n_sim: int = 1000,
+) -> Float[np.ndarray, "test"]:
+    """The smallest harm that :func:`rank_tests` would have found in each test, by resampling.
 
     A result that is not significant says little where only a large effect could have been seen.
-    True effects of the draws are normal with ``draw_sd`` around zero, the top set's is ``-delta``;
-    every one is measured with independent normal noise. Found means ``p_adjusted <= alpha`` among
-    ``n_tests`` tests, in the others of which there is nothing to find. The tests are simulated as
-    independent; real ones go together, which makes the correction smaller, so that the answer errs
-    to the large side.
+    The answer for a test is ``delta``: a set of heads whose true effect in this test lies ``delta``
+    below the mean draw's would have had ``p_adjusted <= alpha`` in a share ``power`` of such
+    studies, each with new draws and new prompts.
+
+    A simulated study takes as many draws as there are, with replacement, each with its effects in
+    all tests, so that the tests depend on each other as they do. One more is the top set in the
+    other tests, in which there is nothing to find. In this test the top set lies at the mean of
+    the draws less ``delta``, plus what resampled prompts do to its distance from them.
+
+    The rank test asks how low the lowest draws of a new study lie, and half of the time that is
+    lower than any that were seen. So the lowest quarter of the draws is not repeated but drawn
+    from a generalized Pareto law, the limit law of tails (Pickands 1975, Ann. Stat. 3, 119). Its
+    shape, by probability-weighted moments (Hosking & Wallis 1987, Technometrics 29, 339), is common
+    to all tests, its scale each test's own and as uncertain as so few values leave it. Simulated
+    studies with normal and skewed draws (-0.7 to -2.4) found an effect of ``delta`` in .75 to .95
+    of cases, where repeating the draws as they are would have found it in .5 to .75.
 
     Args:
-        draw_sd: standard deviation of the draws' true effects, in nats.
-        prompt_sd: standard deviation over prompts of the difference between the top set and a
-            draw. The clean run is common to both, so each has noise of
-            ``prompt_sd / sqrt(2 * n_prompts)``.
-        n_draws, n_prompts, n_tests: of the experiment.
+        top: the top set's effects, ablated minus clean; lower is more harm.
+        draws: the control draws' effects on the same prompts.
         alpha: level of the adjusted test.
         power: wanted probability to find the effect.
+        resolution: as given to :func:`rank_tests`.
         seed: of the simulation.
-        n_sim: simulated experiments; with 2000 the power is known to 0.02.
+        n_sim: simulated studies; with 1000 the power is known to 0.03.
 
     Returns:
-        ``delta`` below the draws' mean, in nats: the smallest, to 0.1 %, whose simulated power is
-        at least ``power``. Infinity where no effect is large enough, as with fewer than
-        ``1 / alpha - 1`` draws; NaN where a standard deviation is NaN.
+        ``delta`` of each test, in the effects' unit, to 0.1 %. Infinity where no effect is large
+        enough, as with fewer than ``1 / alpha - 1`` draws; NaN with fewer than two prompts or
+        draws, and in a test with a value that is not finite, which takes no part in the others.
 
     Raises:
-        PosheadsError: negative or infinite standard deviations, counts below 1, ``alpha`` or
-            ``power`` outside (0, 1).
+        PosheadsError: shapes that don't fit, ``alpha`` or ``power`` outside (0, 1), ``n_sim``
+            below 1.
 
     Example:
-        >>> few = dict(draw_sd=0.1, prompt_sd=0.5, n_prompts=50, n_tests=4, seed=0)
-        >>> 0.2 < smallest_detectable(n_draws=99, **few) < 0.5
-        True
-        >>> smallest_detectable(n_draws=18, **few)
-        inf
+        >>> rng = np.random.default_rng(0)
+        >>> draws = 0.1 * rng.normal(size=32) + 0.2 * rng.normal(size=(24, 32))
+        >>> top = 0.2 * rng.normal(size=(24, 1))
+        >>> smallest_detectable(top, draws[:, :, None], seed=0).round(2).tolist()
+        [0.3]
+        >>> smallest_detectable(top, draws[:, :18, None], seed=0).tolist()
+        [inf]
     """
-    if any(np.isinf(sd) or sd < 0 for sd in (draw_sd, prompt_sd)):
+    top, draws = np.asarray(top, dtype=np.float64), np.asarray(draws, dtype=np.float64)
+    if top.ndim != 2 or draws.ndim != 3 or top.shape != (draws.shape[0], draws.shape[2]):
         raise PosheadsError(
-            f"draw_sd={draw_sd} and prompt_sd={prompt_sd} were given; expected finite standard "
-            "deviations of at least 0"
+            f"top of shape {top.shape} and draws of shape {draws.shape} were given; expected "
+            "[prompt, test] and [prompt, draw, test]"
         )
-    if min(n_draws, n_prompts, n_tests, n_sim) < 1:
+    if not (0 < alpha < 1 and 0 < power < 1) or n_sim < 1:
         raise PosheadsError(
-            f"n_draws={n_draws}, n_prompts={n_prompts}, n_tests={n_tests} and n_sim={n_sim} were "
-            "given; expected at least 1 of each"
+            f"alpha={alpha}, power={power} and n_sim={n_sim} were given; expected numbers between "
+            "0 and 1, and at least 1 study"
         )
-    if not (0 < alpha < 1 and 0 < power < 1):
-        raise PosheadsError(
-            f"alpha={alpha} and power={power} were given; expected numbers between 0 and 1"
-        )
-    if np.isnan(draw_sd) or np.isnan(prompt_sd):
-        return float("nan")
-    n = n_draws + 1
-    if 1 / n > alpha:
-        return float("inf")
-    noise = prompt_sd / np.sqrt(2 * n_prompts)
-    spread = float(np.hypot(draw_sd, noise))
-    if spread == 0:
-        return 0.0
-
-    # One set of random numbers for every delta: the power is then a step function that grows.
+    n_prompts, n_draws = draws.shape[:2]
+    out = np.full(draws.shape[2], np.nan)
+    known = np.isfinite(top).all(0) & np.isfinite(draws).all((0, 1))
+    if min(n_prompts, n_draws) < 2 or not known.any():
+        return out
+    if 1 / (n_draws + 1) > alpha:
+        out[known] = np.inf
+        return out
+    top, draws = top[:, known], draws[:, :, known]
     generator = np.random.default_rng(seed)
-    draws = spread * generator.standard_normal((n_sim, n_draws))
-    top_noise = noise * generator.standard_normal(n_sim)
-    others = np.full((n_sim, n_draws), np.inf)
-    for _ in range(n_tests - 1):
-        values = generator.standard_normal((n_sim, n))
-        values -= values.mean(1, keepdims=True)
-        values /= values.std(1, keepdims=True)
-        np.minimum(others, values[:, 1:], out=others)
-    sums, squares = draws.sum(1), (draws**2).sum(1)
+    rows = generator.integers(n_draws, size=(n_sim, n_draws + 1))
+    values = _resampled(draws.mean(0), rows, generator)
+    spread = values.std(1, keepdims=True)
+    standard = (values - values.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
 
-    def found(delta: float) -> float:
-        top = top_noise - delta
-        mean = (sums + top) / n
-        sd = np.sqrt((squares + top**2) / n - mean**2)
+    # What prompts do to all sets alike leaves the ranks alone: only the distance counts.
+    distance = top - draws.mean(1)
+    distance -= distance.mean(0)
+    counts = generator.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=n_sim)
+    # Resampled means of n values spread too little by (n - 1) / n.
+    noise = counts @ distance / np.sqrt(n_prompts * (n_prompts - 1))
+    centre = draws.mean((0, 1))
+    found = []
+    for i in range(len(centre)):
+        others = np.delete(standard[:, 1:], i, axis=2).min(2, initial=np.inf)
+        study = _Studies(values[:, 1:, i], others, centre[i] + noise[:, i], resolution)
+        found.append(study.smallest(alpha, power))
+    out[known] = found
+    return out
+
+
+def _resampled(
+    means: Float[np.ndarray, "draw test"],
+    rows: Int[np.ndarray, "study row"],
+    generator: np.random.Generator,
+) -> Float[np.ndarray, "study row test"]:
+    """The draws in these rows, the lowest of each test anew from the tail's law."""
+    n = len(means)
+    k = min(max(3, -(-n // 4)), n - 1)
+    ordered = np.sort(means, axis=0)
+    excess = ordered[k] - ordered[k - 1 :: -1]  # from small to large
+    mean = excess.mean(0)
+    relative = excess / np.where(mean > 0, mean, 1.0)
+    weighted = (np.arange(k)[::-1] / max(k - 1, 1) @ relative / k)[mean > 0]
+    shape = _SHAPE
+    if len(weighted):
+        estimate = 2 - 1 / max(1 - 2 * float(weighted.mean()), 0.1)
+        n_values = k * len(weighted)
+        shape = (n_values * estimate + _WORTH * _SHAPE) / (n_values + _WORTH)
+        shape = float(np.clip(shape, -0.5, 0.5))  # where the moments tell it at all
+    scale = mean * (1 - shape) / generator.gamma(k, 1 / k, size=(len(rows), 1, 1))
+    place = means.argsort(0).argsort(0)[rows]
+    # One number a row: in tests that are the same, so are the draws.
+    upto = np.minimum((place + 1 - generator.random((*rows.shape, 1))) / k, 1.0)
+    beyond = -np.log(upto) if abs(shape) < 1e-6 else (upto**-shape - 1) / shape
+    values: np.ndarray = np.where(place < k, ordered[k] - scale * beyond, means[rows])
+    return values
+
+
+class _Studies:
+    """Simulated studies of one test: the same random numbers for every delta."""
+
+    def __init__(
+        self,
+        draws: Float[np.ndarray, "study draw"],
+        others: Float[np.ndarray, "study draw"],
+        top: Float[np.ndarray, "study"],
+        resolution: float,
+    ) -> None:
+        self.draws, self.others, self.top, self.resolution = draws, others, top, resolution
+        self.n = draws.shape[1] + 1
+        self.sums, self.squares = draws.sum(1), (draws**2).sum(1)
+
+    def power(self, delta: float, alpha: float) -> float:
+        top = self.top - delta
+        mean = (self.sums + top) / self.n
+        sd = np.sqrt(np.maximum((self.squares + top**2) / self.n - mean**2, 0.0))
         # A draw is as extreme as the top if it is in this test, or if its most extreme
-        # standardised value in the others is: min(a, b) <= c, without building the minimum.
-        at_or_below = (draws <= top[:, None]) | (others <= ((top - mean) / sd)[:, None])
-        return float(np.mean((1 + at_or_below.sum(1)) / n <= alpha))
+        # standardised value in the others is.
+        standard, reach = (top - mean) / np.where(sd > 0, sd, 1.0), top + self.resolution
+        at_or_below = (self.draws <= reach[:, None]) | (self.others <= standard[:, None])
+        return float(np.mean((1 + at_or_below.sum(1)) / self.n <= alpha))
 
-    if found(0.0) >= power:
-        return 0.0
-    high = spread
-    while found(high) < power:
-        high *= 2
-        if high > 1e6 * spread:
-            return float("inf")
-    low = 0.0
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        if found(middle) >= power:
-            high = middle
-        else:
-            low = middle
-    return high
+    def smallest(self, alpha: float, power: float) -> float:
+        unit = float(np.ptp(self.draws) + np.ptp(self.top)) + self.resolution
+        if unit == 0 or self.power(0.0, alpha) >= power:
+            return 0.0
+        low, high = 0.0, unit
+        while self.power(high, alpha) < power:
+            high *= 2
+            if high > 1e6 * unit:
+                return float("inf")
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            if self.power(middle, alpha) >= power:
+                high = middle
+            else:
+                low = middle
+        return high

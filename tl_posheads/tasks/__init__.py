@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.tasks.base import Prompt, Task, check_length
+from tl_posheads.tasks.base import Calibrated, Evaluated, Prompt, Task, check_length
+from tl_posheads.tasks.calibration import Calibration, calibrate
 from tl_posheads.tasks.copying import Copying
 from tl_posheads.tasks.generation import generate_answers
 from tl_posheads.tasks.key_value import KeyValue
@@ -18,6 +19,7 @@ from tl_posheads.tasks.variable_tracking import VariableTracking
 
 if TYPE_CHECKING:
     from tl_posheads.tasks import lm_eval
+    from tl_posheads.tasks.lm_eval_task import LMEval
 
 # By the names that the command line has for them.
 TASKS: dict[str, type] = {
@@ -33,8 +35,12 @@ TASKS: dict[str, type] = {
 
 __all__ = [
     "TASKS",
+    "Calibrated",
+    "Calibration",
     "Copying",
+    "Evaluated",
     "KeyValue",
+    "LMEval",
     "LongPPL",
     "MultiKey",
     "Needle",
@@ -43,6 +49,7 @@ __all__ = [
     "Prompt",
     "Task",
     "VariableTracking",
+    "calibrate",
     "check_length",
     "generate_answers",
     "lm_eval",
@@ -51,6 +58,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name != "lm_eval":
-        raise AttributeError(f"module 'tl_posheads.tasks' has no attribute {name!r}")
-    return import_module("tl_posheads.tasks.lm_eval")  # its harness takes seconds to import
+    # lm-eval's harness takes seconds to import.
+    if name == "lm_eval":
+        return import_module("tl_posheads.tasks.lm_eval")
+    if name == "LMEval":
+        return import_module("tl_posheads.tasks.lm_eval_task").LMEval
+    raise AttributeError(f"module 'tl_posheads.tasks' has no attribute {name!r}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,10 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import context_length
 from tl_posheads.hooks.model import LensModel
-from tl_posheads.io.corpora import _tokenise
+from tl_posheads.hooks.tokenizer import token_ids
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,63 @@ class Task(Protocol):
     def prompts(self, model: LensModel) -> list[Prompt]:
         """The same prompts at every call with the same model."""
         ...
+
+
+@runtime_checkable
+class Evaluated(Task, Protocol):
+    """A task that says itself what a prompt is worth: what the model writes, by a metric.
+
+    Where a task has this method, a study records its value in place of the log-probability of the
+    scored tokens, and there is no teacher-forced pass. :class:`~tl_posheads.tasks.LMEval` is one.
+    """
+
+    def evaluate(self, model: LensModel, prompt: Prompt) -> float:
+        """The value of one of the task's prompts; hooks on the model are in force."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Task, Protocol):
+    """A task that :func:`~tl_posheads.tasks.calibrate` can make easier or harder.
+
+    Where it has rungs it is a dataclass whose fields ``n`` and ``seed`` choose the prompts.
+    """
+
+    def rungs(self) -> Sequence[Task]:
+        """Variants of the task from easy to hard; empty: it is taken as it is."""
+        ...
+
+
+AnyTask = TypeVar("AnyTask", bound="DataclassInstance")
+
+
+def climb(task: AnyTask, **fields: Sequence[Any]) -> list[AnyTask]:
+    """Variants of a dataclass from all fields' first values up, one field after the other."""
+    rung = replace(task, **{name: values[0] for name, values in fields.items()})
+    rungs = [rung]
+    for name, values in fields.items():
+        rungs += [rung := replace(rung, **{name: value}) for value in values[1:]]
+    return rungs
+
+
+def doubled(first: int, last: int) -> list[int]:
+    """``first``, twice that and so on, up to ``last``.
+
+    Example:
+        >>> doubled(2, 20)
+        [2, 4, 8, 16]
+    """
+    return [first << k for k in range((last // first).bit_length())]
+
+
+def halved(length: int, least: int) -> list[int]:
+    """Lengths up to ``length``, each half the next, none below ``least``.
+
+    Example:
+        >>> halved(1000, 129)
+        [250, 500, 1000]
+    """
+    return [length >> k for k in reversed(range((length // least).bit_length()))]
 
 
 def check_length(model: LensModel, prompts: int | Iterable[Prompt]) -> None:
@@ -114,7 +174,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     def ids(text: str) -> list[int]:
         if special:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return _tokenise(text, tokenizer)
+        return token_ids(text, tokenizer)
 
     # Some tokenizers put a space before whatever they are given. Behind an anchor that can't
     # merge with the text, the text is tokenised as it would be in the middle of one.

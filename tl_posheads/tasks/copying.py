@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import Prompt, check_fields, plain
+from tl_posheads.tasks.base import Prompt, check_fields, climb, halved, plain
 from tl_posheads.tasks.filler import CorpusTask, Filler
 
 
@@ -63,6 +63,12 @@ class Copying(CorpusTask):
                 f"length={self.length} was given, but a segment of {self.segment} tokens twice, as "
                 f"much between and BOS have {3 * self.segment + 1}; raise length or lower segment"
             )
+
+    def rungs(self) -> list[Copying]:
+        """Longer, then with shorter segments, of which less tells that they come again."""
+        lengths = halved(self.length, 3 * self.segment + 1)
+        segments = halved(self.segment, self.skip + 4)[::-1] or [self.segment]
+        return climb(self, length=lengths, segment=segments)
 
     def distance_grid(self) -> list[int]:
         """The distances in the order in which they are taken, the longest first."""

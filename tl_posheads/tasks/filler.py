@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.model import LensModel
-from tl_posheads.hooks.tokenizer import begin, tokenizer_of
-from tl_posheads.io.corpora import _streamed, _text, _tokenise
+from tl_posheads.hooks.tokenizer import begin, token_ids, tokenizer_of
+from tl_posheads.io.corpora import _streamed, _text
 from tl_posheads.tasks.base import Prompt, check_length, encode
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Filler:
         Raises:
             PosheadsError: the corpus is shorter.
         """
-        ids = self._enough(i, n_tokens, lambda text: _tokenise(text, self.tokenizer), len)
+        ids = self._enough(i, n_tokens, lambda text: token_ids(text, self.tokenizer), len)
         return ids[:n_tokens]
 
     def sentences(self, i: int, n_tokens: int) -> list[list[int]]:

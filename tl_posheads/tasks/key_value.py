@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar
 
-from tl_posheads.tasks.base import Prompt, encode
+from tl_posheads.errors import PosheadsError
+from tl_posheads.tasks.base import Prompt, climb, doubled, encode
 from tl_posheads.tasks.filler import Filler
 from tl_posheads.tasks.framing import Frame
-from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid, join, too_short
+from tl_posheads.tasks.questions import (
+    Question,
+    QuestionTask,
+    depth_grid,
+    join,
+    lookalikes,
+    too_short,
+)
 
 _INTRO = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 _DATA = "JSON data:\n"
+_DIGITS = "0123456789abcdef"
+_VERSION = (14, 19)  # places in a UUID
+_MOST_NEAR = 30 * 15  # ways to change one of a UUID's digits that aren't its version
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,9 @@ class KeyValue(QuestionTask):
         corpus: what :func:`~tl_posheads.load_corpus` takes.
         short_length: tokens of the short controls, which have at least two pairs.
         instruct: use the chat template (True), don't (False), or do where there is one (None).
+        near_duplicates: so many of the other keys, or as many as fit, are the asked one but for
+            one hexadecimal digit; each digit of their values is that of the asked one's value or
+            one other.
 
     Raises:
         PosheadsError: a field that can't be.
@@ -51,7 +65,20 @@ class KeyValue(QuestionTask):
     corpus: str = "python-docs"
     short_length: int = 128
     instruct: bool | None = None
+    near_duplicates: int = 0
     name: ClassVar[str] = "key_value"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.near_duplicates > _MOST_NEAR:
+            raise PosheadsError(
+                f"near_duplicates={self.near_duplicates} was given; expected at most {_MOST_NEAR}"
+            )
+
+    def rungs(self) -> list[KeyValue]:
+        """More pairs, in longer prompts; then near-duplicates of the asked key among them."""
+        near_duplicates = sorted({0, *doubled(1, self.length // 128), self.near_duplicates})
+        return climb(self, length=self._shorter(), near_duplicates=near_duplicates)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         key, value = _uuid(rng), _uuid(rng)
@@ -81,11 +108,16 @@ class KeyValue(QuestionTask):
         opening, closing = frame.opening(_INTRO), frame.closing(question.question, question.prefix)
         fixed = len(opening) + len(closing) + len(encoded(_DATA)) + len(encoded(question.answer[0]))
         rng = random.Random(f"{self.seed} {self.name} {i} others")
+        near = []
+        if self.near_duplicates:
+            near = _near_duplicates(asked[1:37], question.answer[0], rng, self.near_duplicates)
         others: list[str] = []
         records: list[list[int]] = []
         room = length - fixed
         while True:
-            others.append(f'"{_uuid(rng)}": "{_uuid(rng)}"')
+            key, value = near.pop() if near else (_uuid(rng), _uuid(rng))
+            at = rng.randrange(len(others) + 1) if self.near_duplicates else len(others)
+            others.insert(at, f'"{key}": "{value}"')
             place = round(depth * len(others))
             pairs = [*others[:place], asked, *others[place:]]
             more = [encoded(text) for text in _records(pairs)]
@@ -108,6 +140,15 @@ class KeyValue(QuestionTask):
 
 def _uuid(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _near_duplicates(key: str, value: str, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """Pairs whose keys are one digit of ``key`` away, each another one."""
+    places = [j for j, digit in enumerate(key) if digit != "-" and j not in _VERSION]
+    changes = [(j, digit) for j in places for digit in _DIGITS if digit != key[j]]
+    keys = [key[:j] + digit + key[j + 1 :] for j, digit in rng.sample(changes, n)]
+    choices = [_DIGITS if j in places else value[j] for j in range(len(value))]
+    return list(zip(keys, map("".join, lookalikes(value, choices, rng, n))))
 
 
 def _records(pairs: list[str]) -> list[str]:

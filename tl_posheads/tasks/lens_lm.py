@@ -52,6 +52,7 @@ _GREEDY: dict[str, Any] = {
     ),
 }
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+MAX_GEN_TOKS = 256
 
 
 def require_lm_eval() -> None:
@@ -70,7 +71,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         model: HookedTransformer or TransformerBridge with a tokenizer.
         batch_size: at most so many texts at once.
         max_length: context in tokens, by default all that the model was set up for. Longer texts
-            lose their beginning.
+            lose their middle, see :func:`cut_middle`; room for new tokens stays free.
         max_gen_toks: new tokens at most, where a task doesn't say.
         tokenizer: None takes the checkpoint's own, from ``model.tokenizer.name_or_path``:
             TransformerLens changes its copy to begin every text with BOS, and the benchmarks'
@@ -94,7 +95,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         *,
         batch_size: int = 1,
         max_length: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int = MAX_GEN_TOKS,
         tokenizer: Any = None,
     ) -> None:
         require_lm_eval()
@@ -175,13 +176,17 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether greedy decoding gives it."""
-        rows = [(context + wanted)[-self.max_length - 1 :] for _, context, wanted in requests]
-        out: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        out: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         longest = max((len(wanted) for _, _, wanted in requests), default=0)
         if longest > self.max_length:
             raise PosheadsError(
                 f"a continuation of {longest} tokens came, but the context holds {self.max_length}"
             )
+        # The last token is wanted, not seen.
+        rows = [
+            cut_middle(context, self.max_length + 1 - len(wanted)) + wanted
+            for _, context, wanted in requests
+        ]
         own = own_frequencies(self.model)
         with torch.no_grad(), own, fused_attention(self.model):
             keys = [(len(row), "") for row in rows]
@@ -228,13 +233,8 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             text, given = request.args[:2]
             plan = _plan(self.model, given, self.max_gen_toks)
-            room = self.max_length - plan["max_new_tokens"]
-            if room < 1:
-                raise PosheadsError(
-                    f"{plan['max_new_tokens']} new tokens were asked for, but the context holds "
-                    f"{self.max_length}; give a larger max_length or a smaller max_gen_toks"
-                )
-            contexts.append((self.tok_encode(text) or [self.prefix_token_id])[-room:])
+            room = self.room_before(plan["max_new_tokens"])
+            contexts.append(cut_middle(self.tok_encode(text) or [self.prefix_token_id], room))
             plans.append(plan)
         out = [""] * len(plans)
         keys = [(len(row), repr(plan)) for row, plan in zip(contexts, plans, strict=True)]
@@ -243,6 +243,19 @@ class LensLM(TemplateLM):  # type: ignore[misc]
             for i, text in zip(batch, written, strict=True):
                 out[i] = text
         return out
+
+    def room_before(self, n_new: int) -> int:
+        """Tokens that a prompt may have before ``n_new`` others.
+
+        Raises:
+            PosheadsError: it may have no token.
+        """
+        if n_new >= self.max_length:
+            raise PosheadsError(
+                f"{n_new} new tokens were asked for, but the context holds "
+                f"{self.max_length}; give a larger max_length or a smaller max_gen_toks"
+            )
+        return self.max_length - n_new
 
     def _write(
         self, rows: list[list[int]], stop: list[str], max_new_tokens: int, **options: Any
@@ -281,6 +294,27 @@ class _Stop(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
+def cut_middle(tokens: list[int], room: int) -> list[int]:
+    """The first and the last ``room / 2`` tokens, where there are more than ``room``.
+
+    LongBench cuts so (Bai et al. 2024, arXiv 2308.14508), since its prompts begin and end with the
+    instruction. Of an odd number the second half gets one more, as in lm-eval. What is kept isn't
+    tokenised again.
+
+    Example:
+        >>> cut_middle([1, 2, 3, 4, 5, 6], 3)
+        [1, 5, 6]
+    """
+    if len(tokens) <= room:
+        return tokens
+    return tokens[: room // 2] + tokens[len(tokens) - (room - room // 2) :]
+
+
+def new_tokens(given: Mapping[str, Any], default: int = MAX_GEN_TOKS) -> int:
+    """How many tokens a task's generation_kwargs ask for at most."""
+    return int(next((n for name in _LENGTHS if (n := given.get(name)) is not None), default))
+
+
 def _cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first stop string.
 
@@ -293,9 +327,8 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 def _plan(model: LensModel, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
     """A task's generation_kwargs as arguments of the lens's ``generate``, and stop strings."""
-    left = dict(given)
+    left = {name: value for name, value in given.items() if name not in _LENGTHS}
     until = left.pop("until", None) or []
-    lengths = [n for name in _LENGTHS if (n := left.pop(name, None)) is not None]
     temperature = float(left.pop("temperature", None) or 0.0)
     do_sample = left.pop("do_sample", None)
     sample = temperature > 0 if do_sample is None else bool(do_sample)
@@ -322,7 +355,7 @@ def _plan(model: LensModel, given: Mapping[str, Any], max_gen_toks: int) -> dict
     return {
         **left,
         "do_sample": sample,
-        "max_new_tokens": int(lengths[0] if lengths else max_gen_toks),
+        "max_new_tokens": new_tokens(given, max_gen_toks),
         "stop": [s for s in stop if s],
     }
 

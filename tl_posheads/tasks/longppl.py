@@ -78,6 +78,10 @@ class LongPPL:
         # One token more than in other tasks, since BOS is no context.
         check_short(self.short_length, self.length, least=2)
 
+    def rungs(self) -> tuple[()]:
+        """None: running text is neither at a ceiling nor at a floor."""
+        return ()
+
     def prompts(self, model: LensModel) -> list[Prompt]:
         """Up to ``n`` prompts, each with its short control; takes several passes for each.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
+from tl_posheads.tasks.base import climb, doubled
+from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid, lookalikes
 
 _ADJECTIVES = (
     "ancient",
@@ -111,6 +112,7 @@ _NOUNS = (
     "window",
     "wizard",
 )
+_MOST_NEAR = len(_ADJECTIVES) + len(_NOUNS) - 2  # keys that share a word with another
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class MultiKey(QuestionTask):
         corpus: what :func:`~tl_posheads.load_corpus` takes.
         short_length: tokens of the short controls; where the needles need more, as few as go.
         instruct: use the chat template (True), don't (False), or do where there is one (None).
+        near_duplicates: so many of the other keys differ from the asked one in one of its words;
+            each digit of their numbers is that of the asked one's number or one other.
 
     Raises:
         PosheadsError: a field that can't be.
@@ -149,13 +153,27 @@ class MultiKey(QuestionTask):
     corpus: str = "python-docs"
     short_length: int = 128
     instruct: bool | None = None
+    near_duplicates: int = 0
     name: ClassVar[str] = "multi_key"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = len(_ADJECTIVES) * len(_NOUNS)
+        most = 1 + (len(_ADJECTIVES) - 1) * (len(_NOUNS) - 1)  # with near-duplicates or without
         if self.n_keys > most:
             raise PosheadsError(f"n_keys={self.n_keys} was given; expected at most {most}")
+        most = min(self.n_keys - 1, _MOST_NEAR)
+        if self.near_duplicates > most:
+            raise PosheadsError(
+                f"near_duplicates={self.near_duplicates} was given; expected at most {most} of "
+                f"{self.n_keys} keys"
+            )
+
+    def rungs(self) -> list[MultiKey]:
+        """Longer, then with more keys, then with near-duplicates among them."""
+        n_keys = sorted({2, *doubled(2, min(2048, self.length // 40)), self.n_keys})
+        most = min(n_keys[-1] - 1, _MOST_NEAR)
+        near = sorted({0, *doubled(1, most), self.near_duplicates, most})
+        return climb(self, length=self._shorter(), n_keys=n_keys, near_duplicates=near)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         keys = rng.sample([f"{a}-{b}" for a in _ADJECTIVES for b in _NOUNS], self.n_keys)
@@ -164,6 +182,14 @@ class MultiKey(QuestionTask):
         # The asked one first would always stand before others at its place.
         asked = rng.randrange(self.n_keys)
         depths = [depth if j == asked else rng.random() for j in range(self.n_keys)]
+        if self.near_duplicates:
+            others = _one_word_apart(keys[asked], rng, self.n_keys - 1, self.near_duplicates)
+            digits = ["123456789"] * 7
+            numbers = lookalikes(str(values[asked]), digits, rng, self.near_duplicates)
+            for j in range(self.n_keys):
+                if j != asked:
+                    keys[j] = others.pop(0)
+                    values[j] = int("".join(numbers.pop(0))) if numbers else values[j]
         return Question(
             intro=(
                 "A special magic number is hidden within the following text. Make sure to "
@@ -182,3 +208,11 @@ class MultiKey(QuestionTask):
             asked=asked,
             facts={"depth": depth, "n_keys": self.n_keys},
         )
+
+
+def _one_word_apart(asked: str, rng: random.Random, n: int, near: int) -> list[str]:
+    """Other keys, of which the first ``near`` share a word with ``asked`` and the rest none."""
+    keys = [(a, b) for a in _ADJECTIVES for b in _NOUNS]
+    shared = {key: sum(x == y for x, y in zip(key, asked.split("-"))) for key in keys}
+    one, none = ([key for key in keys if shared[key] == k] for k in (1, 0))
+    return ["-".join(key) for key in rng.sample(one, near) + rng.sample(none, n - near)]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
+from tl_posheads.tasks.base import climb, doubled, halved
+from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid, lookalikes
 
 _INTRO = (
     "You are a helpful AI bot that answers questions for a user. Keep your response short and "
@@ -111,6 +112,7 @@ _WHEN = (
     "on a sunny day",
     "when the shops are closed",
 )
+_PARTS = (_DOING, _WHERE, _WHEN)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Needle(QuestionTask):
         corpus: what :func:`~tl_posheads.load_corpus` takes.
         short_length: tokens of the short controls.
         instruct: use the chat template (True), don't (False), or do where there is one (None).
+        distractors: other cities' best things in the text, anywhere. They are put together from
+            as few phrases as make all different, so that no phrase tells the next.
 
     Raises:
         PosheadsError: a field that can't be.
@@ -148,6 +152,7 @@ class Needle(QuestionTask):
     corpus: str = "python-docs"
     short_length: int = 128
     instruct: bool | None = None
+    distractors: int = 0
     name: ClassVar[str] = "needle"
 
     def __post_init__(self) -> None:
@@ -162,22 +167,46 @@ class Needle(QuestionTask):
                 "(512, 1024)"
             )
         super().__post_init__()
+        most = len(_CITIES) - 1
+        if self.distractors > most:
+            raise PosheadsError(
+                f"distractors={self.distractors} was given; expected at most {most}"
+            )
+
+    def rungs(self) -> list[Needle]:
+        """Longer, then with more distractors."""
+        shortest = min(self.lengths)
+        # The shortest of them decides how often all can be halved.
+        times = len(halved(shortest, self.short_length + 1))
+        lengths = [tuple(x >> k for x in self.lengths) for k in reversed(range(times))]
+        distractors = sorted({0, *doubled(1, min(32, shortest // 64)), self.distractors})
+        return climb(self, lengths=lengths, distractors=distractors)
 
     def _lengths(self) -> tuple[int, ...]:
         return tuple(self.lengths)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         city = rng.choice(_CITIES)
-        activity = " ".join(rng.choice(words) for words in (_DOING, _WHERE, _WHEN))
+        parts = [rng.choice(words) for words in _PARTS]
+        activity = " ".join(parts)
         depth = depth_grid(self.depths)[i // len(self.lengths) % self.depths]
+        best, depths, cities = {city: activity}, {city: depth}, [city]
+        if self.distractors:
+            others = rng.sample([other for other in _CITIES if other != city], self.distractors)
+            found = lookalikes(parts, _PARTS, rng, self.distractors)
+            best |= zip(others, map(" ".join, found))
+            depths |= {other: rng.random() for other in others}
+            # The asked one first would always stand before others at its place.
+            cities = rng.sample([city, *others], 1 + self.distractors)
         return Question(
             intro=_INTRO,
-            needles=[(depth, f" The best thing to do in {city} is {activity}.")],
+            needles=[(depths[x], f" The best thing to do in {x} is {best[x]}.") for x in cities],
             question=(
                 f"\nWhat is the best thing to do in {city}? Don't give information outside the "
                 "document or repeat your findings."
             ),
             prefix=f" The best thing to do in {city} is",
             answer=[f" {activity}"],
+            asked=cities.index(city),
             facts={"depth": depth},
         )

@@ -6,11 +6,47 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid
+from tl_posheads.errors import PosheadsError
+from tl_posheads.tasks.base import climb, doubled
+from tl_posheads.tasks.questions import Question, QuestionTask, depth_grid, lookalikes
 
 _INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
     "them. I will quiz you about the important information there."
+)
+_COLOURS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "brown",
+    "orange",
+    "purple",
+    "grey",
+    "pink",
+    "golden",
+    "silver",
+    "amber",
+    "beige",
+    "bronze",
+    "coral",
+    "crimson",
+    "cyan",
+    "indigo",
+    "ivory",
+    "jade",
+    "lilac",
+    "magenta",
+    "maroon",
+    "navy",
+    "olive",
+    "pearl",
+    "ruby",
+    "scarlet",
+    "turquoise",
+    "violet",
 )
 
 
@@ -30,6 +66,8 @@ class Passkey(QuestionTask):
         corpus: what :func:`~tl_posheads.load_corpus` takes.
         short_length: tokens of the short controls.
         instruct: use the chat template (True), don't (False), or do where there is one (None).
+        distractors: other keys in the text, of which each digit is the asked one's or one other.
+            Where there are any, all keys have colours, and the question names one.
 
     Raises:
         PosheadsError: a field that can't be.
@@ -47,16 +85,45 @@ class Passkey(QuestionTask):
     corpus: str = "python-docs"
     short_length: int = 128
     instruct: bool | None = None
+    distractors: int = 0
     name: ClassVar[str] = "passkey"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = len(_COLOURS) - 1
+        if self.distractors > most:
+            raise PosheadsError(
+                f"distractors={self.distractors} was given; expected at most {most}"
+            )
+
+    def rungs(self) -> list[Passkey]:
+        """Longer, then with more distractors."""
+        fitting = min(self.length // 48, len(_COLOURS) - 1)
+        distractors = sorted({0, *doubled(1, fitting), self.distractors})
+        return climb(self, length=self._shorter(), distractors=distractors)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         key = rng.randint(10000, 99999)
         depth = depth_grid(self.depths)[i % self.depths]
+        stated = [(depth, "pass key", str(key))]
+        if self.distractors:
+            colours = rng.sample(_COLOURS, 1 + self.distractors)
+            others = lookalikes(str(key), ["123456789"] * 5, rng, self.distractors)
+            keys = [str(key), *map("".join, others)]
+            depths = [depth, *(rng.random() for _ in colours[1:])]
+            stated = [(d, f"{c} pass key", k) for d, c, k in zip(depths, colours, keys)]
+        name = stated[0][1]
+        # The asked one first would always stand before others at its place.
+        order = rng.sample(range(len(stated)), len(stated)) if self.distractors else [0]
         return Question(
             intro=_INTRO,
-            needles=[(depth, f" The pass key is {key}. Remember it. {key} is the pass key.")],
-            question="\nWhat is the pass key?",
-            prefix=" The pass key is",
+            needles=[
+                (at, f" The {name} is {key}. Remember it. {key} is the {name}.")
+                for at, name, key in (stated[j] for j in order)
+            ],
+            question=f"\nWhat is the {name}?",
+            prefix=f" The {name} is",
             answer=[f" {key}"],
+            asked=order.index(0),
             facts={"depth": depth},
         )

@@ -66,6 +66,10 @@ class Perplexity(CorpusTask):
                 f"last={self.last!r} was given; expected a share above 0 and at most 1"
             )
 
+    def rungs(self) -> tuple[()]:
+        """None: running text is neither at a ceiling nor at a floor."""
+        return ()
+
     def _prompt(self, filler: Filler, i: int, frame: list[int]) -> Prompt:
         first = max(1, self.length - max(1, round(self.last * self.length)))
         tokens = frame + filler.stretch(i, self.length - len(frame))

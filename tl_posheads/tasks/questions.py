@@ -6,13 +6,13 @@ import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, ClassVar
 
 import torch
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.tasks.base import Prompt, check_fields, check_short, encode
+from tl_posheads.tasks.base import Prompt, check_fields, check_short, encode, halved
 from tl_posheads.tasks.filler import CorpusTask, Filler
 from tl_posheads.tasks.framing import Frame
 
@@ -131,7 +131,34 @@ def depth_grid(depths: int) -> list[float]:
     return [k / (depths - 1) for k in order]
 
 
-_LEAST = {"depths": 1, "n_keys": 2, "hops": 1, "chains": 1}  # of fields that some tasks have
+def lookalikes(
+    parts: Sequence[str], choices: Sequence[Sequence[str]], rng: random.Random, n: int
+) -> list[tuple[str, ...]]:
+    """Other answers, whose parts are the right one's or one of few alternatives, evenly.
+
+    Among answers drawn freely the first token would tell all others.
+
+    Args:
+        parts: of the right answer. choices: what may stand for each, like the digits.
+        n: how many; all differ. Of alternatives there are no more than that needs.
+    """
+    few = next(k for k in count(2) if k ** len(parts) > n)
+    rest = [[x for x in words if x != part] for part, words in zip(parts, choices)]
+    own = [[part, *rng.sample(x, min(few - 1, len(x)))] for part, x in zip(parts, rest)]
+    found = {tuple(parts): None}  # in the order drawn
+    while len(found) <= n:
+        found[tuple(rng.choice(alternatives) for alternatives in own)] = None
+    return list(found)[1:]
+
+
+_LEAST = {  # of fields that some tasks have
+    "depths": 1,
+    "distractors": 0,
+    "n_keys": 2,
+    "near_duplicates": 0,
+    "hops": 1,
+    "chains": 1,
+}
 
 
 class QuestionTask(CorpusTask):
@@ -147,6 +174,10 @@ class QuestionTask(CorpusTask):
             check_fields(self, length=2)
         check_short(self.short_length, min(self._lengths()))
         check_fields(self, **{name: m for name, m in _LEAST.items() if hasattr(self, name)})
+
+    def _shorter(self) -> list[int]:
+        """Lengths of the easiest rungs: none above the task's own, none as short as the control."""
+        return halved(self.length, self.short_length + 1)
 
     @abstractmethod
     def _question(self, i: int, rng: random.Random) -> Question:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import ClassVar
 
+from tl_posheads.tasks.base import climb, doubled
 from tl_posheads.tasks.questions import Question, QuestionTask
 
 
@@ -47,6 +48,12 @@ class VariableTracking(QuestionTask):
     short_length: int = 128
     instruct: bool | None = None
     name: ClassVar[str] = "variable_tracking"
+
+    def rungs(self) -> list[VariableTracking]:
+        """Longer, then with more hops, then with more chains."""
+        hops = sorted({1, 2, 3, 4, self.hops})
+        chains = sorted({1, *doubled(1, self.length // (20 * (hops[-1] + 2))), self.chains})
+        return climb(self, length=self._shorter(), hops=hops, chains=chains)
 
     def _question(self, i: int, rng: random.Random) -> Question:
         n_names = self.hops + 1

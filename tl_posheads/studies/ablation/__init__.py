@@ -6,7 +6,8 @@
 - ``screen``: what any ablation would do, estimated; ``trial``: a prompt under all of them.
 - ``pilot``: the passes that a plan rests on; ``verdicts``, ``figure``: sentences and picture.
 - ``results``: tables and files; ``run``: the study itself.
-- ``dose_results``, ``dose``: the same question by degrees, with edits of rotary pairs.
+- ``dose_controls``, ``dose_results``, ``dose``: the same question by degrees, with edits of rotary
+  pairs, beside other pairs and heads.
 
 Modules import those named before them, never those after.
 """

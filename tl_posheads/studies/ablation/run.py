@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.model import (
@@ -29,28 +25,27 @@ from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.interventions.ablation import Mode
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.scoring.head_scores import HeadScores
-from tl_posheads.studies.ablation.budget import (
-    LEAST_DRAWS,
-    LEAST_PROMPTS,
-    Plan,
-    draws_to_try,
-    make_plan,
-    seconds_of,
-)
-from tl_posheads.studies.ablation.conditions import Condition, conditions_of, screen_tests
+from tl_posheads.studies.ablation.budget import Clock, seconds_of
+from tl_posheads.studies.ablation.conditions import Condition, conditions_of
 from tl_posheads.studies.ablation.controls import CONTROLS, top_sets
-from tl_posheads.studies.ablation.pilot import Pilot, run_pilot
-from tl_posheads.studies.ablation.prompts import (
-    named,
+from tl_posheads.studies.ablation.norms import output_norms
+from tl_posheads.studies.ablation.positive_control import retrieval_heads
+from tl_posheads.studies.ablation.results import UNABLATED, AblationStudy
+from tl_posheads.studies.ablation.rounds import FIRST_DRAWS, Answers, Rounds
+from tl_posheads.studies.ablation.trial import Trial
+from tl_posheads.studies.profile.needles import needle_prompts
+from tl_posheads.tasks.base import Prompt, Task
+from tl_posheads.tasks.calibration import Calibration, calibrate
+from tl_posheads.tasks.prompts import (
+    evaluator,
     prompts_digest,
     prompts_of,
     task_facts,
     tensor_digest,
-    with_short,
 )
-from tl_posheads.studies.ablation.results import UNABLATED, AblationStudy
-from tl_posheads.studies.ablation.trial import Trial
-from tl_posheads.tasks.base import Prompt, Task
+
+LEAST_DRAWS = 12
+_NORM_PROMPTS = 3  # of each task, for the heads' output norms
 
 
 def ablation_study(
@@ -64,6 +59,9 @@ def ablation_study(
     mode: Mode = "zero",
     reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
     per_position: bool = False,
+    on: Literal["z", "pattern"] = "z",
+    calibrated: bool = True,
+    needles: int | Task | Sequence[Prompt] = 12,
     budget: str | float | timedelta | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -72,10 +70,10 @@ def ablation_study(
 ) -> AblationStudy:
     """Ablate the top heads and their controls, and compare what each does to the same prompts.
 
-    Every prompt is answered without ablation and under every ablation, at long and at short range.
-    The top heads' effect is then ranked among the controls' draws. Beside it, a screen by
-    attribution patching estimates every head's effect; its agreement with the ablations that were
-    done is part of the result.
+    Each task is first calibrated: made as hard as the model can still do, so that harm shows.
+    Every prompt is then answered without ablation and under every ablation, at long and at short
+    range. The top heads' effect is ranked among the controls' draws. As many retrieval heads are
+    the positive control: where their ablation does no harm, the study could not have found any.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE; left as it was.
@@ -86,42 +84,46 @@ def ablation_study(
             (:func:`tl_posheads.control_sets`).
         n_control: draws of each random control, at least 12. With fewer than 19 no p-value can
             reach 5 %.
-        mode, reference, per_position: as for :func:`tl_posheads.ablate`.
-        budget: time for all of it, like ``"60min"``. A pilot times a few passes, chooses prompts
-            and draws, and says before the study starts how small an effect it could find. None
-            runs everything.
-        seed: of the draws, the bootstrap and the simulation.
+        mode, reference, per_position, on: as for :func:`tl_posheads.ablate`. The paper masks the
+            heads' patterns, ``on="pattern"``.
+        calibrated: choose each task's difficulty (:func:`tl_posheads.tasks.calibrate`); False
+            takes the tasks as they are.
+        needles: which questions tell the retrieval heads, as for :func:`tl_posheads.profile_heads`;
+            0 goes without the positive control.
+        budget: time for all of it, like ``"60min"``: as many prompts as fit with 19 draws, and
+            more draws once the intervals are narrower than the draws' spread. None runs everything.
+        seed: of the draws and of the simulated studies that tell the smallest detectable effect.
         checkpoint: folder that keeps every finished prompt; the same call goes on from there.
-        progress: show the plan and a bar, on stderr.
+        progress: show a bar, on stderr.
         provenance: more facts to keep with the result.
 
     Returns:
         :class:`AblationStudy`.
 
     Memory: one prompt at a time; beyond a forward pass, ``pos * d_model`` numbers for every layer
-    that an ablation starts at, and once a prompt a backward pass. Modes ``"mean"`` and
-    ``"resample"`` hold what :func:`tl_posheads.ablation_hooks` says, for all heads.
+    that an ablation starts at. Modes ``"mean"`` and ``"resample"`` hold what
+    :func:`tl_posheads.ablation_hooks` says, for all heads.
 
     Raises:
         PosheadsError: before any forward pass: a model without RoPE or with forgotten hooks, scores
-            of another model, tasks without prompts or longer than the context, a reference shorter
-            than the prompts, fewer than 12 draws, unknown controls, fractions that give no heads or
-            the same ones. After the pilot: a budget that is too small. A checkpoint of another run.
+            of another model, tasks without prompts, without rungs of difficulty or longer than the
+            context, a reference shorter than the prompts, fewer than 12 draws, unknown controls,
+            fractions that give no heads or the same ones. After a few passes: no task that could
+            show harm, a budget that holds too few prompts. A checkpoint of another run.
 
     Example:
-        >>> task = tasks.Passkey(length=2048, depths=5, n=50, seed=0)    # doctest: +SKIP
+        >>> task = tasks.MultiKey(length=2048, depths=5, n=50, seed=0)   # doctest: +SKIP
         >>> study = ablation_study(model, scores, tasks=[task])          # doctest: +SKIP
-        >>> print(study.verdict()["passkey"])                            # doctest: +SKIP
+        >>> print(study.verdict()["multi_key"])                          # doctest: +SKIP
     """
-    began = time.monotonic()
-    limit = seconds_of(budget)
-    _check_request(model, scores, tasks, controls, n_control)
+    clock = Clock(seconds_of(budget))
+    _check_request(model, scores, controls, n_control)
     top_sets(scores, fractions)
     fractions = [float(fraction) for fraction in fractions]
-    trial = Trial.of(model, mode, reference, per_position, seed)
-    prompts = prompts_of(model, tasks)
-    for these in prompts.values():
-        trial.require_reference(max(len(prompt.tokens) for prompt in with_short(these)))
+    trial = Trial.of(model, mode, reference, per_position, on, seed)
+    asked = prompts_of(model, tasks)
+    trial.require_reference(asked, any(map(evaluator, tasks)))
+    questions = needle_prompts(model, needles, seed)
     request = {
         "model": [model_name(model), str(next(model.parameters()).dtype)],
         "rho": tensor_digest(scores.rho),
@@ -129,52 +131,77 @@ def ablation_study(
         "controls": list(controls),
         "n_control": n_control,
         "mode": mode,
+        "on": on,
         "per_position": per_position,
+        "calibrated": calibrated,
+        "needles": prompts_digest(questions),
         "seed": seed,
         "reference": trial.digest,
-        "budget": limit,
-        "prompts": {name: prompts_digest(these) for name, these in prompts.items()},
+        "budget": clock.budget,
+        "prompts": {name: prompts_digest(these) for name, these in asked.items()},
+        "tasks": repr([task_facts(task) for task in tasks]),
     }
     kept = Checkpoint(checkpoint, request)
+    chosen = _chosen(model, tasks, calibrated, progress)
+    # Two tasks may be of one name: whoever is taken keeps the number that it was given.
+    names = [name for name in asked if name not in chosen.left_out]
+    taken = dict(zip(names, chosen.tasks, strict=True))
+    prompts = asked
+    if calibrated:
+        prompts = dict(zip(names, prompts_of(model, chosen.tasks).values(), strict=True))
     trial.prepare()
-    pilot = run_pilot(trial, prompts, scores, fractions, controls, kept, progress)
+    heads, positive = retrieval_heads(model, questions, kept)
+    norms = None
+    if "norm_matched" in controls:
+        norms = output_norms(
+            model, [p for these in prompts.values() for p in these[:_NORM_PROMPTS]]
+        )
 
     def conditions(n: int) -> list[Condition]:
-        return conditions_of(scores, fractions, controls, n=n, seed=seed, norms=pilot.norms)
+        return conditions_of(
+            scores, fractions, controls, n=n, seed=seed, norms=norms, retrieval=heads
+        )
 
-    plan = _plan(pilot, conditions, prompts, n_control, limit, time.monotonic() - began, seed, kept)
-    chosen = conditions(plan.n_control)
-    if progress:
-        print(plan.describe(len(chosen), pilot.agreements), file=sys.stderr, flush=True)
-    done = _run(trial, prompts, chosen, plan, kept, began, progress)
-    screen = _screen_more(trial, prompts, kept, done, plan, began, progress)
-    cells = _cells(done, chosen)
-    tests = screen_tests(screen, scores, fractions, controls, pilot.norms, seed)
+    evaluate = {name: evaluator(task) for name, task in taken.items()}
+    n_first = len(conditions(min(n_control, FIRST_DRAWS)))
+    rounds = Rounds(trial, prompts, evaluate, conditions(n_control), n_first, kept, clock, progress)
+    run = rounds.run()
     facts = {
         **model_facts(model),
-        "mode": mode,
-        "per_position": per_position,
+        **{key: request[key] for key in ("mode", "on", "per_position", "seed", "budget")},
         "reference_sha256": trial.digest,
-        "seed": seed,
-        "tasks": {name: task_facts(task) for name, task in named(tasks)},
+        "tasks": {name: task_facts(task) for name, task in taken.items()},
+        "left_out": chosen.left_out,
+        "positive_control": {"n_heads": len(heads), **positive},
         "scores": scores.provenance,
-        "plan": plan.as_dict(),
         "fused_attention": trial.fused,
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(clock.spent),
         "versions": versions(),
     }
     return AblationStudy(
-        pd.DataFrame([condition.row(i) for i, condition in enumerate(chosen)]),
-        cells,
-        screen,
-        tests,
+        pd.DataFrame([condition.row(i) for i, condition in enumerate(run)]),
+        _cells(rounds.done, len(run)),
+        chosen.table,
         json.loads(json.dumps({**facts, **(provenance or {})}, default=repr)),
     )
 
 
-def _check_request(
-    model: LensModel, scores: Any, tasks: Any, controls: Sequence[str], n_control: int
-) -> None:
+def _chosen(
+    model: LensModel, tasks: Sequence[Task], calibrated: bool, progress: bool
+) -> Calibration:
+    if not calibrated:
+        return Calibration(tuple(tasks), {}, pd.DataFrame())
+    found = calibrate(model, tasks, progress=progress)
+    if not found.tasks:
+        why = "; ".join(f"{name} {reason}" for name, reason in found.left_out.items())
+        raise PosheadsError(
+            f"no task could show harm in {model_name(model)} ({why}); give other tasks or lengths, "
+            "or calibrated=False to take them as they are"
+        )
+    return found
+
+
+def _check_request(model: LensModel, scores: Any, controls: Sequence[str], n_control: int) -> None:
     require_rotary(model)
     require_clean(model)
     shape = (int(model.cfg.n_layers), int(model.cfg.n_heads))
@@ -183,12 +210,6 @@ def _check_request(
         raise PosheadsError(
             f"scores of {found} were given, but {model_name(model)} has {shape[0]} layers of "
             f"{shape[1]} heads; give what score_heads returned for this model"
-        )
-    wrong = [task for task in tasks if not isinstance(task, Task)]
-    if not tasks or wrong:
-        raise PosheadsError(
-            f"tasks={list(tasks)!r} was given; expected at least one of tl_posheads.tasks, like "
-            "tasks.Passkey(length=1024)"
         )
     unknown = [kind for kind in controls if kind not in CONTROLS]
     if unknown or not controls or len(set(controls)) < len(controls):
@@ -205,165 +226,24 @@ def _check_request(
         )
 
 
-def _plan(
-    pilot: Pilot,
-    conditions: Any,
-    prompts: Mapping[str, Sequence[Prompt]],
-    n_control: int,
-    budget: float | None,
-    spent: float,
-    seed: int,
-    kept: Checkpoint,
-) -> Plan:
-    """A plan rests on the clock, so that a run that goes on must not make another one."""
-    found = kept.read("plan")
-    if found is not None:
-        n_prompts, draws = found["numbers"].tolist()
-        fixed = make_plan(
-            pilot.costs,
-            {},
-            pilot.spreads,
-            n_prompts=n_prompts,
-            n_control=draws,
-            budget=None,
-            spent=0.0,
-            seed=seed,
-        )
-        return Plan(n_prompts, draws, float(found["seconds"]), budget, fixed.smallest_detectable)
-    tries = draws_to_try(n_control) if budget is not None else [n_control]
-    plan = make_plan(
-        pilot.costs,
-        {n: [c.first_layer for c in conditions(n)] for n in tries},
-        pilot.spreads,
-        n_prompts=max(map(len, prompts.values())),
-        n_control=n_control,
-        budget=budget,
-        spent=spent,
-        seed=seed,
-    )
-    kept.write(
-        "plan",
-        {
-            "numbers": torch.tensor([plan.n_prompts, plan.n_control]),
-            "seconds": torch.tensor(plan.seconds, dtype=torch.float64),
-        },
-    )
-    return plan
-
-
-def _run(
-    trial: Trial,
-    prompts: Mapping[str, Sequence[Prompt]],
-    conditions: Sequence[Condition],
-    plan: Plan,
-    kept: Checkpoint,
-    began: float,
-    progress: bool,
-) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Rounds of one prompt of every task, so that a study that has to stop early is balanced."""
-    done: dict[tuple[str, int], dict[str, Tensor]] = {}
-    rounds = [
-        [(name, i) for name, these in prompts.items() if i < len(these)]
-        for i in range(plan.n_prompts)
-    ]
-    total = sum(map(len, rounds)) * (len(conditions) + 1)
-    bar = tqdm(
-        total=total,
-        desc="ablating",
-        unit="pass",
-        disable=not progress,
-        dynamic_ncols=True,
-        smoothing=0.05,
-    )
-    longest = before = 0.0
-    with bar:
-        for number, units in enumerate(rounds):
-            spent = time.monotonic() - began + before
-            out_of_time = plan.budget is not None and spent + longest > plan.budget * 0.98
-            if number >= LEAST_PROMPTS and out_of_time:
-                break
-            seconds = 0.0
-            for name, i in units:
-                unit = f"{list(prompts).index(name):02d}-{i:04d}"
-                found = kept.read(unit)
-                if found is None:
-                    start = time.monotonic()
-                    found = trial.run(prompts[name][i], i, conditions, bar)
-                    found["seconds"] = torch.tensor(time.monotonic() - start, dtype=torch.float64)
-                    kept.write(unit, found)
-                else:
-                    bar.update(len(conditions) + 1)
-                    before += float(found["seconds"])
-                seconds += float(found["seconds"])
-                done[name, i] = found
-            longest = max(longest, seconds)
-    return done
-
-
-def _screen_more(
-    trial: Trial,
-    prompts: Mapping[str, Sequence[Prompt]],
-    kept: Checkpoint,
-    done: Mapping[tuple[str, int], Any],
-    plan: Plan,
-    began: float,
-    progress: bool,
-) -> pd.DataFrame:
-    """Screen the prompts that were run and, while time is left, the tasks' others."""
-    order = sorted(
-        ((i, name) for name, these in prompts.items() for i in range(len(these))),
-        key=lambda unit: ((unit[1], unit[0]) not in done, unit[0]),
-    )
-    frames, slowest = [], 0.0
-    for i, name in tqdm(
-        order, desc="screening", unit="prompt", disable=not progress, dynamic_ncols=True
-    ):
-        started = time.monotonic()
-        late = plan.budget is not None and started - began + slowest > plan.budget * 0.98
-        if late and (name, i) not in done:
-            break
-        unit = f"screen-{list(prompts).index(name):02d}-{i:04d}"
-        found = trial.screened(prompts[name][i], i, unit, kept)
-        slowest = max(slowest, time.monotonic() - started)
-        for variant in ("long", "short"):
-            if variant in found:
-                table = found[variant]
-                layer, head = torch.meshgrid(*map(torch.arange, table.shape), indexing="ij")
-                frames.append(
-                    pd.DataFrame(
-                        {
-                            "task": name,
-                            "variant": variant,
-                            "prompt": i,
-                            "layer": layer.flatten().numpy(),
-                            "head": head.flatten().numpy(),
-                            "effect": table.flatten().double().numpy(),
-                        }
-                    )
-                )
-    return pd.concat(frames, ignore_index=True).dropna(subset="effect", ignore_index=True)
-
-
-def _cells(
-    done: Mapping[tuple[str, int], Mapping[str, Tensor]], conditions: Sequence[Condition]
-) -> pd.DataFrame:
-    ids = np.array([UNABLATED, *range(len(conditions))])
+def _cells(done: Answers, n: int) -> pd.DataFrame:
+    """A row per task, variant, prompt and condition."""
+    ids = np.array([UNABLATED, *range(n)])
     frames = []
     for (name, i), found in done.items():
-        for variant in ("long", "short"):
-            if variant in found:
-                logprob, accuracy, exact = found[variant].double().numpy()
-                frames.append(
-                    pd.DataFrame(
-                        {
-                            "task": name,
-                            "variant": variant,
-                            "prompt": i,
-                            "condition": ids,
-                            "logprob": logprob,
-                            "accuracy": accuracy,
-                            "exact": exact > 0.5,
-                        }
-                    )
+        for variant, table in found.items():
+            value, accuracy, exact = table.numpy()
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "task": name,
+                        "variant": variant,
+                        "prompt": i,
+                        "condition": ids,
+                        "value": value,
+                        "accuracy": accuracy,
+                        "exact": exact > 0.5,
+                    }
                 )
+            )
     return pd.concat(frames, ignore_index=True)

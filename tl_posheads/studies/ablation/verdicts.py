@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+
+from tl_posheads.tasks.calibration import HIGH, LOW
+
+if TYPE_CHECKING:
+    from tl_posheads.studies.ablation.results import AblationStudy
 
 ALPHA = 0.05
 _NAMES = {
@@ -15,13 +22,14 @@ _NAMES = {
 }
 
 
-def verdict(table: pd.DataFrame, task: str) -> str:
+def verdict(study: AblationStudy, task: str) -> str:
     """One sentence on a task, from the rows of :meth:`AblationStudy.to_pandas`.
 
     The fraction told of is the one where the worst of the controls' corrected p-values is
     smallest: what holds there holds against every control. ``lowest``, a single set, is told of
     but decides nothing where there are controls with draws: over few prompts its test has no power.
     """
+    table = study.to_pandas()
     everything = table[(table["task"] == task) & (table["variant"] == "long")]
     rows = table[table["task"] == task]
     if (rows["n_draws"] > 1).any():
@@ -33,26 +41,89 @@ def verdict(table: pd.DataFrame, task: str) -> str:
     hardest = here.loc[here["p_adjusted"].fillna(2).idxmax()]
     found = bool(hardest["p_adjusted"] <= ALPHA)
     n_heads, n_prompts = int(hardest["n_heads"]), int(hardest["n_prompts"])
-    start = (
-        f"{task} ({n_prompts} prompt{'s' if n_prompts > 1 else ''}): without the top "
-        f"{100 * fraction:.2g} % of heads ({n_heads}) the scored tokens' log-probability goes from "
-        f"{hardest['unablated']:.2f} to {hardest['unablated'] + hardest['effect']:.2f} nats a "
-        f"token ({_signed(hardest['effect'])}{_interval(hardest)})"
-    )
+    asked = f"{n_prompts} prompt{'s' if n_prompts > 1 else ''}"
+    what, unit = "log-probability a token", " nats"
+    if _is_metric(study, task):
+        what, unit = "score", ""
     others = ", ".join(
         f"{_NAMES.get(row.control, row.control)} {_signed(row.control_effect)}"
         for row in everything[everything["fraction"] == fraction].itertuples()
     )
+    start = (
+        f"{task} ({asked}): without the top {100 * fraction:.2g} % of heads ({n_heads}) the "
+        f"answers' {what} goes from {hardest['unablated']:.2f} to "
+        f"{hardest['unablated'] + hardest['effect']:.2f}{unit} ({_signed(hardest['effect'])}"
+        f"{_interval(hardest)}), against {others} on average"
+    )
     p = _p(hardest["p_adjusted"])
-    if not found:
+    if found:
         return (
-            f"{start}, against {others} on average: no evidence that these heads matter more than "
-            f"{_NAMES.get(hardest['control'], hardest['control'])} (p = {p} corrected"
-            f"{_could_find(here)})."
+            f"{start}: evidence that these heads matter more than every control drawn, on these "
+            f"prompts (p = {p} or less, corrected){_range(rows, fraction)}."
         )
+    blind = _could_not_find(study, task, here)
+    if blind:
+        return f"{start}: this study could not have found that these heads matter, for {blind}."
+    against = _NAMES.get(hardest["control"], hardest["control"])
     return (
-        f"{start}, against {others} on average: evidence that these heads matter more than every "
-        f"control drawn (p = {p} or less, corrected){_range(rows, fraction)}."
+        f"{start}: no evidence that these heads matter more than {against}, on these prompts "
+        f"(p = {p} corrected{_could_find(here)}){_positive(study, task, fraction)}."
+    )
+
+
+def _is_metric(study: AblationStudy, task: str) -> bool:
+    return bool((study.provenance.get("tasks") or {}).get(task, {}).get("metric"))
+
+
+def _could_not_find(study: AblationStudy, task: str, rows: pd.DataFrame) -> str:
+    """Why the task could have shown nothing; empty where it could."""
+    least = max(map(_least_p, rows.itertuples()))
+    if least > ALPHA:
+        return f"no p-value of so few draws or prompts can be below {least:.3f}"
+    facts = (study.provenance.get("tasks") or {}).get(task, {})
+    if facts.get("rungs") and not len(study.calibration):
+        mine = study.cells[(study.cells["task"] == task) & (study.cells["variant"] == "long")]
+        clean = mine[mine["condition"] == -1]["value"]
+        p = float(np.exp(clean).mean())
+        if not LOW <= p <= HIGH:
+            side = "at its ceiling" if p > HIGH else "at its floor"
+            return f"the task is {side} (probability {p:.2f} a token without ablation)"
+    positive = study.positive_control()
+    mine = positive[positive["task"] == task]
+    if len(mine) and not _harmed(mine).any():
+        worst = mine.loc[mine["effect"].idxmin()]
+        return (
+            f"the {int(worst['n_heads'])} best retrieval heads show no harm either "
+            f"({_signed(worst['effect'])}{_interval(worst)}; p = {_p(worst['p_adjusted'])})"
+        )
+    return ""
+
+
+def _least_p(row: Any) -> float:
+    """The smallest p-value that there can be: of a rank among draws, or of flipped signs."""
+    return float(0.5**row.n_prompts if row.control == "lowest" else 1 / (1 + row.n_draws))
+
+
+def _harmed(rows: pd.DataFrame) -> pd.Series[bool]:
+    return (rows["p_adjusted"] <= ALPHA) & (rows["effect"] < 0)
+
+
+def _positive(study: AblationStudy, task: str, fraction: float) -> str:
+    """What as many retrieval heads did, where they did harm."""
+    positive = study.positive_control()
+    mine = positive[positive["task"] == task]
+    if mine.empty:
+        facts = study.provenance.get("positive_control") or {}
+        why = facts.get("reason", "no head copied what was asked")
+        why = "no control has several draws" if facts.get("n_heads") else why
+        return f"; there is no positive control, because {why}"
+    same = mine[mine["fraction"] == fraction].iloc[0]
+    worst = (
+        same if _harmed(mine[mine["fraction"] == fraction]).any() else mine[_harmed(mine)].iloc[0]
+    )
+    return (
+        f"; the study can find harm: without {int(worst['n_heads'])} retrieval heads it is "
+        f"{_signed(worst['effect'])} (p = {_p(worst['p_adjusted'])})"
     )
 
 
@@ -79,10 +150,8 @@ def _could_find(rows: pd.DataFrame) -> str:
     if math.isnan(size):
         return ""
     if math.isinf(size):
-        return "; with so few draws no effect could have been found"
-    return (
-        f"; an effect of {size:.2f} below the draws' mean would have been found in 4 of 5 studies"
-    )
+        return "; no effect, however large, would have been found in 4 of 5 such studies"
+    return f"; minimum detectable effect: {size:.2f} below the draws' mean, in 4 of 5 such studies"
 
 
 def _signed(value: float) -> str:
@@ -92,7 +161,7 @@ def _signed(value: float) -> str:
 def _interval(row: pd.Series) -> str:
     if math.isnan(row["ci_low"]):
         return ", no interval from one prompt"
-    return f", 95 % interval {row['ci_low']:+.2f} to {row['ci_high']:+.2f}"
+    return f", 95 % interval over prompts like these {row['ci_low']:+.2f} to {row['ci_high']:+.2f}"
 
 
 def _p(value: float) -> str:

@@ -14,8 +14,8 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.heads import count_of
 from tl_posheads.io.result import Files, Result
-from tl_posheads.scoring.head_scores import count_of
 from tl_posheads.statistics.ranks import chance_overlap
 from tl_posheads.studies.emergence.lead_lag import crossing, lag_of
 from tl_posheads.studies.emergence.measuring import SCORES, Moment

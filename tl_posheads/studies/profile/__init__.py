@@ -1,15 +1,14 @@
 """Kin of Positional Heads: what else a head is, on the same texts; a measure a file."""
 
-from tl_posheads.studies.profile.detection import detected_share, detection_patterns
-from tl_posheads.studies.profile.distance_and_sink import mean_distance, sink_mass
-from tl_posheads.studies.profile.long_context import long_context_share
-from tl_posheads.studies.profile.massive import (
+from tl_posheads.studies.atlas.vectors import (
     before_rotation,
-    dimension_norms,
-    massive_share,
     slow_dimensions,
     slow_share,
 )
+from tl_posheads.studies.profile.detection import detected_share, detection_patterns
+from tl_posheads.studies.profile.distance_and_sink import mean_distance, sink_mass
+from tl_posheads.studies.profile.long_context import long_context_share
+from tl_posheads.studies.profile.massive import massive_share
 from tl_posheads.studies.profile.needles import retrieval_scores
 from tl_posheads.studies.profile.results import HeadProfile
 from tl_posheads.studies.profile.retrieval import copied_share, copies_of, recall
@@ -26,7 +25,6 @@ __all__ = [
     "copies_of",
     "detected_share",
     "detection_patterns",
-    "dimension_norms",
     "dimension_utility",
     "long_context_share",
     "massive_share",

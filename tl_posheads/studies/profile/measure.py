@@ -19,16 +19,11 @@ from tl_posheads.hooks.model import LensModel, attention_of, read_pass
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import evenly, expand_keys
 from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.studies.atlas.vectors import VectorMeans, slow_dimensions, slow_share
 from tl_posheads.studies.profile.detection import detected_share, detection_patterns
 from tl_posheads.studies.profile.distance_and_sink import mean_distance, sink_mass
 from tl_posheads.studies.profile.long_context import long_context_share
-from tl_posheads.studies.profile.massive import (
-    before_rotation,
-    dimension_norms,
-    massive_share,
-    slow_dimensions,
-    slow_share,
-)
+from tl_posheads.studies.profile.massive import massive_share
 from tl_posheads.studies.profile.settings import ProfileSettings, columns_of
 from tl_posheads.studies.profile.utility import dimension_utility
 
@@ -169,7 +164,7 @@ def _massive(seen: Layer, layer: int, settings: ProfileSettings, out: Collected)
     slow = slow_dimensions(seen.geometry, seen.pattern.shape[-1])
     for name, rotated in (("q", seen.q), ("k", seen.k)):
         assert rotated is not None
-        norms = dimension_norms(before_rotation(rotated, seen.geometry))
+        norms = VectorMeans.of(rotated, seen.geometry).dimension_norms
         if name == "k":  # heads that share keys share what is said of them
             norms = norms[torch.as_tensor(seen.geometry.kv_head, device=norms.device)]
         share = massive_share(norms, factor=settings.massive_factor)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from tl_posheads.hooks.heads import count_of
 from tl_posheads.io.result import Files, Result
-from tl_posheads.scoring.head_scores import count_of
 from tl_posheads.statistics.ranks import benjamini_hochberg, chance_overlap
 from tl_posheads.studies.profile.settings import POSITIONAL
 

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import rotary_hook_points
 from tl_posheads.hooks.inputs import by_content, documents_of
-from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
+from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import Units, facts_of, geometry_by_length, inputs_of, score_heads
-from tl_posheads.studies.ablation.prompts import prompts_digest
+from tl_posheads.studies.given_scores import facts_of_scores, require_scores_of
 from tl_posheads.studies.profile.measure import Collected, measure_text
 from tl_posheads.studies.profile.needles import needle_prompts, retrieval_scores
 from tl_posheads.studies.profile.results import HeadProfile
@@ -34,6 +34,7 @@ from tl_posheads.studies.profile.settings import (
     measures_of,
 )
 from tl_posheads.tasks.base import Prompt, Task
+from tl_posheads.tasks.prompts import prompts_digest
 
 N_NEEDLES = 6
 
@@ -112,7 +113,7 @@ def profile_heads(
     settings = settings or ProfileSettings()
     require_clean(model)
     units = by_content(documents_of(model, tokens, None, 0))
-    _check_scores(model, scores)
+    require_scores_of(model, scores)
     missing: dict[str, str] = {}
     prompts: list[Prompt] = []
     if "retrieval" in wanted:
@@ -151,7 +152,7 @@ def profile_heads(
         "seed": seed,
         "measures": wanted,
         "settings": asdict(settings),
-        "scores": {"same_texts": same, **_of_scores(scores)},
+        "scores": {"same_texts": same, **facts_of_scores(scores)},
         "needles": answered or None,
         "utility_lost": sum(lost) / len(lost) if lost else None,
         "missing": missing,
@@ -195,15 +196,6 @@ def _measured(
     return texts, retrieval, answered
 
 
-def _check_scores(model: LensModel, scores: HeadScores | None) -> None:
-    expected = (int(model.cfg.n_layers), int(model.cfg.n_heads))
-    if scores is not None and tuple(scores.rho.shape) != expected:
-        raise PosheadsError(
-            f"scores of {tuple(scores.rho.shape)} layers and heads were given, but "
-            f"{model_name(model)} has {expected}; give this model's scores, or none"
-        )
-
-
 def _prompts(
     model: LensModel, needles: int | Task | Sequence[Prompt], seed: int
 ) -> tuple[list[Prompt], str]:
@@ -216,21 +208,6 @@ def _prompts(
         return needle_prompts(model, needles, seed), ""
     except PosheadsError as problem:
         return [], f"the default needles don't fit: {problem}"
-
-
-def _of_scores(scores: HeadScores) -> dict[str, Any]:
-    wanted = (
-        "model",
-        "tokens_sha256",
-        "pairs",
-        "weighting",
-        "scale",
-        "skip_first",
-        "n_documents",
-        "n_tokens",
-        "longest",
-    )
-    return {name: scores.provenance.get(name) for name in wanted}
 
 
 def _table(columns: dict[str, Tensor]) -> pd.DataFrame:

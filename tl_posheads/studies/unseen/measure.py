@@ -21,7 +21,7 @@ from tl_posheads.extrapolation.observing import scored_positions
 from tl_posheads.hooks.capture import rotary_consumer, rotary_hook_points
 from tl_posheads.hooks.changes import any_length, length_matters, require_bare, trained_of
 from tl_posheads.hooks.fused import fused_attention
-from tl_posheads.hooks.heads import Head, by_layer, heads_of
+from tl_posheads.hooks.heads import Head, Heads, by_layer, heads_of
 from tl_posheads.hooks.inputs import by_content, digest_of, documents_of, require_finite
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
@@ -56,7 +56,7 @@ def unseen_angles(
     tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
     *,
     trained: int | None = None,
-    heads: Sequence[Head] | None = None,
+    heads: Heads | None = None,
     factor: float = 4,
     n_queries: int = 256,
     n_scored: int = 4096,

@@ -20,33 +20,30 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.logprobs import target_logits
-from tl_posheads.hooks.model import LensModel, attention_of, own_hooks, readable, require_own_biases
+from tl_posheads.hooks.model import LensModel, attention_of, own_hooks, require_own_biases
 from tl_posheads.rotary.precision import widened
 
 
 @dataclass(frozen=True, eq=False)
-class HeadEffects:
+class Attribution:
     """What one forward and one backward pass say of every head.
 
     Attributes:
         logprob: mean log-probability of the targets, natural logarithm.
         effects: estimated change of ``logprob`` if the head alone is ablated, ``[layer, head]``;
             that of a set is the sum.
-        norms: mean over positions of the length of what the head adds to the residual stream,
-            ``[layer, head]``.
     """
 
     logprob: float
     effects: Float[Tensor, "layer head"]
-    norms: Float[Tensor, "layer head"]
 
 
-def head_effects(
+def attributed_effects(
     model: LensModel,
     tokens: Int[Tensor, "pos"],
     targets: Int[Tensor, "target"],
     replacement: Mapping[int, Tensor | None] | None = None,
-) -> HeadEffects:
+) -> Attribution:
     """Estimate the effect of ablating each head: gradient times the change of ``hook_z``.
 
     Args:
@@ -63,7 +60,7 @@ def head_effects(
             value biases the lens has folded into the output bias.
 
     Example:
-        >>> head_effects(model, prompt.tokens, prompt.targets).effects   # doctest: +SKIP
+        >>> attributed_effects(model, prompt.tokens, prompt.targets).effects   # doctest: +SKIP
     """
     layers = [i for i in range(model.cfg.n_layers) if attention_of(model, i) is not None]
     zeroed = [i for i in layers if replacement is None or replacement.get(i) is None]
@@ -81,7 +78,7 @@ def head_effects(
     points = model.hook_dict
     hooks = [(points[f"blocks.{layer}.attn.hook_z"], watch(layer)) for layer in layers]
     with _frozen(model), torch.enable_grad(), own_hooks(hooks):
-        logits = target_logits(model, tokens, targets)
+        logits = target_logits(model, tokens, targets)[0]
         wanted = tokens[targets].to(logits.device)
         logprob = logits.log_softmax(-1).gather(-1, wanted[:, None]).mean()
         value = float(logprob.detach())
@@ -92,7 +89,6 @@ def head_effects(
             )
         gradients = torch.autograd.grad(logprob, [seen[layer] for layer in layers])
     effects = torch.full((model.cfg.n_layers, model.cfg.n_heads), float("nan"))
-    norms = effects.clone()
     with torch.no_grad():
         for layer, gradient in zip(layers, gradients, strict=True):
             z = seen[layer].detach()
@@ -101,26 +97,13 @@ def head_effects(
             effects[layer] = einsum(
                 widened(gradient), widened(change), "batch pos head d, batch pos head d -> head"
             ).cpu()
-            norms[layer] = _norms(z, attention_of(model, layer)).cpu()
-    return HeadEffects(value, effects, norms)
+    return Attribution(value, effects)
 
 
 def _fit(new: Tensor, z: Tensor) -> Tensor:
     if new.ndim == 3:
         return new[: z.shape[1]].to(z)
     return new.to(z)
-
-
-def _norms(z: Tensor, attn: Any) -> Float[Tensor, "head"]:
-    """Length of ``z W_O`` without forming it, ``[pos, head, d_model]``: through ``W_O W_O^T``."""
-    z = widened(z)
-    with readable(attn):
-        w_o = attn.W_O.detach().to(z)
-    gram = einsum(w_o, w_o, "head d d_model, head e d_model -> head d e")
-    half = einsum(z, gram, "batch pos head d, head d e -> batch pos head e")
-    squares = (half * z).sum(-1)
-    norms: Tensor = squares.clamp_min(0).sqrt().mean((0, 1))
-    return norms
 
 
 @contextmanager

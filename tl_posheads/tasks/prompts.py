@@ -1,9 +1,9 @@
-"""What a study asks: its tasks' prompts, checked, and what names them."""
+"""Prompts of tasks, checked before anything runs, and what names them in a result."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,9 +31,16 @@ def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt
     """Each task's prompts, checked, by its name.
 
     Raises:
-        PosheadsError: a task without prompts; prompts that are too long for the model, score
-            nothing or hold tokens that it doesn't have.
+        PosheadsError: no tasks, or what is none; a task without prompts; prompts that are too long
+            for the model, score nothing or hold tokens that it doesn't have.
     """
+    given = list(tasks) if isinstance(tasks, Sequence) else []
+    wrong = [task for task in given if not isinstance(task, Task)]
+    if not given or wrong:
+        raise PosheadsError(
+            f"tasks={wrong or tasks!r} was given; expected at least one of tl_posheads.tasks, like "
+            "[tasks.Passkey(length=1024)]"
+        )
     out = {}
     for name, task in named(tasks):
         prompts = out[name] = task.prompts(model)
@@ -71,4 +78,16 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 def task_facts(task: Task) -> dict[str, Any]:
     """Class and settings of a task, to be kept with a result."""
     fields = getattr(task, "__dataclass_fields__", {})
-    return {"class": type(task).__name__, **{name: getattr(task, name) for name in fields}}
+    rungs = getattr(task, "rungs", tuple)
+    return {
+        "class": type(task).__name__,
+        **{name: getattr(task, name) for name in fields},
+        "rungs": len(rungs()),
+        "metric": evaluator(task) is not None,
+    }
+
+
+def evaluator(task: Task) -> Callable[[LensModel, Prompt], float] | None:
+    """A task's own metric of a prompt, where it has one; others are scored by their targets."""
+    evaluate: Callable[[LensModel, Prompt], float] | None = getattr(task, "evaluate", None)
+    return evaluate
