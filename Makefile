@@ -7,7 +7,11 @@ NEEDS = pyproject.toml constraints.txt
 .PHONY: demo test test-slow test-lens3 test-all coverage lint docs bench clean
 
 demo: .venv/.stamp-demo
-	.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --out report
+	@echo "Loading SmolLM2-135M and scoring its 270 heads on 16 texts of Python's documentation: about a minute"
+	@.venv/bin/tl-posheads score smollm2-135m --corpus python-docs --out report
+	@echo
+	@echo "The heads above read token distance from RoPE: their dominant rotary pair shifts as tokens lie further apart."
+	@echo "Open report/index.html: the map shows the score of every head, and a click on one shows what it attends to."
 
 # A process a core, each with one thread (tests/conftest.py).
 PYTEST = $(OFFLINE) $(1)/bin/python -m pytest -n auto --dist loadfile --durations 20
@@ -43,7 +47,7 @@ docs: .venv/.stamp-lint
 
 # Speed, as ratios measured side by side (an hour); not a test. benchmarks/gpu.py needs a GPU.
 bench: .venv/.stamp-demo
-	for script in forward scoring scaling comparison ablation; do \
+	for script in forward scoring atlas scaling comparison ablation; do \
 		HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/$$script.py || exit 1; echo; done
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/scoring.py time memory --documents 4 --length 8192
 

@@ -79,7 +79,7 @@ def main() -> None:
         answers = found.answers()
         print(answers.pivot(index="method", columns="length", values="exact").round(2))
         print(found.achievement().round(3).to_string(index=False))
-    print(found.break_point())
+    print(*found.verdict().values(), found.break_point(), sep="\n")
     print(f"{time.perf_counter() - begun:.0f} s, {torch.get_num_threads()} threads")
 
 

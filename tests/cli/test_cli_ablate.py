@@ -30,7 +30,10 @@ ABLATE = (
     12,
     "--corpus",
     "PLACE/text.txt",
+    "--needles",
+    0,
 )
+AS_THEY_ARE = (*ABLATE, "--as-they-are")
 
 
 @pytest.fixture
@@ -48,18 +51,17 @@ def test_names_are_those_of_the_library():
 
 
 def test_writes_everything_and_shows_it_again(scored, tmp_path):
-    code, out, err = scored(*ABLATE, "--controls", "random,lowest", "--out", "a")
+    code, out, err = scored(*AS_THEY_ARE, "--controls", "random,lowest", "--out", "a")
     assert code == 0, err
-    assert "plan: 2 prompts a task, 12 draws a control, 28 ablations a prompt" in err
+    assert "ablating: 100%" in err
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == [
+        "calibration.parquet",
         "cells.parquet",
         "conditions.parquet",
         "effects.csv",
         "effects.png",
         "run.json",
-        "screen.parquet",
-        "screen_tests.parquet",
         "study.json",
         "verdict.txt",
     ]
@@ -75,25 +77,47 @@ def test_writes_everything_and_shows_it_again(scored, tmp_path):
     assert request["finished"]
     assert request["request"]["tasks"] == ["copying", "perplexity"]
     assert result.provenance["request"] == request["request"]
-    again = scored(*ABLATE, "--controls", "random,lowest", "--out", "a")
+    again = scored(*AS_THEY_ARE, "--controls", "random,lowest", "--out", "a")
     assert again[0] == 0
     assert "already holds this run" in again[1]
     assert all(sentence in again[1] for sentence in sentences)
     refused = scored(*ABLATE, "--controls", "random", "--out", "a")
     assert refused[0] == 2
-    assert "differs in: controls" in refused[2]
+    assert "differs in: controls, calibrated" in refused[2]
+
+
+def test_tasks_that_the_model_cannot_do_are_left_out(scored, tmp_path):
+    """A model of random weights copies nothing; running text has no floor."""
+    code, out, err = scored(*ABLATE, "--controls", "random", "--on", "pattern", "--out", "a")
+    assert code == 0, err
+    result = AblationStudy.load(tmp_path / "a")
+    assert result.tasks == ["perplexity"]
+    assert result.provenance["on"] == "pattern"
+    assert "copying: left out, at its floor on the easiest rung (" in out
+    assert len(result.calibration) == 2
+    alone = scored(*ABLATE, "--tasks", "copying", "--out", "b")
+    assert alone[0] == 2
+    assert "no task could show harm" in alone[2]
+
+
+def test_retrieval_heads_are_looked_for(scored, tmp_path):
+    code, _, err = scored(*AS_THEY_ARE, "--controls", "random", "--needles", 2, "--out", "a")
+    assert code == 0, err
+    facts = AblationStudy.load(tmp_path / "a").provenance["positive_control"]
+    assert facts["n_prompts"] == 2
+    assert facts["n_answered"] == facts["n_heads"] == 0
 
 
 def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
-    words = (*ABLATE, "--controls", "random", "--mode", "mean", "--out", "a")
+    words = (*AS_THEY_ARE, "--controls", "random", "--mode", "mean", "--out", "a")
     started = []
     passes = study_run.Trial.run
 
-    def stop(self, *args):
+    def stop(self, *args, **options):
         started.append(args[1])
         if len(started) == 3:
             raise KeyboardInterrupt
-        return passes(self, *args)
+        return passes(self, *args, **options)
 
     monkeypatch.setattr(study_run.Trial, "run", stop)
     code, _, err = scored(*words)
@@ -115,6 +139,8 @@ def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
         (("--draws", "11"), "at least 12"),
         (("--budget", "soon"), "expected a time like"),
         (("--length", "300"), "at most 256"),
+        (("--needles", "-1"), "0"),
+        (("--on", "scores"), "invalid choice: 'scores'"),
         (("--fractions", "0.125,0.13"), "both give 1 of 8"),
         (("--controls", "best"), "no list of some of random"),
     ],

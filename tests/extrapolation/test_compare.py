@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import ttest_rel
+from scipy.stats import sem, t, ttest_rel
 
 from helpers import small_models
 from helpers.traces import state, warm
 from tl_posheads import (
     ExtrapolationComparison,
     PosheadsError,
+    RotaryGeometry,
     compare_extrapolations,
     dominant_dimension_curve,
     score_heads,
@@ -125,6 +126,122 @@ def test_the_scale_is_that_of_curves_too(llama, found):
     assert (scaled.whole - found.whole).abs().max() > 0.05
 
 
+def test_slow_pairs_weigh_what_the_allocation_map_says(llama, found):
+    """Slow in the bare model, and the same pairs under a method that makes others slower, too."""
+    wavelengths = RotaryGeometry.from_model(llama)[0].wavelengths
+    slow = [m for m, wave in enumerate(wavelengths.tolist()) if wave > TRAINED]
+    assert found.slow == (tuple(slow),) * 2
+    assert 0 < len(slow) < len(wavelengths)
+    for m, (_, method) in enumerate(by_method(found)):
+        with method(llama, trained=TRAINED):
+            whole = dominant_dimension_curve(llama, TOKENS, heads=HEADS, progress=False)
+        weight = whole.allocation[:, slow].sum(1)
+        pooled = (found.slow_whole[m] * found.n_whole[:, None]).sum(0) / found.n_whole.sum(0)
+        torch.testing.assert_close(pooled, weight, atol=1e-5, rtol=1e-5)
+    cut = dominant_dimension_curve(llama, TOKENS[:, :TRAINED], heads=HEADS, progress=False)
+    pooled = (found.slow_within[0] * found.n_within[:, None]).sum(0) / found.n_within.sum(0)
+    torch.testing.assert_close(pooled, cut.allocation[:, slow].sum(1), atol=1e-5, rtol=1e-5)
+
+
+def test_which_pairs_are_slow_can_be_said(llama):
+    wavelengths = RotaryGeometry.from_model(llama)[0].wavelengths
+    limit = float(wavelengths[-1]) - 1
+    one = compare_extrapolations(llama, METHODS[:1], TOKENS, **OPTIONS, slower_than=limit)
+    assert one.slow == ((len(wavelengths) - 1,),) * 2
+    none = compare_extrapolations(llama, METHODS[:1], TOKENS, **OPTIONS, slower_than=limit + 2)
+    assert none.slow == ((), ())
+    assert none.slow_whole.isnan().all()
+    table = none.to_pandas()
+    assert table["allocation_stretch"].isna().all()
+    assert table["reason"].str.contains("no head has pairs that are slow").all()
+
+
+def test_heads_kept_are_those_of_the_same_whole_texts(llama, found):
+    """The bare row too: its best heads on whole texts, beside its best within training."""
+    within = score_heads(llama, TOKENS[:, :TRAINED], pairs=600, seed=1, progress=False)
+    table = found.to_pandas().set_index("method")
+    for m, (name, method) in enumerate(by_method(found)):
+        with method(llama, trained=TRAINED):
+            scores = score_heads(llama, TOKENS, pairs=600, seed=1, progress=False)
+        bare = scores if m == 0 else bare
+        found_k = [found.overlap(m, k=3, reference=which).overlap for which in ("within", "whole")]
+        best = [{*s.top(3)} for s in (within, bare, scores)]
+        assert found_k == [len(best[0] & best[2]), len(best[1] & best[2])]
+        assert table.loc[name, "overlap"] == found.overlap(m).overlap
+        assert table.loc[name, "overlap_whole"] == found.overlap(m, reference="whole").overlap
+    assert found.overlap(0, k=3, reference="whole").overlap == 3
+    with pytest.raises(PosheadsError, match="reference='short'"):
+        found.overlap(0, reference="short")
+
+
+def test_verdict_says_what_the_table_says(found):
+    said = found.verdict()
+    assert list(said) == [*found.methods, "stretch and achievement", "note"]
+    table = found.to_pandas().set_index("method")
+    for name in found.methods:
+        row = table.loc[name]
+        for column in ("stretch", "allocation_stretch"):
+            fit = getattr(found, column)(name)
+            expected = fit.reason or f"{row[column]:.2f} ("
+            assert expected in said[name]
+            assert (fit.reason is None) or f"{column}: {fit.reason}" in row["reason"]
+        assert f"chance {row['chance']:.1f}" in said[name]
+        assert f"past training {row['loss_past']:.2f} nats" in said[name]
+    loss = found.loss[found.loss["position"] >= TRAINED].groupby(["method", "document"])["loss"]
+    means = loss.mean().unstack()
+    lost = means.loc[found.methods[1]] - means.loc[found.methods[0]]
+    assert f"{lost.mean():+.2f} beside the bare model's" in said[found.methods[1]]
+    assert "too few methods to say" in said["stretch and achievement"]
+    assert set(found.achievement()["reason"].str.split(" methods").str[0]) == {"fewer than 4"}
+
+
+def test_enough_methods_are_correlated():
+    from tl_posheads.extrapolation.summary import achievement
+
+    stretch = [1.0, 2.0, 4.0, 3.0, 8.0]
+    table = pd.DataFrame(
+        {
+            "stretch": stretch,
+            "allocation_stretch": [1.0, 2.0, np.nan, np.nan, 3.0],
+            "loss_past": [5.0, 4.0, 3.0, 3.5, 2.0],
+        }
+    )
+    whole, few = achievement(table).to_dict("records")
+    assert (whole["n"], whole["reason"]) == (5, "")
+    assert whole["rho"] == pytest.approx(-1)
+    assert whole["p"] == pytest.approx(2 / 120)
+    assert np.isnan(few["rho"])
+    assert (few["n"], few["reason"]) == (
+        3,
+        "fewer than 4 methods whose allocation_stretch can be told",
+    )
+
+
+def test_a_short_training_length_is_warned_of_and_noted(llama):
+    own = llama.cfg.n_ctx
+    assert own > TRAINED
+    with pytest.warns(UserWarning, match="shorter than the model's own context"):
+        found = compare_extrapolations(llama, METHODS[:1], TOKENS, **OPTIONS)
+    assert f"own context of {own:,} tokens" in found.provenance["note"]
+    assert found.verdict()["note"] == found.provenance["note"] + "."
+
+
+def test_bands_are_intervals_over_texts(found):
+    table = found.mean_curves(per_octave=4)
+    row = table[(table["method"] == found.methods[1]) & (table["distance"] == 1)].iloc[0]
+    for name, values in (("mean", found.whole), ("slow_weight", found.slow_whole)):
+        by_text = values[1, :, :, 0].mean(1).numpy()
+        low, high = t.interval(0.95, len(by_text) - 1, by_text.mean(), sem(by_text))
+        assert row[name] == pytest.approx(by_text.mean())
+        assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx((low, high))
+    losses = found.losses([1, TRAINED, 96])
+    far = found.loss[found.loss["position"] >= TRAINED]
+    by_text = far[far["method"] == found.methods[0]].groupby("document")["loss"].mean()
+    low, high = t.interval(0.95, len(by_text) - 1, by_text.mean(), sem(by_text))
+    row = losses[(losses["method"] == found.methods[0]) & (losses["start"] == TRAINED)].iloc[0]
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high))
+
+
 def test_losses_are_the_models(llama, found):
     order = found.loss[found.loss["method"] == "Unchanged()"]
     for name, method in by_method(found):
@@ -197,7 +314,7 @@ def test_round_trip(found, tmp_path):
 
 def test_comparisons_of_an_earlier_version_are_refused(found, tmp_path):
     label = found.save(tmp_path) / "comparison.json"
-    label.write_text(label.read_text().replace('"version": 3', '"version": 2', 1))
+    label.write_text(label.read_text().replace('"version": 4', '"version": 3', 1))
     with pytest.raises(PosheadsError, match="measured otherwise: compare again"):
         ExtrapolationComparison.load(tmp_path)
 
@@ -278,6 +395,7 @@ def test_refusals(llama):
         (dict(scale="logits"), "scale='logits'"),
         (dict(tokens=TOKENS[[0, 0]]), "the same text"),
         (dict(heads=[(9, 9)]), "layer 9 head 9"),
+        (dict(slower_than=-1), "slower_than=-1"),
     ]
     for change, message in cases:
         given = {**OPTIONS, "methods": METHODS, "tokens": TOKENS, **change}

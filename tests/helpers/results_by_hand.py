@@ -77,6 +77,7 @@ def maps():
         row_pattern=_random(2, 1, 3),
         row_dominant=_random(2, 1, 3),
         n_pairs=[3, 3],
+        wavelengths=torch.tensor([[6.0, 60.0, 600.0]] * 2),
     )
 
 

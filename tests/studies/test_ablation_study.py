@@ -93,13 +93,14 @@ def test_copies_are_not_found():
     "how",
     [
         {},
+        {"on": "pattern"},
         {"mode": "mean"},
         {"mode": "mean", "per_position": True},
         {"mode": "resample"},
     ],
 )
 def test_cells_are_what_ablate_gives(model, scores, how):
-    if how:
+    if "mode" in how:
         generator = torch.Generator().manual_seed(0)
         how = {**how, "reference": torch.randint(24, 90, (4, 40), generator=generator)}
     study = run(model, scores, **how)
@@ -221,13 +222,10 @@ def test_without_short_controls(model, scores):
             these = planted.Retrieval(n=2, length=32).prompts(model)
             return [dataclasses.replace(prompt, short=None) for prompt in these]
 
-    study = run(model, scores, tasks=[Plain(), Plain()], controls=["random"])
+    study = run(model, scores, tasks=[Plain(), Plain()], controls=["random"], n_control=24)
     assert study.tasks == ["plain", "plain#2"]
     assert set(study.to_pandas()["variant"]) == {"long"}
-    assert (
-        "no short-context control" in study.verdict()["plain"]
-        or "no evidence" in study.verdict()["plain"]
-    )
+    assert "there is no short-context control" in study.verdict()["plain#2"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +269,10 @@ def prompt(tokens, targets):
     [
         (dict(tasks=[]), "expected at least one"),
         (dict(tasks=["passkey"]), "expected at least one"),
+        (dict(tasks=planted.Retrieval()), "expected at least one"),
+        (dict(calibrated=True), "planted-retrieval has no rungs; add a method rungs"),
+        (dict(needles=-1), "expected a number of prompts"),
+        (dict(on="pattern", mode="mean", reference=torch.full((2, 40), 30)), "only be set to zero"),
         (dict(tasks=[Odd()]), "has no prompts"),
         (dict(tasks=[Odd(prompt([3, 4], [2]))]), "positions from 1 to 1"),
         (dict(tasks=[Odd(prompt([3, 4], [0]))]), "positions from 1 to 1"),

@@ -334,7 +334,7 @@ def test_pairs_needed_for_a_tenth():
     found = by_hand()
     rank, error = (found.by_document(f"needed_{x}") for x in ("rank", "error"))
     rank[:] = torch.tensor([3.0, 1.0, 2.0])
-    error[:] = torch.tensor([0.0, 0.4, 0.1])
+    error[:] = torch.tensor([0.0, 0.4, 0.1], dtype=torch.float64)
     error[2] = torch.tensor([0.0, 0.05, 0.01])
     assert found.heads()["pairs_needed"].iloc[0] == pytest.approx((2 + 2 + 1) / 3)
     for x in (rank, error):
@@ -356,7 +356,7 @@ def test_pictures_say_what_they_show():
     shown = found.to_pandas().set_index(["layer", "head", "pair"])["realised"]
     first = order.iloc[0]
     assert by_rho.images[0].get_array()[0, 1] == shown[(first["layer"], first["head"], 1)]
-    assert "rho" in by_rho.get_title()
+    assert "rho" in by_rho.get_title(loc="left")
     usage, parts, below = found.plot_head((0, 1)).axes
     heights = [bar.get_height() for bar in usage.patches]
     assert heights == pytest.approx(list(share.loc[(0, 1)]))

@@ -12,12 +12,13 @@ import pytest
 import torch
 from scipy import stats
 
-from helpers import small_models
+from helpers import results_by_hand, small_models
 from helpers.browser import CHROMIUM, needs_browser
 from helpers.browser import opened as watched
 from helpers.scores_by_hand import toy_scores
 from tl_posheads import AblationStudy, dominant_dimension_curve, head_maps
 from tl_posheads.views.report import render, write_report
+from tl_posheads.views.report_sections import _positive_control, ablation_section
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>\"'&\u2028\u202e<img src=x onerror=alert(1)>"
@@ -198,3 +199,19 @@ def test_the_map_by_keyboard_alone(full_page):
         assert f"rotation {0.6 * rho:+.3f}".replace("-", "\N{MINUS SIGN}") in told
         assert found.said == []
         assert found.asked == []
+
+
+def test_an_ablation_section_tells_of_the_positive_control():
+    section = ablation_section(results_by_hand.study())
+    table = results_by_hand.study().positive_control()
+    said = re.search(
+        r"<p>Positive control, the model&#x27;s retrieval heads: (.*?)\.</p>", section
+    )[1]
+    assert len(said.split("; ")) == len(table) == 4
+    first = table.iloc[0]
+    assert said.startswith(
+        f"passkey {first['effect']:+.2f} (p = {first['p_adjusted']:.3f}) without 1 heads"
+    )
+    study = results_by_hand.study()
+    study.conditions["kind"] = study.conditions["kind"].replace("retrieval", "layer_matched")
+    assert _positive_control(study).startswith("There is no positive control: no retrieval heads")

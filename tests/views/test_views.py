@@ -146,6 +146,7 @@ def hostile_maps(n=13, heads=2):
         row_pattern=pattern[:, -1:],
         row_dominant=dominant[:, -1:],
         n_pairs=[6] * heads,
+        wavelengths=(10.0 ** torch.arange(1, 7)).repeat(heads, 1),
     )
 
 
@@ -224,6 +225,78 @@ def test_a_view_in_a_notebook_is_a_frame_of_its_own(tmp_path):
         assert found.page.evaluate("window.hacked") is None
         assert [line for line in found.said if "sandbox" not in line] == []
         assert found.asked == []
+
+
+def data_of(view):
+    return json.loads(view.html.split('id="data">')[1].split("</script>")[0])
+
+
+def narrow_maps():
+    """Heads that move between pairs 18 and 20 of 32."""
+    maps = hostile_maps(n=40)
+    rng = torch.Generator().manual_seed(1)
+    dominant = 18 + 2 * torch.rand(2, 40, 40, generator=rng).double()
+    return replace(
+        maps,
+        dominant=dominant.masked_fill(torch.ones(40, 40).triu() > 0, float("nan")),
+        dimension=dominant.mean(-1),
+        row_dominant=dominant[:, -1:],
+        n_pairs=[32, 32],
+        wavelengths=(6.0 * 1e5 ** (torch.arange(32) / 32)).repeat(2, 1),
+    )
+
+
+def test_dimensions_are_shades_of_a_heads_own_range():
+    maps = narrow_maps()
+    attention, looks, looks_from = (
+        data_of(view(maps)) for view in (views.attention, views.looks, views.looks_from)
+    )
+    for i in range(2):
+        places = [
+            (maps.dominant[i], torch.tensor(attention["shown"]["attention"][2 * i + 1])),
+            (maps.dimension[i], torch.tensor(looks["shown"]["values"])[:, 2 * i + 1]),
+            (maps.row_dominant[i, 0], torch.tensor(looks_from["shown"]["values"])[:, 2 * i + 1]),
+        ]
+        bars = [found["bars"][i]["ticks"] for found in (attention, looks, looks_from)]
+        for (values, shades), ticks in zip(places, bars, strict=True):
+            low, high = np.nanpercentile(values.numpy(), [2, 98])
+            expected = np.nan_to_num(np.clip((values.numpy() - low) / (high - low), 0, 1))
+            np.testing.assert_allclose(shades.numpy(), expected, atol=1e-3)
+            assert (shades.min(), shades.max()) == (0, 1)
+            for tick, pair in zip(ticks, np.linspace(low, high, 5), strict=True):
+                number, wave = re.fullmatch(r"pair (\S+): (\S+) tokens", tick).groups()
+                assert float(number) == pytest.approx(pair, abs=0.006)
+                turn = 6 * 1e5 ** (pair / 32)
+                assert float(wave.replace(",", "")) == pytest.approx(turn, abs=0.6)
+
+
+def test_a_pair_that_stands_still_has_no_wavelength():
+    from tl_posheads.views.scales import pair_bar
+
+    still = torch.tensor([10.0, 100.0, float("inf")])
+    assert pair_bar("D", 0, 1, still)["ticks"][4] == "pair 1.00: 100 tokens"
+    assert pair_bar("D", 1, 2, still)["ticks"][2] == "pair 1.50: no turn"
+    assert pair_bar("D", 0, 0, torch.tensor([10.0]))["ticks"][0] == "pair 0.00: 10 tokens"
+
+
+@needs_browser
+def test_the_score_map_is_white_at_zero(tmp_path):
+    scores = toy_scores()
+    rho = scores.rho.numpy()
+    limit = np.nanmax(np.abs(rho))
+    with opened(views.score_map(scores).save(tmp_path / "view.html")) as found:
+        ground = "b => getComputedStyle(b).backgroundColor"
+        for i, j in np.argwhere(np.isfinite(rho)):
+            button = found.page.locator(f'button[aria-label^="layer {i} head {j},"]')
+            end = np.array([33, 102, 172] if rho[i, j] < 0 else [178, 24, 43])
+            mixed = 255 + abs(rho[i, j]) / limit * (end - 255)
+            seen = [int(c) for c in re.findall(r"\d+", button.evaluate(ground))]
+            np.testing.assert_allclose(seen, mixed, atol=1)
+        assert found.page.evaluate("diverging(0, 1)") == [255, 255, 255]
+        bar = found.page.locator(".bar").get_attribute("aria-label")
+        assert bar.startswith("colour bar of positional score: -")
+        assert f"{limit:.2f}" in bar
+        assert found.said == []
 
 
 def test_size_and_policy():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_posheads.cli.command import Run, new_command
+from tl_posheads.cli.command import Run, aligned, new_command, number
 from tl_posheads.cli.options import (
     add_model_options,
     add_scale,

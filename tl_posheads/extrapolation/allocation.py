@@ -122,14 +122,17 @@ def allocation_stretch(
     slow = np.isfinite(extended).any((0, 2)) & np.isfinite(bare).any((0, 2))
     if not slow.any():
         reason = "no head has pairs that are slow"
-        return AllocationStretch(*[np.nan] * 7, 0, n_docs, unit, reason)
+        nan = float("nan")
+        return AllocationStretch(nan, nan, nan, nan, nan, nan, nan, 0, n_docs, unit, reason)
     long = _binned(extended, n_extended, slow, first, np.inf, per_octave)
     short = _binned(bare, n_bare, slow, first, trained, per_octave)
     reach = (long.weight.sum(0) > 0).sum(1)
     farthest = reach == reach.max()
     counts = bootstrap_counts(n_docs if n_docs > 1 else int(farthest.sum()), n_boot, seed)
-    draws = [_Mean.of(curves.of_heads(farthest), counts, unit) for curves in (long, short)]
-    return _told(*draws, counts.shape[1], int(farthest.sum()), n_docs, unit)
+    extended_mean, bare_mean = (
+        _Mean.of(curves.of_heads(farthest), counts, unit) for curves in (long, short)
+    )
+    return _told(extended_mean, bare_mean, counts.shape[1], int(farthest.sum()), n_docs, unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,14 +200,23 @@ def _told(
             f"in {100 * np.isnan(drawn).mean():.0f} % of the resamples the curves have less than "
             "half of the bare one's weights in common"
         )
-    if common <= 0:
-        low = high = np.nan
-    if reason is not None:
-        numbers = [np.nan, np.nan, np.nan, low, high, *monotone]
-    else:
-        ends = interval_of(drawn[np.isfinite(drawn)], n_units)
-        numbers = [*2.0 ** np.array([shift, *ends]), low, high, *monotone]
-    return AllocationStretch(*map(float, numbers), n_heads, n_docs, unit, reason)
+    octaves = [np.nan] * 3
+    if reason is None:
+        octaves = [shift, *interval_of(drawn[np.isfinite(drawn)], n_units)]
+    scale, ci_low, ci_high = 2.0 ** np.array(octaves)
+    return AllocationStretch(
+        scale=float(scale),
+        ci_low=float(ci_low),
+        ci_high=float(ci_high),
+        weight_low=float(low) if common > 0 else float("nan"),
+        weight_high=float(high) if common > 0 else float("nan"),
+        monotone_bare=monotone[0],
+        monotone_extended=monotone[1],
+        n_heads=n_heads,
+        n_docs=n_docs,
+        unit=unit,
+        reason=reason,
+    )
 
 
 def _monotone(curve: np.ndarray, rises: bool) -> np.ndarray:

@@ -118,9 +118,7 @@ def compare_extrapolations(
     require_clean(model)
     require_bare(model)
     known = trained_of(model, trained)
-    chosen = _methods(methods)
-    if slower_than != "trained":
-        require_positive("compare_extrapolations", slower_than=slower_than or 0)
+    chosen, limit = _methods(methods), _limit(slower_than, known)
     wanted = layers_of(model, layers)
     with any_length(model):
         documents = documents_of(model, tokens, None, skip_first)
@@ -134,7 +132,7 @@ def compare_extrapolations(
         with method(model, trained=known):
             pass  # a method that refuses the model does so before the first pass
     curved = _heads(model, heads, [(unit, text[:known]) for unit, text in by_key], wanted, settings)
-    slow = _slow_pairs(model, curved, known, known if slower_than == "trained" else slower_than)
+    slow = _slow_pairs(model, curved, known, limit)
     plan = Asked(tuple(curved), slow, tuple(wanted), known, settings, n_queries, n_scored)
     facts: dict[str, Any] = {
         **model_facts(model),
@@ -150,9 +148,7 @@ def compare_extrapolations(
         "slow_pairs": [list(pairs) for pairs in slow],
         "layers": wanted,
         "tasks": [repr(task) for task in tasks],
-        "tokens_sha256": digest_of(by_key),
-        "n_documents": len(by_key),
-        "longest": max(len(document) for document in documents),
+        **_text_facts(by_key),
     }
     kept = Checkpoint(checkpoint, facts)
     total = len(chosen) * (len(by_key) + sum(len(p) for _, p in prompts))
@@ -259,6 +255,22 @@ def _heads(
     bare = empty_accumulator(model, near, layers, settings)
     sweep(model, bare, near, Checkpoint(None, {}))
     return bare.scores().top(heads)
+
+
+def _text_facts(by_key: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    return {
+        "tokens_sha256": digest_of(by_key),
+        "n_documents": len(by_key),
+        "longest": max(len(document) for _, document in by_key),
+    }
+
+
+def _limit(slower_than: float | Literal["trained"], trained: int) -> float:
+    """Tokens of a full turn from which on a pair is slow."""
+    if slower_than == "trained":
+        return trained
+    require_positive("compare_extrapolations", slower_than=slower_than or 0)
+    return slower_than
 
 
 def _slow_pairs(

@@ -133,7 +133,7 @@ def documents_of(
         raise PosheadsError(
             f"a document of {longest} tokens was given, but {model_name(model)} is set up for at "
             f"most {n_ctx}; give shorter documents, or do it inside a method of "
-            "tl_posheads.extrapolation (`with Unchanged()(model):` lets the bare model read on)"
+            "tl_posheads.extrapolation (`with Unchanged()(model):` lifts the context-length check)"
         )
     return [row.long().cpu() for row in rows]
 

@@ -52,6 +52,7 @@ class HeadMaps(Result):
         row_pattern: their attention to every token.
         row_dominant: dominant dimension of those query-key pairs; NaN where there is none.
         n_pairs: rotary pairs of each head.
+        wavelengths: tokens per full turn of each head's pairs; NaN where another head has more.
         scale: of the contributions, as in ``dimension_contributions``.
     """
 
@@ -67,9 +68,10 @@ class HeadMaps(Result):
     row_pattern: Float[Tensor, "head row pos"]
     row_dominant: Float[Tensor, "head row pos"]
     n_pairs: Annotated[list[int], "head"]
+    wavelengths: Float[Tensor, "head pair"]
     scale: Scale = "none"
 
-    _files = Files("maps", "maps", "make them again", version=2)
+    _files = Files("maps", "maps", "make them again", version=3)
 
     def _check(self) -> None:
         n_pos = len(self.tokens)
@@ -77,6 +79,8 @@ class HeadMaps(Result):
             raise ValueError(f"cells of {self.step} positions")
         if not all(0 <= i < n_pos for i in self.q_pos):
             raise ValueError(f"rows of positions {self.q_pos}")
+        if max(self.n_pairs) > self.wavelengths.shape[1]:
+            raise ValueError("pairs without a wavelength")
 
     def _about(self) -> str:
         return f"{self.model}: {', '.join(self.names)} on {len(self.tokens)} tokens"
@@ -181,6 +185,9 @@ def head_maps(
         row_pattern=row_pattern,
         row_dominant=row_dominant,
         n_pairs=[geometry[layer].n_pairs for layer, _ in wanted],
+        wavelengths=torch.nn.utils.rnn.pad_sequence(
+            [geometry[layer].wavelengths for layer, _ in wanted], True, float("nan")
+        ),
         scale=scale,
     )
 

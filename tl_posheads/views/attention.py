@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tl_posheads.scoring.maps import HeadMaps
 from tl_posheads.views.page import View, page
+from tl_posheads.views.scales import own_range, pair_bar, shades
 
 _SCRIPT = """
-draw(view, "AttentionHeads", data);
+blues(view, data.bars);
+draw(view, "AttentionHeads", data.shown);
 """
 
 
@@ -14,8 +16,9 @@ def attention(maps: HeadMaps) -> View:
     """Each head twice: its attention pattern, and its dominant dimension (0 the fastest pair).
 
     ``circuitsvis.attention.attention_heads`` draws them; a head is opened by a click, and a pair's
-    number is shown under the pointer. Dominant dimensions are divided by the last pair's number,
-    so that 1 is the slowest pair.
+    number is shown under the pointer. Dominant dimensions are shades of the head's own range: its
+    2nd percentile is white and 0, its 98th blue and 1, what lies beyond has the same colours, and
+    cells without a pair are white. Colour bars say which pairs and wavelengths these are.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
@@ -23,25 +26,29 @@ def attention(maps: HeadMaps) -> View:
     Example:
         >>> attention(maps)                                             # doctest: +SKIP
     """
-    last = [n - 1 for n in maps.n_pairs]
-    panels, names = [], []
+    panels, names, bars = [], [], []
     for i, name in enumerate(maps.names):
-        panels += [maps.pattern[i], maps.dominant[i].nan_to_num(0.0) / last[i]]
+        low, high = own_range(maps.dominant[i])
+        panels += [maps.pattern[i], shades(maps.dominant[i], low, high)]
         names += [name, f"{name} D"]
+        bars.append(pair_bar(f"{name} D", low, high, maps.wavelengths[i, : maps.n_pairs[i]]))
     return page(
         f"Attention and dominant dimension: {maps.model}",
-        said_of_cells(maps) + " Rows are queries, columns are keys. D: the dominant "
-        f"dimension, divided by {' or '.join(map(str, sorted(set(last))))}. Choose a head.",
+        said_of_cells(maps) + " Rows are queries, columns are keys. D: the dominant dimension, on "
+        "the head's own range (2nd to 98th percentile), as its colour bar says. Choose a head.",
         {
-            "attention": [panel.tolist() for panel in panels],
-            "attentionHeadNames": names,
-            "tokens": maps.cell_tokens(),
-            "maxValue": 1,
-            "minValue": -1,
-            "maskUpperTri": True,
+            "bars": bars,
+            "shown": {
+                "attention": [panel.tolist() for panel in panels],
+                "attentionHeadNames": names,
+                "tokens": maps.cell_tokens(),
+                "maxValue": 1,
+                "minValue": -1,
+                "maskUpperTri": True,
+            },
         },
         _SCRIPT,
-        height=1000,
+        height=1000 + 60 * len(bars),
     )
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
 from tl_posheads.errors import PosheadsError
 from tl_posheads.scoring.maps import HeadMaps
 from tl_posheads.views.page import View, as_html, page
+from tl_posheads.views.scales import own_range, pair_bar, shades
 
 _SCRIPT = """
-draw(view, "ColoredTokensMulti", data);
+blues(view, data.bars);
+draw(view, "ColoredTokensMulti", data.shown);
 """
 _LONGEST = 2048  # tokens of a page
 
@@ -16,7 +23,9 @@ def looks(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
     """Tokens of a stretch, coloured by what each one does as a query; a button for every measure.
 
     Of each head how far back the token looks, in tokens, and by which dimension, both means
-    weighted by attention; divided by their largest in the stretch. ``circuitsvis.tokens`` draws it.
+    weighted by attention. Tokens back are divided by their largest in the stretch; dimensions are
+    shades of the head's own range in it, its 2nd percentile white and 0, its 98th blue and 1, as
+    the colour bar says. ``circuitsvis.tokens`` draws it.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
@@ -34,25 +43,22 @@ def looks(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
             f"start={start!r} and length={length!r} were given; expected a stretch of the "
             f"{len(maps.tokens):,} tokens"
         )
-    labels, columns = [], []
+    labels, columns, bars = [], [], []
     for i, name in enumerate(maps.names):
-        for label, values in (("tokens back", maps.distance), ("dimension", maps.dimension)):
-            part = values[i, start:stop].nan_to_num(0.0)
-            top = float(part.max())
-            labels.append(f"{name} {label} / {top:.3g}")
-            columns.append((part / top if top > 0 else part).tolist())
+        back = maps.distance[i, start:stop].nan_to_num(0.0)
+        top = float(back.max())
+        shaded, bar = _dimensions(maps, i, maps.dimension[i, start:stop])
+        labels += [f"{name} tokens back / {top:.3g}", str(bar["name"])]
+        columns += [(back / top if top > 0 else back).tolist(), shaded]
+        bars.append(bar)
     whole = stop - start == len(maps.tokens)
     return page(
         f"How far back, and by which dimension: {maps.model}",
         ("" if whole else f"Tokens {start:,} to {stop - 1:,} of {len(maps.tokens):,}. ")
         + "Each token is coloured by where it looks as a query; choose a head and a measure.",
-        {
-            "tokens": as_html(maps.tokens[start:stop]),
-            "values": [list(row) for row in zip(*columns)],
-            "labels": labels,
-        },
+        {"bars": bars, "shown": _shown(maps.tokens[start:stop], columns, labels)},
         _SCRIPT,
-        height=600,
+        height=600 + 60 * len(bars),
     )
 
 
@@ -60,7 +66,8 @@ def looks_from(maps: HeadMaps, q_pos: int | None = None) -> View:
     """Where one position looks: tokens coloured by its attention, and by the dimension it uses.
 
     ``circuitsvis.tokens`` draws it; a button for every head and measure. Attention is divided by
-    its largest, dimensions by the last pair's number; tokens that the position doesn't see are 0.
+    its largest; dimensions are shades of the head's own range there, as in :func:`looks`; tokens
+    that the position doesn't see are 0.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
@@ -79,25 +86,39 @@ def looks_from(maps: HeadMaps, q_pos: int | None = None) -> View:
         )
     row = maps.q_pos.index(at)
     first = max(0, at + 1 - _LONGEST)
-    labels, columns = [], []
+    labels, columns, bars = [], [], []
     for i, name in enumerate(maps.names):
         pattern = maps.row_pattern[i, row, first : at + 1]
         top = float(pattern.max())
-        labels += [f"{name} attention / {top:.3g}", f"{name} dimension / {maps.n_pairs[i] - 1}"]
-        dominant = maps.row_dominant[i, row, first : at + 1].nan_to_num(0.0)
-        columns += [
-            (pattern / top if top > 0 else pattern).tolist(),
-            (dominant / (maps.n_pairs[i] - 1)).tolist(),
-        ]
+        shaded, bar = _dimensions(maps, i, maps.row_dominant[i, row, first : at + 1])
+        labels += [f"{name} attention / {top:.3g}", str(bar["name"])]
+        columns += [(pattern / top if top > 0 else pattern).tolist(), shaded]
+        bars.append(bar)
     return page(
         f"Where position {at:,} looks: {maps.model}",
         f"Tokens {first:,} to {at:,}, coloured by what the last of them sees in each; choose a "
         "head and a measure.",
-        {
-            "tokens": as_html(maps.tokens[first : at + 1]),
-            "values": [list(values) for values in zip(*columns)],
-            "labels": labels,
-        },
+        {"bars": bars, "shown": _shown(maps.tokens[first : at + 1], columns, labels)},
         _SCRIPT,
-        height=600,
+        height=600 + 60 * len(bars),
     )
+
+
+def _dimensions(
+    maps: HeadMaps, i: int, values: Float[Tensor, "pos"]
+) -> tuple[list[float], dict[str, Any]]:
+    """Dimensions of a head as shades of their own range, and the range's colour bar."""
+    low, high = own_range(values)
+    wavelengths = maps.wavelengths[i, : maps.n_pairs[i]]
+    bar = pair_bar(f"{maps.names[i]} dimension", low, high, wavelengths)
+    return shades(values, low, high).tolist(), bar
+
+
+def _shown(tokens: list[str], columns: list[list[float]], labels: list[str]) -> dict[str, Any]:
+    """What ColoredTokensMulti is given; 1 is the darkest, also where no token reaches it."""
+    return {
+        "tokens": as_html(tokens),
+        "values": [list(values) for values in zip(*columns)],
+        "labels": labels,
+        "positiveBounds": [1] * len(labels),
+    }

@@ -169,13 +169,19 @@ th { font-weight: 400; font-size: 0.75rem; color: #4a5460; padding: 0 3px; }
 td button { width: 2.1rem; height: 1.35rem; border: 0; padding: 0; border-radius: 3px;
             font: 0.68rem system-ui, sans-serif; cursor: pointer; }
 td button:focus-visible, td button[aria-pressed="true"] { outline: 2px solid #111; }
+.bar { max-width: 44rem; margin: 0 0 0.8rem; font-size: 0.78rem; color: #4a5460; }
+.bar .strip { height: 0.8rem; border: 1px solid #8a949e; }
+.bar .ticks { display: flex; justify-content: space-between; height: 2.4rem; }
+.bar .ticks span { width: 0; display: flex; justify-content: center; text-align: center;
+                   white-space: pre; }
+.bar .ticks span:first-child { justify-content: flex-start; text-align: left; }
+.bar .ticks span:last-child { justify-content: flex-end; text-align: right; }
 .beside { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 #head { flex: 1 1 24rem; min-width: 0; }
 #head h2 { font-size: 1rem; margin: 0 0 0.2rem; }
 """
 
-# React's own rendering keeps text as text. Colours are those of the viridis scale, which stay
-# apart for every kind of colour blindness and in print.
+# React's own rendering keeps text as text.
 _START = """"use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const view = document.getElementById("view");
@@ -216,20 +222,36 @@ new MutationObserver(changes => changes.forEach(change => {
   if (change.type === "attributes") mend(change.target);
   else change.addedNodes.forEach(mend);
 })).observe(view, {childList: true, subtree: true, attributes: true, attributeFilter: ["style"]});
-const scale = [[68,1,84],[72,40,120],[62,74,137],[49,104,142],[38,130,142],[31,158,137],
-               [53,183,121],[109,205,89],[180,222,44],[253,231,37]];
-function colour(share) {
-  const at = Math.min(Math.max(share, 0), 1) * (scale.length - 1);
-  const low = Math.min(Math.floor(at), scale.length - 2);
-  return scale[low].map((c, i) => Math.round(c + (at - low) * (scale[low + 1][i] - c)));
+// A colour bar: what it is of, its colours as CSS has them, and what evenly spread places mean.
+function bar(parent, name, colours, ticks, space = "in srgb") {
+  const made = element("div", {class: "bar", role: "img",
+                               "aria-label": `colour bar of ${name}: ${ticks.join("; ")}`});
+  const strip = element("div", {class: "strip"});
+  strip.style.background = `linear-gradient(to right, ${colours})`;  // where Lab isn't known
+  strip.style.background = `linear-gradient(to right ${space}, ${colours})`;
+  const line = element("div", {class: "ticks"});
+  ticks.forEach(tick => line.append(element("span", {}, tick.replace(": ", "\\n"))));
+  made.append(element("div", {}, name), strip, line);
+  parent.append(made);
 }
-function paint(target, share) {
-  if (share === null) {
+// circuitsvis mixes white and blue in the Lab colour space.
+function blues(parent, bars) {
+  bars.forEach(one => bar(parent, one.name, "white, blue", one.ticks, "in lab"));
+}
+// Blue below zero, white at it, red above: ColorBrewer's RdBu, told apart by colour-blind readers.
+const BELOW = [33, 102, 172], ABOVE = [178, 24, 43], WHITE = [255, 255, 255];
+function diverging(value, limit) {
+  const share = Math.min(Math.abs(value) / (limit || 1), 1);
+  const end = value < 0 ? BELOW : ABOVE;
+  return WHITE.map((c, i) => Math.round(c + share * (end[i] - c)));
+}
+function paint(target, value, limit) {
+  if (value === null) {
     target.style.background = "#eceef0";
     target.style.color = "#1b1f24";
     return;
   }
-  const [r, g, b] = colour(share);
+  const [r, g, b] = diverging(value, limit);
   target.style.background = `rgb(${r},${g},${b})`;
   target.style.color = inkOn(r, g, b);
 }

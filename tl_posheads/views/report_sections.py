@@ -29,7 +29,7 @@ def curve_section(curve: DominantDimensionCurve) -> str:
     layer, head = curve.heads[0]
     return _section(
         "curves",
-        "What the heads rest on",
+        "Dominant dimension by token distance",
         f"<p>Mean dominant dimension by token distance of {escape(names)}, with the band that "
         "holds the middle of the pairs; below, the first head's weight on every rotary pair.</p>"
         + _image(curve.plot(), f"Mean dominant dimension by token distance. {ends}.")
@@ -73,10 +73,22 @@ def ablation_section(study: AblationStudy) -> str:
     return _section(
         "ablation",
         "Do these heads matter?",
-        f"<ul>{verdicts}</ul>{_image(study.plot(), said)}"
+        f"<ul>{verdicts}</ul><p>{escape(_positive_control(study))}</p>{_image(study.plot(), said)}"
         "<details><summary>Every effect: change of the scored tokens' mean log-probability, in "
         f"nats a token</summary>{_table(table[columns], 'effects of ablation')}</details>",
     )
+
+
+def _positive_control(study: AblationStudy) -> str:
+    """What ablating as many retrieval heads did."""
+    table = study.positive_control()
+    if table.empty:
+        return "There is no positive control: no retrieval heads were ablated."
+    said = "; ".join(
+        f"{row.task} {row.effect:+.2f} (p = {row.p_adjusted:.3f}) without {row.n_heads} heads"
+        for row in table.itertuples()
+    )
+    return f"Positive control, the model's retrieval heads: {said}."
 
 
 def spread_section(scores: HeadScores) -> str:
@@ -92,7 +104,8 @@ def spread_section(scores: HeadScores) -> str:
 
 
 def extrapolation_section(comparison: ExtrapolationComparison) -> str:
-    """The comparison's picture and table."""
+    """What the comparison says of each method, its picture and its table."""
+    verdicts = "".join(f"<li>{escape(text)}</li>" for text in comparison.verdict().values())
     said = (
         f"Curves, loss and answers of {', '.join(comparison.methods)} beyond a training length of "
         f"{comparison.trained:,} tokens."
@@ -100,7 +113,7 @@ def extrapolation_section(comparison: ExtrapolationComparison) -> str:
     return _section(
         "extrapolation",
         "Beyond the training length",
-        f"<p>{escape(said)}</p>{_image(comparison.plot(), said)}"
+        f"<p>{escape(said)}</p><ul>{verdicts}</ul>{_image(comparison.plot(), said)}"
         + _table(comparison.to_pandas(), "methods compared"),
     )
 

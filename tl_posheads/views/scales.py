@@ -20,8 +20,9 @@ def own_range(values: Float[Tensor, "..."]) -> tuple[float, float]:
 
     Example:
         >>> import torch
-        >>> own_range(torch.linspace(18, 20, 101))
-        (18.040000915527344, 19.959999084472656)
+        >>> low, high = own_range(torch.linspace(18, 20, 101))
+        >>> round(low, 2), round(high, 2)
+        (18.04, 19.96)
     """
     known = values[values.isfinite()].double()
     if not len(known):

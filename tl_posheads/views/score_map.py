@@ -9,6 +9,7 @@ from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.maps import HeadMaps
 from tl_posheads.views.attention import said_of_cells
 from tl_posheads.views.page import View, page
+from tl_posheads.views.scales import own_range, pair_bar, shades
 
 _SCRIPT = """
 const table = element("table", {"aria-label": "positional score by layer and head"});
@@ -19,7 +20,7 @@ table.append(head);
 const panel = element("section", {id: "head", "aria-live": "polite",
                                   "aria-label": "the chosen head"});
 const known = data.rho.flat().filter(r => r !== null);
-const low = Math.min(...known), high = Math.max(...known);
+const limit = Math.max(0, ...known.map(Math.abs));
 let pressed = null;
 function open(button, layer, h) {
   if (pressed) pressed.setAttribute("aria-pressed", "false");
@@ -31,8 +32,9 @@ function open(button, layer, h) {
   const found = data.maps[`${layer},${h}`];
   if (!found) return;
   panel.append(element("p", {}, data.said));
-  for (const [name, values] of Object.entries(found)) {
+  for (const [name, values] of Object.entries(found.panels)) {
     panel.append(element("h2", {}, name));
+    if (name === found.bar.of) blues(panel, [found.bar]);
     draw(panel, "AttentionPattern",
          {attention: values, tokens: data.tokens, maxValue: 1, minValue: -1, maskUpperTri: true});
   }
@@ -45,7 +47,7 @@ data.rho.forEach((row, layer) => {
     const shown = rho === null ? "\\u2013" : rho.toFixed(2);
     const button = element("button", {type: "button", "aria-pressed": "false",
       "aria-label": `layer ${layer} head ${h}, score ${shown}`}, shown);
-    paint(button, rho === null ? null : (rho - low) / (high - low || 1));
+    paint(button, rho, limit);
     button.addEventListener("click", () => open(button, layer, h));
     cell.append(button);
     line.append(cell);
@@ -54,6 +56,8 @@ data.rho.forEach((row, layer) => {
 });
 const wide = element("div", {tabindex: "0", role: "region", "aria-label": "map of the heads",
                              style: "overflow-x:auto"});
+bar(wide, "positional score", `rgb(${BELOW}), white, rgb(${ABOVE})`,
+    [-1, -0.5, 0, 0.5, 1].map(share => (share * limit).toFixed(2)));
 wide.append(table);
 view.className = "beside";
 view.append(wide, panel);
@@ -78,15 +82,15 @@ def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
     opened = {}
     for i, (layer, head) in enumerate(maps.heads if maps else []):
         assert maps is not None
-        last = maps.n_pairs[i] - 1
-        opened[f"{layer},{head}"] = {
-            "Attention": maps.pattern[i],
-            f"Dominant dimension, divided by {last}": maps.dominant[i].nan_to_num(0.0) / last,
-        }
+        low, high = own_range(maps.dominant[i])
+        bar = pair_bar(f"{maps.names[i]} D", low, high, maps.wavelengths[i, : maps.n_pairs[i]])
+        name = "Dominant dimension (D), on the head's own range"
+        panels = {"Attention": maps.pattern[i], name: shades(maps.dominant[i], low, high)}
+        opened[f"{layer},{head}"] = {"bar": {**bar, "of": name}, "panels": panels}
     return page(
         f"Positional scores: {scores.provenance.get('model')}",
-        "Spearman's correlation between token distance and dominant dimension, from dark (lowest) "
-        "to light (highest). Choose a head"
+        "Spearman's correlation between token distance and dominant dimension: red above zero, "
+        "white at it, blue below. Choose a head"
         + (f"; {', '.join(maps.names)} open with their maps." if maps else "."),
         {
             "rho": scores.rho,

@@ -1,13 +1,7 @@
-"""The ablation study, from the sets of heads to the sentence on what they matter for.
+"""Ablation studies: of sets of heads, of single heads, and of rotary pairs by degrees.
 
-- ``controls``: which heads are ablated beside the top ones; ``effects``: the statistics.
-- ``power``: how small an effect could be found; ``budget``: how much fits into a time;
-  ``conditions``: the list of ablations.
-- ``screen``: what any ablation would do, estimated; ``trial``: a prompt under all of them.
-- ``pilot``: the passes that a plan rests on; ``verdicts``, ``figure``: sentences and picture.
-- ``results``: tables and files; ``run``: the study itself.
-- ``dose_controls``, ``dose_results``, ``dose``: the same question by degrees, with edits of rotary
-  pairs, beside other pairs and heads.
-
-Modules import those named before them, never those after.
+Modules import those named before them, never those after: ``controls``, ``conditions``,
+``positive_control`` (which heads); ``norms``, ``attribution``, ``trial`` (passes); ``budget``,
+``rounds``, ``verdicts``, ``results``, ``run`` (sets); ``head_effects_results``, ``head_effects``,
+``association`` (single heads); ``dose_controls``, ``dose_results``, ``dose`` (rotary pairs).
 """

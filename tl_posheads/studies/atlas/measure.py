@@ -126,7 +126,7 @@ def measure_layer(
 ) -> Measured:
     """A layer's measures of one text, without the positions that are skipped.
 
-    Memory: some arrays of 512 positions in float64, and some of 1 MB; with ``needed`` an array
+    Memory: some arrays of 512 positions, and some of 1 MB; with ``needed`` an array
     ``[draws, head, pair]`` in float32.
     """
     settings, window, device = draws.settings, geometry.window, rot_q.device
@@ -188,12 +188,14 @@ def _by_distance(
     for chunk, part in products(rot_q, rot_k, geometry, pairs, draws.settings.scale):
         distance, factor = distances_met(part.pairs, geometry)
         angle = distance * geometry.inv_freq.to(distance.device)
-        turned = mean_product.real * angle.cos() - mean_product.imag * angle.sin()
+        cos, sin = angle.cos(), angle.sin()
         if factor is not None:
-            turned = turned * factor
+            cos, sin = cos * factor, sin * factor
+        curve = torch.einsum("nhm,hm->nh", cos, mean_product.real)
+        curve -= torch.einsum("nhm,hm->nh", sin, mean_product.imag)
         found = part.contributions().sum(-1, dtype=torch.float64)
         apart = part.pairs.distance[:, None].expand(-1, n_heads)
-        for row, value in zip(sums, (apart, turned.sum(-1), found), strict=True):
+        for row, value in zip(sums, (apart, curve, found), strict=True):
             row.index_add_(0, bins[chunk], value.double())
     count = torch.bincount(bins, minlength=draws.n_bins).double()
     return (sums / count.masked_fill(count == 0, math.nan)[:, None]).transpose(1, 2)

@@ -51,7 +51,7 @@ def rotary_atlas(
     scores: HeadScores | None = None,
     trained: int | None = None,
     scale: Scale = "none",
-    pairs: int = 2000,
+    pairs: int = 1000,
     attention_mask: Int[Tensor, "doc pos"] | None = None,
     skip_first: int = 0,
     seed: int = 0,

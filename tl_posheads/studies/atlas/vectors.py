@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_posheads.rotary.contributions import join_pairs, rotate_by, split_pairs
 from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.rotary.precision import widened
 
 _POSITIONS = 512  # at a time
 
@@ -17,7 +18,7 @@ _POSITIONS = 512  # at a time
 def before_rotation(
     rotated: Float[Tensor, "pos head d_head"], geometry: LayerGeometry, *, first: int = 0
 ) -> Float[Tensor, "pos head d_head"]:
-    """Queries or keys of one text as they were before RoPE turned them, in float64.
+    """Queries or keys of one text as they were before RoPE turned them, in float32 at least.
 
     Args:
         first: position in the text of the first of them.
@@ -32,10 +33,10 @@ def before_rotation(
         True
     """
     steps = -first - torch.arange(rotated.shape[0], device=rotated.device)
-    x = rotate_by(rotated.double(), steps, geometry)
-    scale = torch.ones(geometry.d_head, dtype=x.dtype, device=x.device)
-    scale[: geometry.rotary_dim] = geometry.rotation_scale
-    return x / scale
+    x = rotate_by(widened(rotated), steps, geometry)
+    if geometry.rotation_scale != 1:
+        x[..., : geometry.rotary_dim] /= geometry.rotation_scale
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,21 +69,22 @@ class VectorMeans:
         Args:
             first: position in the text of the first of them.
 
-        Memory: some arrays of 512 positions in float64.
+        Memory: some arrays of 512 positions.
         """
         n, heads, width = rotated.shape
         total = rotated.new_zeros(heads, width, dtype=torch.float64)
         still, squares, all_squares = (torch.zeros_like(total) for _ in range(3))
         length = rotated.new_zeros(heads, geometry.n_pairs, dtype=torch.float64)
         for start in range(0, n, _POSITIONS):
-            some = rotated[start : start + _POSITIONS].double()
-            a, b = split_pairs(some, geometry)
-            length += torch.hypot(a, b).sum(0)
-            total += some.sum(0)
-            all_squares += some.square().sum(0)
+            some = widened(rotated[start : start + _POSITIONS])
             back = before_rotation(some, geometry, first=first + start)
-            still += back.sum(0)
-            squares += back.square().sum(0)
+            for sums, x in ((total, some), (still, back)):
+                sums += x.sum(0, dtype=torch.float64)
+            turned, plain = some.square(), back.square_()
+            for sums, x in ((all_squares, turned), (squares, plain)):
+                sums += x.sum(0, dtype=torch.float64)
+            a, b = split_pairs(turned, geometry)
+            length += (a + b).sqrt_().sum(0, dtype=torch.float64)
         if not geometry.is_rotation:
             still, squares = (torch.full_like(x, float("nan")) for x in (still, squares))
         centre = torch.complex(*split_pairs(still / n, geometry)) * geometry.rotation_scale
