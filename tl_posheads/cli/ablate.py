@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,19 @@ def add_command(commands: Any) -> None:
         help="tokens a prompt, at most (1024)",
     )
     add("--prompts", metavar="N", type=whole(1), default=20, help="prompts a task, at most (20)")
+    _add_sets(add)
+    add("--budget", metavar="TIME", help="like 60min or 2h: prompts and draws are chosen to fit")
+    add(
+        "--corpus",
+        metavar="NAME-OR-PATH",
+        default="python-docs",
+        help="text between the needles, as score takes it (python-docs)",
+    )
+    add_model_options(add)
+
+
+def _add_sets(add: Callable[..., Any]) -> None:
+    """Which heads are ablated, and how."""
     add(
         "--fractions",
         metavar="LIST",
@@ -118,14 +132,6 @@ def add_command(commands: Any) -> None:
         default=12,
         help="questions that tell the retrieval heads; 0 goes without positive control (12)",
     )
-    add("--budget", metavar="TIME", help="like 60min or 2h: prompts and draws are chosen to fit")
-    add(
-        "--corpus",
-        metavar="NAME-OR-PATH",
-        default="python-docs",
-        help="text between the needles, as score takes it (python-docs)",
-    )
-    add_model_options(add)
 
 
 def _tasks(args: argparse.Namespace) -> list[Any]:

@@ -74,26 +74,8 @@ def documents_of(
     Raises:
         PosheadsError: as it says, before anything is run.
     """
-    if isinstance(tokens, np.ndarray):
-        tokens = torch.as_tensor(tokens)
-    if isinstance(tokens, str):
-        tokens = [tokens]
-    if isinstance(tokens, list | tuple):
-        rows = [
-            _read(model, row) if isinstance(row, str) else torch.as_tensor(row) for row in tokens
-        ]
-        if attention_mask is not None:
-            raise PosheadsError(
-                "an attention_mask was given with a list of texts; a list needs none, give the "
-                "texts without padding"
-            )
-    elif isinstance(tokens, Tensor):
-        rows = list(tokens[None] if tokens.ndim == 1 else tokens)
-    else:
-        raise PosheadsError(
-            f"tokens of type {type(tokens).__name__} were given; expected a tensor [doc, pos] of "
-            "token ids, a list of them, or texts"
-        )
+    tokens = torch.as_tensor(tokens) if isinstance(tokens, np.ndarray) else tokens
+    rows = _rows(model, tokens, attention_mask)
     if not rows or any(row.ndim != 1 or row.is_floating_point() for row in rows):
         shape = (
             tuple(tokens.shape) if isinstance(tokens, Tensor) else [tuple(r.shape) for r in rows]
@@ -136,6 +118,26 @@ def documents_of(
             "tl_posheads.extrapolation (`with Unchanged()(model):` lifts the context-length check)"
         )
     return [row.long().cpu() for row in rows]
+
+
+def _rows(model: LensModel, tokens: Any, attention_mask: Tensor | None) -> list[Tensor]:
+    """What was given as tokens or texts, a row a text."""
+    tokens = [tokens] if isinstance(tokens, str) else tokens
+    if isinstance(tokens, list | tuple):
+        if attention_mask is not None:
+            raise PosheadsError(
+                "an attention_mask was given with a list of texts; a list needs none, give the "
+                "texts without padding"
+            )
+        return [
+            _read(model, row) if isinstance(row, str) else torch.as_tensor(row) for row in tokens
+        ]
+    if isinstance(tokens, Tensor):
+        return list(tokens[None] if tokens.ndim == 1 else tokens)
+    raise PosheadsError(
+        f"tokens of type {type(tokens).__name__} were given; expected a tensor [doc, pos] of "
+        "token ids, a list of them, or texts"
+    )
 
 
 def _read(model: LensModel, text: str) -> Int[Tensor, "pos"]:
