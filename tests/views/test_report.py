@@ -133,7 +133,7 @@ def test_chromium_shows_the_page_without_a_word_on_its_console(tmp_path, name):
     assert dom.count('tabindex="-1"') == 19
 
 
-STUDY = Path(__file__).parents[2] / "notebooks" / "smollm2-ablation"
+STUDY = Path(__file__).parents[2] / "notebooks" / "smollm2-ablation" / "sets"
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,7 @@ def test_other_results_bring_sections(full_page):
     for verdict in study.verdict().values():
         assert escape(verdict) in page
     assert page.count('<img class="figure" alt="') == 4
-    assert len(re.findall(r"<tr><td>(?:passkey|key_value|copying|longppl)</td>", page)) == len(
-        study.to_pandas()
-    )
+    assert len(re.findall(r"<tr><td>(?:passkey|multi_key)</td>", page)) == len(study.to_pandas())
     assert path.stat().st_size < 10_000_000
 
 

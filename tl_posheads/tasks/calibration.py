@@ -153,6 +153,15 @@ def _check_request(tasks: Any, n: Any, low: float, high: float) -> None:
             f"tasks={wrong or tasks!r} was given; expected at least one of tl_posheads.tasks, like "
             "[tasks.Passkey(length=1024)]"
         )
+    require_rungs(tasks)
+
+
+def require_rungs(tasks: Sequence[Task]) -> None:
+    """Refuse tasks that can't be calibrated.
+
+    Raises:
+        PosheadsError: the first without rungs.
+    """
     for task in tasks:
         if not isinstance(task, Calibrated):
             raise PosheadsError(

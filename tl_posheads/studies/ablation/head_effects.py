@@ -119,11 +119,7 @@ def head_effects(
         "heads": [list(head) for head in chosen],
         "method": method,
         "short": short,
-        "mode": mode,
-        "on": on,
-        "per_position": per_position,
-        "seed": seed,
-        "reference": trial.digest,
+        **trial.facts,
         "prompts": {name: prompts_digest(these) for name, these in prompts.items()},
         "tasks": repr([task_facts(task) for task in tasks]),
     }
@@ -138,8 +134,8 @@ def head_effects(
         agreement = _agreement(trial, prompts, chosen, rows, tables["long"], kept, progress)
     facts = {
         **model_facts(model),
-        **{key: request[key] for key in ("method", "mode", "on", "per_position", "seed")},
-        "reference_sha256": trial.digest,
+        **trial.facts,
+        "method": method,
         "prompts_sha256": request["prompts"],
         "tasks": {name: task_facts(task) for name, task in named(tasks)},
         "fused_attention": trial.fused,

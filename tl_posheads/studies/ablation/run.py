@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from tl_posheads.interventions.ablation import Mode
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.studies.ablation.budget import Clock, seconds_of
-from tl_posheads.studies.ablation.conditions import Condition, conditions_of
+from tl_posheads.studies.ablation.conditions import conditions_of
 from tl_posheads.studies.ablation.controls import CONTROLS, top_sets
 from tl_posheads.studies.ablation.norms import output_norms
 from tl_posheads.studies.ablation.positive_control import retrieval_heads
@@ -130,13 +131,9 @@ def ablation_study(
         "fractions": fractions,
         "controls": list(controls),
         "n_control": n_control,
-        "mode": mode,
-        "on": on,
-        "per_position": per_position,
         "calibrated": calibrated,
         "needles": prompts_digest(questions),
-        "seed": seed,
-        "reference": trial.digest,
+        **trial.facts,
         "budget": clock.budget,
         "prompts": {name: prompts_digest(these) for name, these in asked.items()},
         "tasks": repr([task_facts(task) for task in tasks]),
@@ -151,25 +148,18 @@ def ablation_study(
         prompts = dict(zip(names, prompts_of(model, chosen.tasks).values(), strict=True))
     trial.prepare()
     heads, positive = retrieval_heads(model, questions, kept)
-    norms = None
-    if "norm_matched" in controls:
-        norms = output_norms(
-            model, [p for these in prompts.values() for p in these[:_NORM_PROMPTS]]
-        )
-
-    def conditions(n: int) -> list[Condition]:
-        return conditions_of(
-            scores, fractions, controls, n=n, seed=seed, norms=norms, retrieval=heads
-        )
-
+    norms = _norms(model, prompts) if "norm_matched" in controls else None
+    fixed = {"seed": seed, "norms": norms, "retrieval": heads}
+    conditions = partial(conditions_of, scores, fractions, controls, **fixed)
     evaluate = {name: evaluator(task) for name, task in taken.items()}
-    n_first = len(conditions(min(n_control, FIRST_DRAWS)))
-    rounds = Rounds(trial, prompts, evaluate, conditions(n_control), n_first, kept, clock, progress)
+    n_first = len(conditions(n=min(n_control, FIRST_DRAWS)))
+    every = conditions(n=n_control)
+    rounds = Rounds(trial, prompts, evaluate, every, n_first, kept, clock, progress)
     run = rounds.run()
     facts = {
         **model_facts(model),
-        **{key: request[key] for key in ("mode", "on", "per_position", "seed", "budget")},
-        "reference_sha256": trial.digest,
+        **trial.facts,
+        "budget": clock.budget,
         "tasks": {name: task_facts(task) for name, task in taken.items()},
         "left_out": chosen.left_out,
         "positive_control": {"n_heads": len(heads), **positive},
@@ -184,6 +174,10 @@ def ablation_study(
         chosen.table,
         json.loads(json.dumps({**facts, **(provenance or {})}, default=repr)),
     )
+
+
+def _norms(model: LensModel, prompts: Mapping[str, Sequence[Prompt]]) -> Tensor:
+    return output_norms(model, [p for these in prompts.values() for p in these[:_NORM_PROMPTS]])
 
 
 def _chosen(

@@ -103,6 +103,17 @@ class Trial:
                 "the reference"
             )
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How heads are ablated, for a result."""
+        return {
+            "mode": self.mode,
+            "on": self.on,
+            "per_position": self.per_position,
+            "seed": self.seed,
+            "reference_sha256": self.digest,
+        }
+
     def prepare(self) -> None:
         """Run the reference texts."""
         n_heads = int(self.model.cfg.n_heads)
