@@ -123,6 +123,8 @@ def ablation_study(
     fractions = [float(fraction) for fraction in fractions]
     trial = Trial.of(model, mode, reference, per_position, on, seed)
     asked = prompts_of(model, tasks)
+    if calibrated:
+        require_rungs(tasks)
     trial.require_reference(asked, any(map(evaluator, tasks)))
     questions = needle_prompts(model, needles, seed)
     request = {
@@ -149,7 +151,7 @@ def ablation_study(
     trial.prepare()
     heads, positive = retrieval_heads(model, questions, kept)
     norms = _norms(model, prompts) if "norm_matched" in controls else None
-    fixed = {"seed": seed, "norms": norms, "retrieval": heads}
+    fixed: dict[str, Any] = {"seed": seed, "norms": norms, "retrieval": heads}
     conditions = partial(conditions_of, scores, fractions, controls, **fixed)
     evaluate = {name: evaluator(task) for name, task in taken.items()}
     n_first = len(conditions(n=min(n_control, FIRST_DRAWS)))
