@@ -261,7 +261,7 @@ BAD_INPUT = [
     (dict(corrupted=CORRUPTED[:, :-1]), r"\[14, 14\] tokens and corrupted of \[13, 13\]"),
     (dict(clean=CLEAN[0]), r"\[14\] tokens and corrupted of \[14, 14\]"),
     (dict(clean=[CLEAN[0], CLEAN[1, 1:]], corrupted=[*CORRUPTED]), r"of \[14, 13\] tokens"),
-    (dict(clean="a text"), "tokens of type str"),
+    (dict(clean=5), "tokens of type int"),
     (dict(clean=CLEAN[None], corrupted=CORRUPTED[None]), "whole numbers of shape"),
     (dict(corrupted=CORRUPTED + 90), "has ids 0 to 96"),
     (dict(corrupted=-CORRUPTED), "has ids 0 to 96"),

@@ -329,7 +329,7 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(llama, tmp_path
         (-torch.ones(2, 9).long(), {}, "token id -1"),
         (torch.ones(2, 9), {}, "expected whole numbers"),
         (torch.ones(1, 2, 9).long(), {}, r"shape \[doc, pos\]"),
-        ("some text", {}, "type str"),
+        (5, {}, "type int"),
         (torch.ones(2, 300).long(), {}, "at most 256"),
         (torch.ones(2, 9).long(), {}, "documents 0 and 1 are the same text"),
         (torch.ones(2, 9).long(), {"layers": [5]}, "layers 0 to 1"),

@@ -36,7 +36,7 @@ from tl_posheads.studies.ablation.rounds import FIRST_DRAWS, Answers, Rounds
 from tl_posheads.studies.ablation.trial import Trial
 from tl_posheads.studies.profile.needles import needle_prompts
 from tl_posheads.tasks.base import Prompt, Task
-from tl_posheads.tasks.calibration import Calibration, calibrate
+from tl_posheads.tasks.calibration import Calibration, calibrate, require_rungs
 from tl_posheads.tasks.prompts import (
     evaluator,
     prompts_digest,
