@@ -249,7 +249,8 @@ class ExtrapolationComparison(Result):
         table = self.loss.assign(bin=place).dropna(subset="bin")
         rows = table.groupby(["method", "bin"], sort=False)["loss"].agg(["mean", "size"])
         by_text = table.pivot_table("loss", "document", ["method", "bin"], aggfunc="mean")
-        test = mean_over_documents(torch.tensor(by_text[rows.index].to_numpy()))
+        values = np.ascontiguousarray(by_text.reindex(columns=rows.index).to_numpy(dtype=float))
+        test = mean_over_documents(torch.from_numpy(values))
         rows["ci_low"], rows["ci_high"] = test.ci_low.numpy(), test.ci_high.numpy()
         rows = rows.reset_index().sort_values(["bin"], kind="stable")
         rows["start"] = [edges[int(b)] for b in rows["bin"]]
