@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from side_by_side import seconds_of
 
 import tl_posheads as ph
 from tl_posheads.hooks import logprobs
@@ -66,7 +67,7 @@ def single_passes(model: Any, prompt: ph.tasks.Prompt, rounds: int) -> None:
         "and fused attention": fused,
         **{f"and shared below layer {x}": lambda x=x: shared(x) for x in layers},
     }
-    print_ratios(timed(ways, rounds), "and fused attention")
+    print_ratios(seconds_of(ways, rounds, warm_up=False), "and fused attention")
 
 
 def batches(model: Any, prompt: ph.tasks.Prompt, rounds: int) -> None:
@@ -86,7 +87,7 @@ def batches(model: Any, prompt: ph.tasks.Prompt, rounds: int) -> None:
 
     ways = {f"{n} ablations a pass": lambda n=n: run(n) for n in (1, 2, 4, n_heads)}
     ways["as many as rows_at_once says"] = lambda: run(None)
-    seconds = timed(ways, rounds)
+    seconds = seconds_of(ways, rounds, warm_up=False)
     passes = 2 * (1 + len(sets))
     print(f"\n{passes} passes, half of them short:\n")
     for name, times in seconds.items():
@@ -113,16 +114,6 @@ def half_precision(name: str, model: Any, prompt: ph.tasks.Prompt) -> None:
         f"single heads, median size {found[0].abs().median():.4f}, change by a median of "
         f"{apart.median():.4f} and at most {apart.max():.4f} nats a token"
     )
-
-
-def timed(ways: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, call in ways.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def print_ratios(seconds: dict[str, list[float]], base: str) -> None:

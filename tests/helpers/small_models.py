@@ -39,6 +39,14 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def random_texts(n_docs: int, length: int, seed: int) -> torch.Tensor:
+    """Token ids ``[doc, pos]``, BOS first."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 40, (n_docs, length), generator=generator)
+    tokens[:, 0] = 1
+    return tokens
+
+
 def build(family: str, config: dict[str, Any], *, seed: int = 0, boost: float = 6.0) -> Any:
     """The transformers model, random weights times ``boost`` in the projections."""
     torch.manual_seed(seed)

@@ -31,10 +31,7 @@ LENGTH = 40
 
 
 def tokens_for(n_docs=2, length=LENGTH, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, 40, (n_docs, length), generator=generator)
-    tokens[:, 0] = 1
-    return tokens
+    return small_models.random_texts(n_docs, length, seed)
 
 
 @pytest.fixture(scope="module")

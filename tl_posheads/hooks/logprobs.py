@@ -8,7 +8,7 @@ scores or pattern; and passes that differ from some layer on share what lies bef
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.lengths import own_border, own_frequencies
@@ -201,6 +202,19 @@ def target_logprobs(
     with torch.no_grad():
         logprob, hit = _scored(target_logits(model, tokens, targets), tokens, targets)
     return logprob[0], hit[0]
+
+
+def require_finite_logprobs(model: LensModel, found: Iterable[Tensor]) -> None:
+    """Refuse log-probabilities that are NaN or infinite.
+
+    Raises:
+        PosheadsError: some are.
+    """
+    if not all(bool(torch.isfinite(values).all()) for values in found):
+        raise PosheadsError(
+            f"{model_name(model)} gives NaN or infinite log-probabilities; load it with dtype "
+            "float32 or bfloat16"
+        )
 
 
 def mean_loss(

@@ -16,7 +16,7 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.hooks.model import LensModel
 from tl_posheads.tasks.base import Calibrated, Prompt, Task, check_length
-from tl_posheads.tasks.prompts import named
+from tl_posheads.tasks.prompts import named, require_tasks
 
 LOW, HIGH = 0.3, 0.9  # probabilities between which harm and its absence both show
 _SHIFT = 1_000_003  # of the seed: other prompts than those of the study
@@ -146,13 +146,7 @@ def _check_request(tasks: Any, n: Any, low: float, high: float) -> None:
         raise PosheadsError(
             f"low={low!r} and high={high!r} were given; expected 0 <= low < high <= 1"
         )
-    listed = isinstance(tasks, list | tuple)
-    wrong = [task for task in tasks if not isinstance(task, Task)] if listed else tasks
-    if not tasks or wrong:
-        raise PosheadsError(
-            f"tasks={wrong or tasks!r} was given; expected at least one of tl_posheads.tasks, like "
-            "[tasks.Passkey(length=1024)]"
-        )
+    require_tasks(tasks)
     require_rungs(tasks)
 
 

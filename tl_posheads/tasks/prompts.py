@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,12 +27,11 @@ def with_short(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [x for prompt in prompts for x in (prompt, prompt.short) if x is not None]
 
 
-def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
-    """Each task's prompts, checked, by its name.
+def require_tasks(tasks: Any) -> None:
+    """Refuse what isn't a sequence of tasks.
 
     Raises:
-        PosheadsError: no tasks, or what is none; a task without prompts; prompts that are too long
-            for the model, score nothing or hold tokens that it doesn't have.
+        PosheadsError: no tasks, or what is none.
     """
     given = list(tasks) if isinstance(tasks, Sequence) else []
     wrong = [task for task in given if not isinstance(task, Task)]
@@ -41,6 +40,16 @@ def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt
             f"tasks={wrong or tasks!r} was given; expected at least one of tl_posheads.tasks, like "
             "[tasks.Passkey(length=1024)]"
         )
+
+
+def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
+    """Each task's prompts, checked, by its name.
+
+    Raises:
+        PosheadsError: no tasks, or what is none; a task without prompts; prompts that are too long
+            for the model, score nothing or hold tokens that it doesn't have.
+    """
+    require_tasks(tasks)
     out = {}
     for name, task in named(tasks):
         prompts = out[name] = task.prompts(model)
@@ -62,6 +71,30 @@ def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt
                     f"to {int(model.cfg.d_vocab) - 1}; was it made by another tokenizer?"
                 )
     return out
+
+
+def in_turns(prompts: Mapping[str, Sequence[Prompt]]) -> list[list[tuple[str, int]]]:
+    """Rounds of one prompt of every task that still has one: task and number.
+
+    Example:
+        >>> in_turns({"passkey": [None, None], "copying": [None]})
+        [[('passkey', 0), ('copying', 0)], [('passkey', 1)]]
+    """
+    longest = max(map(len, prompts.values()))
+    return [
+        [(name, i) for name, these in prompts.items() if i < len(these)] for i in range(longest)
+    ]
+
+
+def request_of(
+    model: LensModel, tasks: Sequence[Task], prompts: Mapping[str, Sequence[Prompt]]
+) -> dict[str, Any]:
+    """What a checkpoint has to know of model, tasks and prompts."""
+    return {
+        "model": [model_name(model), str(next(model.parameters()).dtype)],
+        "prompts": {name: prompts_digest(these) for name, these in prompts.items()},
+        "tasks": repr([task_facts(task) for task in tasks]),
+    }
 
 
 def tensor_digest(tensor: Tensor) -> str:

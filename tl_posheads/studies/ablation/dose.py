@@ -20,8 +20,8 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.changes import changes_of
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, Heads, by_layer, heads_of
-from tl_posheads.hooks.logprobs import cached_prefix, run_from_layer
-from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
+from tl_posheads.hooks.logprobs import cached_prefix, require_finite_logprobs, run_from_layer
+from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.provenance import model_facts, versions
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.interventions.rotary_edits import Edit, PairNumbers, edited_rotary, pairs_of
@@ -258,11 +258,7 @@ def _one_prompt(
             found, hit = done[same]
             logprob[s, d], exact[s, d] = found.double().mean(), hit.double().min()
     out = {"logprob": logprob, "exact": exact, "clean": clean[None]}
-    if not all(bool(torch.isfinite(value).all()) for value in out.values()):
-        raise PosheadsError(
-            f"{model_name(model)} gives NaN or infinite log-probabilities; load it with dtype "
-            "float32 or bfloat16"
-        )
+    require_finite_logprobs(model, out.values())
     return out
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,6 @@ from tl_posheads.hooks.heads import Head, Heads, heads_of
 from tl_posheads.hooks.model import (
     LensModel,
     attention_of,
-    model_name,
     require_clean,
     require_rotary,
 )
@@ -31,18 +31,18 @@ from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.statistics.effects import agreement as agreement_of
 from tl_posheads.studies.ablation.attribution import attributed_effects
 from tl_posheads.studies.ablation.head_effects_results import VARIANTS, HeadEffects
-from tl_posheads.studies.ablation.norms import output_norms
+from tl_posheads.studies.ablation.norms import norms_over
 from tl_posheads.studies.ablation.trial import Trial
 from tl_posheads.tasks.base import Prompt, Task
 from tl_posheads.tasks.prompts import (
     evaluator,
+    in_turns,
     named,
-    prompts_digest,
     prompts_of,
+    request_of,
     task_facts,
 )
 
-_NORM_PROMPTS = 3  # of each task, for the heads' output norms
 _CHECKED_HEADS = 24  # ablated beside their estimates
 _CHECKED_PROMPTS = 3
 
@@ -115,18 +115,15 @@ def head_effects(
         )
     trial.require_reference(prompts, any(evaluate.values()))
     request = {
-        "model": [model_name(model), str(next(model.parameters()).dtype)],
+        **request_of(model, tasks, prompts),
         "heads": [list(head) for head in chosen],
         "method": method,
         "short": short,
         **trial.facts,
-        "prompts": {name: prompts_digest(these) for name, these in prompts.items()},
-        "tasks": repr([task_facts(task) for task in tasks]),
     }
     kept, began = Checkpoint(checkpoint, request), time.monotonic()
     trial.prepare()
-    first = [p for these in prompts.values() for p in these[:_NORM_PROMPTS]]
-    norms = output_norms(model, first)
+    norms = norms_over(model, prompts)
     run = _ablated if method == "ablation" else _estimated
     rows, tables = run(trial, prompts, chosen, evaluate, short, kept, progress)
     agreement = pd.DataFrame()
@@ -154,13 +151,9 @@ def _all_heads(model: LensModel) -> list[Head]:
 
 def _units(prompts: Mapping[str, Sequence[Prompt]]) -> list[tuple[str, int, str]]:
     """Task, number and name of every prompt; the tasks take turns."""
-    most = max(map(len, prompts.values()))
-    return [
-        (name, i, f"{number:02d}-{i:04d}")
-        for i in range(most)
-        for number, (name, these) in enumerate(prompts.items())
-        if i < len(these)
-    ]
+    number = {name: n for n, name in enumerate(prompts)}
+    units = chain.from_iterable(in_turns(prompts))
+    return [(name, i, f"{number[name]:02d}-{i:04d}") for name, i in units]
 
 
 def _ablated(

@@ -66,9 +66,8 @@ class HeadEffects(Result):
         return f"{self.provenance.get('model')}: {n_heads} heads, each by itself; {tasks}"
 
     def _finding(self) -> list[str]:
-        lines = []
+        lines, table = [], self.to_pandas()
         for task in self.tasks[:2]:
-            table = self.to_pandas()
             worst = table[table["task"] == task].nsmallest(1, "effect").iloc[0]
             lines.append(
                 f"{task}: most harm from L{worst['layer']:.0f}H{worst['head']:.0f}, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.model import LensModel, attention_of, read_pass, readable
 from tl_posheads.rotary.precision import widened
 from tl_posheads.tasks.base import Prompt
+
+_N_PROMPTS = 3  # of each task
 
 
 def output_norms(model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, "layer head"]:
@@ -33,6 +35,13 @@ def output_norms(model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, "
         for prompt in prompts:
             read_pass(model, prompt.tokens[None], readers)
     return total / len(prompts)
+
+
+def norms_over(
+    model: LensModel, prompts: Mapping[str, Sequence[Prompt]]
+) -> Float[Tensor, "layer head"]:
+    """:func:`output_norms` over the first prompts of each task."""
+    return output_norms(model, [p for these in prompts.values() for p in these[:_N_PROMPTS]])
 
 
 def _norms(z: Tensor, attn: Any) -> Float[Tensor, "head"]:

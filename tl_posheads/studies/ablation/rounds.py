@@ -19,6 +19,7 @@ from tl_posheads.studies.ablation.budget import Clock
 from tl_posheads.studies.ablation.conditions import Condition
 from tl_posheads.studies.ablation.trial import Trial
 from tl_posheads.tasks.base import Prompt
+from tl_posheads.tasks.prompts import in_turns
 
 FIRST_DRAWS = 19  # the fewest among which a rank can reach 5 %
 LEAST_PROMPTS = 3
@@ -68,11 +69,7 @@ class Rounds:
 
     @property
     def _rounds(self) -> list[list[tuple[str, int]]]:
-        longest = max(map(len, self.prompts.values()))
-        return [
-            [(name, i) for name, these in self.prompts.items() if i < len(these)]
-            for i in range(longest)
-        ]
+        return in_turns(self.prompts)
 
     def _require_time(self, n: int) -> None:
         """Time one unablated pass a task, and refuse a budget that holds too few prompts."""

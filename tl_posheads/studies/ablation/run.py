@@ -29,7 +29,7 @@ from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.studies.ablation.budget import Clock, seconds_of
 from tl_posheads.studies.ablation.conditions import conditions_of
 from tl_posheads.studies.ablation.controls import CONTROLS, top_sets
-from tl_posheads.studies.ablation.norms import output_norms
+from tl_posheads.studies.ablation.norms import norms_over
 from tl_posheads.studies.ablation.positive_control import retrieval_heads
 from tl_posheads.studies.ablation.results import UNABLATED, AblationStudy
 from tl_posheads.studies.ablation.rounds import FIRST_DRAWS, Answers, Rounds
@@ -39,14 +39,15 @@ from tl_posheads.tasks.base import Prompt, Task
 from tl_posheads.tasks.calibration import Calibration, calibrate, require_rungs
 from tl_posheads.tasks.prompts import (
     evaluator,
+    named,
     prompts_digest,
     prompts_of,
+    request_of,
     task_facts,
     tensor_digest,
 )
 
 LEAST_DRAWS = 12
-_NORM_PROMPTS = 3  # of each task, for the heads' output norms
 
 
 def ablation_study(
@@ -128,7 +129,7 @@ def ablation_study(
     trial.require_reference(asked, any(map(evaluator, tasks)))
     questions = needle_prompts(model, needles, seed)
     request = {
-        "model": [model_name(model), str(next(model.parameters()).dtype)],
+        **request_of(model, tasks, asked),
         "rho": tensor_digest(scores.rho),
         "fractions": fractions,
         "controls": list(controls),
@@ -137,20 +138,19 @@ def ablation_study(
         "needles": prompts_digest(questions),
         **trial.facts,
         "budget": clock.budget,
-        "prompts": {name: prompts_digest(these) for name, these in asked.items()},
-        "tasks": repr([task_facts(task) for task in tasks]),
     }
     kept = Checkpoint(checkpoint, request)
     chosen = _chosen(model, tasks, calibrated, progress)
     # Two tasks may be of one name: whoever is taken keeps the number that it was given.
-    names = [name for name in asked if name not in chosen.left_out]
-    taken = dict(zip(names, chosen.tasks, strict=True))
-    prompts = asked
-    if calibrated:
-        prompts = dict(zip(names, prompts_of(model, chosen.tasks).values(), strict=True))
+    given = {name: task for name, task in named(tasks) if name not in chosen.left_out}
+    taken = dict(zip(given, chosen.tasks, strict=True))
+    prompts = {
+        name: asked[name] if task is given[name] else prompts_of(model, [task])[task.name]
+        for name, task in taken.items()
+    }
     trial.prepare()
     heads, positive = retrieval_heads(model, questions, kept)
-    norms = _norms(model, prompts) if "norm_matched" in controls else None
+    norms = norms_over(model, prompts) if "norm_matched" in controls else None
     fixed: dict[str, Any] = {"seed": seed, "norms": norms, "retrieval": heads}
     conditions = partial(conditions_of, scores, fractions, controls, **fixed)
     evaluate = {name: evaluator(task) for name, task in taken.items()}
@@ -176,10 +176,6 @@ def ablation_study(
         chosen.table,
         json.loads(json.dumps({**facts, **(provenance or {})}, default=repr)),
     )
-
-
-def _norms(model: LensModel, prompts: Mapping[str, Sequence[Prompt]]) -> Tensor:
-    return output_norms(model, [p for these in prompts.values() for p in these[:_NORM_PROMPTS]])
 
 
 def _chosen(

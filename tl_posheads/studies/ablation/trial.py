@@ -16,11 +16,16 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.hooks.heads import Head, by_layer
 from tl_posheads.hooks.inputs import documents_of
-from tl_posheads.hooks.logprobs import Hooks, cached_prefix, rows_at_once, run_rows_from_layer
+from tl_posheads.hooks.logprobs import (
+    Hooks,
+    cached_prefix,
+    require_finite_logprobs,
+    rows_at_once,
+    run_rows_from_layer,
+)
 from tl_posheads.hooks.model import (
     LensModel,
     attention_of,
-    model_name,
     own_hooks,
     require_own_biases,
 )
@@ -177,11 +182,7 @@ class Trial:
                 if one is not None:
                     told = tick if name == "long" else lambda n: None
                     out[name] = self._answered(one, number, sets, told)
-        if not all(bool(torch.isfinite(table).all()) for table in out.values()):
-            raise PosheadsError(
-                f"{model_name(self.model)} gives NaN or infinite log-probabilities; load it with "
-                "dtype float32 or bfloat16"
-            )
+        require_finite_logprobs(self.model, out.values())
         return out
 
     def _watchers(self) -> list[tuple[Any, Callable[..., None]]]:
