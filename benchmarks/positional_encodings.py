@@ -327,7 +327,7 @@ def tables(results: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
                 },
                 "rank_loss": int((pairs["loss"] >= top["loss"]).sum()),
                 "rank_digit": int((pairs["digit"] <= top["digit"]).sum()),
-                "n_pairs": len(pairs),
+                "n_head_pairs": len(pairs),
             }
         )
     found = {"models": pd.DataFrame(rows)}

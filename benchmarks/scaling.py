@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/scaling.py --lengths 256 512 --rounds 1       # to try it
 
 *5,000 pairs drawn* is what ``score_heads`` does to each of 16 documents by default, *all pairs* is
-``pairs="all"``. Times are medians of rounds, the two ways in turn at every length. Memory is what a
-fresh process, which has measured a short text before, grows by at its highest, beyond q and k.
+``qk_pairs="all"``. Times are medians of rounds, the two ways in turn at every length. Memory is
+what a fresh process, which has measured a short text before, grows by at its highest, beyond q and
+k.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 import tl_posheads as ph
 from tl_posheads.scoring import score as scoring
 
-FORWARD, SCORES, ALL = "forward passes", "score_heads", 'score_heads, pairs="all"'
+FORWARD, SCORES, ALL = "forward passes", "score_heads", 'score_heads, qk_pairs="all"'
 ALL_DOCUMENTS, ALL_LENGTH = 4, 1024  # at most, for all pairs
 
 
@@ -66,7 +66,7 @@ def ways(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], object]]:
     return {
         FORWARD: forward,
         SCORES: lambda: ph.score_heads(model, tokens, progress=False),
-        ALL: lambda: ph.score_heads(model, tokens, pairs="all", progress=False),
+        ALL: lambda: ph.score_heads(model, tokens, qk_pairs="all", progress=False),
     }
 
 

@@ -31,13 +31,13 @@ class Shape:
     n_ctx: int = 256
 
 
-def inv_freq(rotary_dim: int) -> Float[Tensor, "pair"]:
+def inv_freq(rotary_dim: int) -> Float[Tensor, " pair"]:
     """Radians per token of each rotary pair (Su et al. 2021, arXiv 2104.09864)."""
     return THETA ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
 
 def rotate(
-    x: Float[Tensor, "batch pos head d_head"], position: Int[Tensor, "pos"], rotary_dim: int
+    x: Float[Tensor, "batch pos head d_head"], position: Int[Tensor, " pos"], rotary_dim: int
 ) -> Float[Tensor, "batch pos head d_head"]:
     """RoPE on the first ``rotary_dim`` coordinates, in Llama's half-split layout."""
     angle = position.double()[:, None] * inv_freq(rotary_dim)
@@ -47,13 +47,13 @@ def rotate(
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def sinusoids(position: Int[Tensor, "pos"], d_model: int) -> Float[Tensor, "pos d_model"]:
+def sinusoids(position: Int[Tensor, " pos"], d_model: int) -> Float[Tensor, "pos d_model"]:
     """Vaswani et al. 2017 (arXiv 1706.03762), section 3.5: sines and cosines in turn."""
     angle = position.double()[:, None] * inv_freq(d_model)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
 
 
-def alibi_slopes(n_heads: int) -> Float[Tensor, "head"]:
+def alibi_slopes(n_heads: int) -> Float[Tensor, " head"]:
     """Press et al. 2022 (arXiv 2108.12409): ``2^(-8/n), 2^(-16/n), ...``."""
     return 2.0 ** (-8.0 * torch.arange(1, n_heads + 1) / n_heads)
 

@@ -30,7 +30,8 @@ from torch.nn.functional import cross_entropy
 
 import tl_posheads as ph
 from tl_posheads.hooks.logprobs import target_logprobs
-from tl_posheads.io.corpora import PYTHON_DOCS, _text, _tokenise
+from tl_posheads.hooks.tokenizer import token_ids
+from tl_posheads.io.corpora import PYTHON_DOCS, _text
 from tl_posheads.io.gguf import quiet
 from tl_posheads.tasks.base import encode
 
@@ -127,7 +128,7 @@ class Sequences:
     """Training sequences: plain text, text with a passkey, and text that repeats a stretch."""
 
     def __init__(self, text: str, tokenizer: Any) -> None:
-        self.tokenizer, self.ids = tokenizer, _tokenise(text, tokenizer)
+        self.tokenizer, self.ids = tokenizer, token_ids(text, tokenizer)
         self.start = [tokenizer.bos_token_id]
 
     def batch(self, rng: random.Random, length: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tl_posheads import __version__
 
@@ -33,7 +34,17 @@ napoleon_google_docstring = True
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
-# Notebooks live beside the docs; a page is made from a copy.
+# Views and the report of the gallery, which its code writes; "make clean" takes them away.
+html_static_path = ["_static"]
 _here = Path(__file__).parent
+shutil.rmtree(_here / "_static", ignore_errors=True)
+(_here / "_static" / "gallery").mkdir(parents=True)
+
+# Notebooks live beside the docs; a page is made from a copy.
 shutil.rmtree(_here / "notebooks", ignore_errors=True)
 shutil.copytree(_here.parent / "notebooks", _here / "notebooks")
+
+
+def setup(app: Any) -> None:
+    """The gallery shows what the code draws now: it is made with every build."""
+    app.connect("env-get-outdated", lambda *_: ["gallery"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import tl_posheads as ph
+from helpers.results_by_hand import KINDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,3 +48,22 @@ def test_lm_eval_waits_until_it_is_asked_for():
     assert run.stdout.split()[-1] == "tl_posheads.tasks.lm_eval"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = ph.tasks.nothing
+
+
+def test_the_gallery_shows_every_figure_and_view():
+    kinds = [type(make()) for make in KINDS.values()]
+    figures = {
+        getattr(kind, name).__qualname__
+        for kind in kinds
+        for name in dir(kind)
+        if name.startswith("plot")
+    }
+    drawn = {f"views.{name}" for name in ph.views.__all__} | figures
+    sections = (ROOT / "docs" / "gallery.md").read_text().split("\n### ")[1:]
+    shown = {}
+    for section in sections:
+        for name in re.findall(r"^\[`([\w.]+)`\]\(#tl_posheads\.", section, re.M):
+            shown[name] = section.split("```{code-cell}")[-1]
+    assert shown.keys() == drawn - {"views.View", "Result.plot"}
+    for name, code in shown.items():
+        assert f".{name.split('.')[-1]}(" in code

@@ -17,53 +17,70 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tl_posheads import extrapolation, tasks, views
-    from tl_posheads.errors import PosheadsError
-    from tl_posheads.extrapolation.allocation import AllocationStretch, allocation_stretch
-    from tl_posheads.extrapolation.break_point import BreakPoint, break_point
-    from tl_posheads.extrapolation.compare import compare_extrapolations, sweep_theta
-    from tl_posheads.extrapolation.comparison import ExtrapolationComparison
-    from tl_posheads.extrapolation.stretch import Stretch, stretch
-    from tl_posheads.hooks.capture import capture_rotary, hook_names, rotary_hook_points
-    from tl_posheads.hooks.rotary_geometry import RotaryGeometry
-    from tl_posheads.interventions.ablation import ablate, ablation_hooks
-    from tl_posheads.interventions.patching import HeadPatching, patch_heads
-    from tl_posheads.interventions.rotary_edits import edit_rotary
-    from tl_posheads.io.corpora import load_corpus
-    from tl_posheads.io.models import load_model
-    from tl_posheads.rotary.contributions import (
-        dimension_contributions,
-        dominant_dimension,
-        unrotated_contribution,
+    from tl_posheads import extrapolation as extrapolation
+    from tl_posheads import tasks as tasks
+    from tl_posheads import views as views
+    from tl_posheads.errors import PosheadsError as PosheadsError
+    from tl_posheads.extrapolation.allocation import AllocationStretch as AllocationStretch
+    from tl_posheads.extrapolation.allocation import allocation_stretch as allocation_stretch
+    from tl_posheads.extrapolation.break_point import BreakPoint as BreakPoint
+    from tl_posheads.extrapolation.break_point import break_point as break_point
+    from tl_posheads.extrapolation.compare import compare_extrapolations as compare_extrapolations
+    from tl_posheads.extrapolation.compare import sweep_theta as sweep_theta
+    from tl_posheads.extrapolation.comparison import (
+        ExtrapolationComparison as ExtrapolationComparison,
     )
-    from tl_posheads.rotary.geometry import LayerGeometry
-    from tl_posheads.scoring.accumulator import ScoreAccumulator
-    from tl_posheads.scoring.cached import dominant_from_cache
-    from tl_posheads.scoring.corpus import score_corpus
-    from tl_posheads.scoring.curves import dominant_dimension_curve
-    from tl_posheads.scoring.head_scores import HeadScores
-    from tl_posheads.scoring.maps import HeadMaps, dominant_map, head_maps
-    from tl_posheads.scoring.score import score_heads
-    from tl_posheads.statistics.ranks import spearman_by_distance
-    from tl_posheads.studies import atlas, emergence, encodings, profile, unseen
-    from tl_posheads.studies.ablation.association import association
-    from tl_posheads.studies.ablation.controls import control_sets
-    from tl_posheads.studies.ablation.dose import dose_response
-    from tl_posheads.studies.ablation.dose_results import DoseResponse
-    from tl_posheads.studies.ablation.head_effects import head_effects
-    from tl_posheads.studies.ablation.head_effects_results import HeadEffects
-    from tl_posheads.studies.ablation.results import AblationStudy
-    from tl_posheads.studies.ablation.run import ablation_study
-    from tl_posheads.studies.atlas.results import RotaryAtlas
-    from tl_posheads.studies.atlas.run import rotary_atlas
-    from tl_posheads.studies.emergence.results import Emergence
-    from tl_posheads.studies.emergence.tracker import EmergenceTracker, track_emergence
-    from tl_posheads.studies.encodings.results import EncodingScores
-    from tl_posheads.studies.encodings.scoring import score_encoding
-    from tl_posheads.studies.profile.results import HeadProfile
-    from tl_posheads.studies.profile.run import profile_heads
-    from tl_posheads.studies.unseen.measure import unseen_angles
-    from tl_posheads.studies.unseen.results import UnseenAngles
+    from tl_posheads.extrapolation.stretch import Stretch as Stretch
+    from tl_posheads.extrapolation.stretch import stretch as stretch
+    from tl_posheads.hooks.capture import capture_rotary as capture_rotary
+    from tl_posheads.hooks.capture import hook_names as hook_names
+    from tl_posheads.hooks.capture import rotary_hook_points as rotary_hook_points
+    from tl_posheads.hooks.rotary_geometry import RotaryGeometry as RotaryGeometry
+    from tl_posheads.interventions.ablation import ablate as ablate
+    from tl_posheads.interventions.ablation import ablation_hooks as ablation_hooks
+    from tl_posheads.interventions.patching import HeadPatching as HeadPatching
+    from tl_posheads.interventions.patching import patch_heads as patch_heads
+    from tl_posheads.interventions.rotary_edits import edit_rotary as edit_rotary
+    from tl_posheads.io.corpora import load_corpus as load_corpus
+    from tl_posheads.io.models import load_model as load_model
+    from tl_posheads.rotary.contributions import dimension_contributions as dimension_contributions
+    from tl_posheads.rotary.contributions import dominant_dimension as dominant_dimension
+    from tl_posheads.rotary.contributions import unrotated_contribution as unrotated_contribution
+    from tl_posheads.rotary.geometry import LayerGeometry as LayerGeometry
+    from tl_posheads.scoring.accumulator import ScoreAccumulator as ScoreAccumulator
+    from tl_posheads.scoring.cached import dominant_from_cache as dominant_from_cache
+    from tl_posheads.scoring.corpus import score_corpus as score_corpus
+    from tl_posheads.scoring.curves import dominant_dimension_curve as dominant_dimension_curve
+    from tl_posheads.scoring.head_scores import HeadScores as HeadScores
+    from tl_posheads.scoring.maps import HeadMaps as HeadMaps
+    from tl_posheads.scoring.maps import dominant_map as dominant_map
+    from tl_posheads.scoring.maps import head_maps as head_maps
+    from tl_posheads.scoring.score import score_heads as score_heads
+    from tl_posheads.statistics.ranks import spearman_by_distance as spearman_by_distance
+    from tl_posheads.studies import atlas as atlas
+    from tl_posheads.studies import emergence as emergence
+    from tl_posheads.studies import encodings as encodings
+    from tl_posheads.studies import profile as profile
+    from tl_posheads.studies.ablation.association import association as association
+    from tl_posheads.studies.ablation.controls import control_sets as control_sets
+    from tl_posheads.studies.ablation.dose import dose_response as dose_response
+    from tl_posheads.studies.ablation.dose_results import DoseResponse as DoseResponse
+    from tl_posheads.studies.ablation.head_effects import head_effects as head_effects
+    from tl_posheads.studies.ablation.head_effects_results import HeadEffects as HeadEffects
+    from tl_posheads.studies.ablation.results import AblationStudy as AblationStudy
+    from tl_posheads.studies.ablation.run import ablation_study as ablation_study
+    from tl_posheads.studies.atlas.results import RotaryAtlas as RotaryAtlas
+    from tl_posheads.studies.atlas.run import rotary_atlas as rotary_atlas
+    from tl_posheads.studies.emergence.results import Emergence as Emergence
+    from tl_posheads.studies.emergence.tracker import EmergenceTracker as EmergenceTracker
+    from tl_posheads.studies.emergence.tracker import track_emergence as track_emergence
+    from tl_posheads.studies.encodings.results import EncodingScores as EncodingScores
+    from tl_posheads.studies.encodings.scoring import score_encoding as score_encoding
+    from tl_posheads.studies.ood_angles.measure import ood_angles as ood_angles
+    from tl_posheads.studies.ood_angles.results import OODAngles as OODAngles
+    from tl_posheads.studies.profile.results import HeadProfile as HeadProfile
+    from tl_posheads.studies.profile.run import profile_heads as profile_heads
+
 
 # Loaded when first asked for: `tl-posheads --help` need not wait for torch and the lens.
 _HOME = {
@@ -119,8 +136,8 @@ _HOME = {
     "HeadEffects": "studies.ablation.head_effects_results",
     "EncodingScores": "studies.encodings.results",
     "score_encoding": "studies.encodings.scoring",
-    "UnseenAngles": "studies.unseen.results",
-    "unseen_angles": "studies.unseen.measure",
+    "OODAngles": "studies.ood_angles.results",
+    "ood_angles": "studies.ood_angles.measure",
 }
 
 _PACKAGES = {
@@ -130,7 +147,6 @@ _PACKAGES = {
     "extrapolation": "extrapolation",
     "profile": "studies.profile",
     "tasks": "tasks",
-    "unseen": "studies.unseen",
     "views": "views",
 }
 

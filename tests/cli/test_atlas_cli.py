@@ -60,6 +60,12 @@ def test_scores_of_a_finished_run_stand_beside(run, tmp_path):
     assert heads["pairs_needed"].between(1, 4).all()
     assert heads["layer"].tolist() == [1, 1, 1, 1]
     assert (tmp_path / "a" / "by_score.png").read_bytes().startswith(b"\x89PNG")
+    assert run("report", "s", "--atlas", "a")[0] == 0
+    page = (tmp_path / "s" / "index.html").read_text()
+    assert "Which frequencies the heads use" in page
+    code, _, err = run("report", "s", "--atlas", "s")
+    assert code == 2
+    assert "s holds no atlases" in err
     best = heads.loc[heads["rho"].idxmax()]
     assert f"L1H{best['head']:.0f}" in out.split("highest rho:")[1].splitlines()[2]
 

@@ -17,7 +17,7 @@ from helpers.commands import SCORE
 from helpers.scores_by_hand import head_scores
 from tl_posheads import HeadScores, load_corpus, load_model, score_heads
 from tl_posheads.cli import run_folder
-from tl_posheads.cli.options import add_pairs, layers
+from tl_posheads.cli.options import add_qk_pairs, layers
 from tl_posheads.cli.score import COLUMNS, table_lines
 from tl_posheads.io import models
 from tl_posheads.rotary.contributions import Scale
@@ -62,7 +62,15 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
     assert "\n".join(lines[5:]).startswith(scores.summary() + "\n\nfiles: ")
     assert "over 3 documents" in lines[5]
     assert len(pd.read_csv(tmp_path / "s" / "table.csv")) == 8
-    for key in ("corpus_sha256", "tokens_sha256", "versions", "seed", "pairs", "layers", "model"):
+    for key in (
+        "corpus_sha256",
+        "tokens_sha256",
+        "versions",
+        "seed",
+        "qk_pairs",
+        "layers",
+        "model",
+    ):
         assert key in scores.provenance
     curve = DominantDimensionCurve.load(tmp_path / "s" / "curve")
     assert curve.heads == HeadMaps.load(tmp_path / "s" / "maps").heads == scores.top(3)
@@ -79,20 +87,20 @@ def test_score_writes_everything_and_show_and_report_read_it(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pairs", "weighting", "scale"),
+    ("qk_pairs", "weighting", "scale"),
     [
         ("auto", "pair", "none"),
         ("all", "distance", "attention"),
         ("300", "distance", "none"),
     ],
 )
-def test_options_reach_the_scores(run, place, tmp_path, pairs, weighting, scale):
+def test_options_reach_the_scores(run, place, tmp_path, qk_pairs, weighting, scale):
     code, _, err = run(
         *SCORE,
         "--out",
         "s",
-        "--pairs",
-        pairs,
+        "--qk-pairs",
+        qk_pairs,
         "--weighting",
         weighting,
         "--scale",
@@ -113,9 +121,9 @@ def test_options_reach_the_scores(run, place, tmp_path, pairs, weighting, scale)
     assert code == 0, err
     scores = HeadScores.load(tmp_path / "s")
     facts = scores.provenance
-    expected = int(pairs) if pairs.isdigit() else pairs
+    expected = int(qk_pairs) if qk_pairs.isdigit() else qk_pairs
     found = [
-        facts[name] for name in ("pairs", "weighting", "scale", "layers", "skip_first", "seed")
+        facts[name] for name in ("qk_pairs", "weighting", "scale", "layers", "skip_first", "seed")
     ]
     assert found == [expected, weighting, scale, [1], 2, 5]
     assert facts["model_class"] == "TransformerBridge"
@@ -128,7 +136,7 @@ def test_options_reach_the_scores(run, place, tmp_path, pairs, weighting, scale)
         model,
         tokens,
         layers=[1],
-        pairs=expected,
+        qk_pairs=expected,
         weighting=weighting,
         scale=scale,
         skip_first=2,
@@ -186,7 +194,7 @@ def test_the_table_shows_the_measures_of_the_best_heads_and_a_dash_for_what_is_n
 
 def test_choices_are_those_of_the_library():
     parser = argparse.ArgumentParser()
-    add_pairs(parser.add_argument)
+    add_qk_pairs(parser.add_argument)
     choices = {action.dest: action.choices for action in parser._actions}
     assert choices["weighting"] == get_args(Weighting)
     assert choices["scale"] == get_args(Scale)
@@ -298,8 +306,8 @@ BAD = [
     (("score", "PLACE/gpt2", "--corpus", "PLACE/text.txt", "--length", 50), "not RoPE"),
     ((*SCORE, "--layers", "5-99"), "has 2 layers; choose from 0-1"),
     ((*SCORE, "--layers", "9-5"), "names no layers"),
-    ((*SCORE, "--pairs", "per_distance"), "none of: auto, all, a number of at least 3"),
-    ((*SCORE, "--pairs", "2"), "none of: auto, all, a number of at least 3"),
+    ((*SCORE, "--qk-pairs", "per_distance"), "none of: auto, all, a number of at least 3"),
+    ((*SCORE, "--qk-pairs", "2"), "none of: auto, all, a number of at least 3"),
     ((*SCORE, "--weighting", "token"), "invalid choice"),
     ((*SCORE, "--scale", "softmax"), "invalid choice"),
     ((*SCORE, "--exact"), "unrecognized arguments"),
@@ -346,7 +354,7 @@ def test_help_teaches_without_waiting_for_torch():
     assert done.returncode == 0, done.stderr
     for word in (
         "--corpus",
-        "--pairs",
+        "--qk-pairs",
         "--weighting",
         "--scale",
         "--layers",

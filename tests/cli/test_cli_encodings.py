@@ -42,7 +42,7 @@ def test_encodings_scores_both_kinds_and_shows_a_finished_run(tmp_path, capsys, 
         assert first in capsys.readouterr().out
     model = load_model("Llama", cls="bridge")
     tokens = load_corpus("text.txt", model, n_docs=8, length=40)
-    true = score_heads(model, tokens, pairs="all", scale="attention", progress=False)
+    true = score_heads(model, tokens, qk_pairs="all", scale="attention", progress=False)
     found = EncodingScores.load("Llama-out")
     for name in ("rho", "ci_low", "ci_high"):
         torch.testing.assert_close(getattr(found, name), getattr(true, name), atol=1e-6, rtol=0)

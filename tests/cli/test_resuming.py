@@ -19,7 +19,7 @@ TEXTS = ("--corpus", "PLACE/text.txt", "--docs", 3)
 ENCODINGS = ("encodings", "PLACE/llama", *TEXTS, "--length", 40)
 LEARNED = ("encodings", "PLACE/gpt2", *TEXTS, "--length", 24, "--scale", "attention")
 PROFILE = ("profile", "PLACE/llama", *TEXTS, "--length", 60, "--needles", 3)
-UNSEEN = ("unseen", "PLACE/llama", *TEXTS, "--trained", 24, "--factor", 2)
+OOD_ANGLES = ("ood-angles", "PLACE/llama", *TEXTS, "--trained", 24, "--factor", 2)
 
 # The command, what it calls once for each thing that it does, in which call it is stopped, and how
 # many calls of those before are not made again.
@@ -31,8 +31,8 @@ STOPS = {
     "profile, scores": (PROFILE, "scoring.score.capture_rotary", 2, 1),
     "profile, texts": (PROFILE, "studies.profile.run.measure_text", 3, 2),
     "profile, needles": (PROFILE, "studies.profile.needles._answered", 2, 1),
-    "unseen, first text": (UNSEEN, "studies.unseen.measure.target_logprobs", 3, 2),
-    "unseen, second text": (UNSEEN, "studies.unseen.measure.target_logprobs", 10, 9),
+    "ood-angles, first text": (OOD_ANGLES, "studies.ood_angles.measure.target_logprobs", 3, 2),
+    "ood-angles, second text": (OOD_ANGLES, "studies.ood_angles.measure.target_logprobs", 10, 9),
 }
 
 
@@ -74,7 +74,9 @@ def test_the_same_command_goes_on(run, tmp_path, monkeypatch, words, function, a
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("words", [SCORE, ENCODINGS, PROFILE, UNSEEN], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [SCORE, ENCODINGS, PROFILE, OOD_ANGLES], ids=lambda words: words[0]
+)
 def test_stopped_before_anything_was_done_it_says_so_and_leaves_nothing(
     run, tmp_path, monkeypatch, words
 ):

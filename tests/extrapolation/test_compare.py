@@ -31,7 +31,7 @@ TRAINED = 32
 TOKENS = torch.randint(3, 90, (4, 96), generator=torch.Generator().manual_seed(5))
 HEADS = [(1, 2), (0, 1)]
 METHODS = [ex.Linear(3), ex.SelfExtend(4, 12)]
-OPTIONS = dict(heads=HEADS, trained=TRAINED, pairs=600, seed=1, progress=False)
+OPTIONS = dict(heads=HEADS, trained=TRAINED, qk_pairs=600, seed=1, progress=False)
 
 
 class Repeat:
@@ -85,9 +85,9 @@ def test_curves_are_those_of_the_method(llama, found):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(pairs="all"),
-        dict(pairs=20_000, weighting="distance", scale="attention"),
-        dict(pairs=500, skip_first=3, seed=7),
+        dict(qk_pairs="all"),
+        dict(qk_pairs=20_000, weighting="distance", scale="attention"),
+        dict(qk_pairs=500, skip_first=3, seed=7),
     ],
 )
 def test_scores_are_those_of_score_heads(llama, options):
@@ -158,11 +158,12 @@ def test_which_pairs_are_slow_can_be_said(llama):
 
 def test_heads_kept_are_those_of_the_same_whole_texts(llama, found):
     """The bare row too: its best heads on whole texts, beside its best within training."""
-    within = score_heads(llama, TOKENS[:, :TRAINED], pairs=600, seed=1, progress=False)
+    within = score_heads(llama, TOKENS[:, :TRAINED], qk_pairs=600, seed=1, progress=False)
     table = found.to_pandas().set_index("method")
+    bare = None
     for m, (name, method) in enumerate(by_method(found)):
         with method(llama, trained=TRAINED):
-            scores = score_heads(llama, TOKENS, pairs=600, seed=1, progress=False)
+            scores = score_heads(llama, TOKENS, qk_pairs=600, seed=1, progress=False)
         bare = scores if m == 0 else bare
         found_k = [found.overlap(m, k=3, reference=which).overlap for which in ("within", "whole")]
         best = [{*s.top(3)} for s in (within, bare, scores)]
@@ -391,7 +392,7 @@ def test_refusals(llama):
         (dict(tokens=TOKENS[:, :20]), "trained on 32"),
         (dict(trained=1), "2 or more"),
         (dict(skip_first=31), "skip_first=31 was given for a model trained on 32"),
-        (dict(pairs="per_distance"), "expected 'auto', 'all'"),
+        (dict(qk_pairs="per_distance"), "expected 'auto', 'all'"),
         (dict(scale="logits"), "scale='logits'"),
         (dict(tokens=TOKENS[[0, 0]]), "the same text"),
         (dict(heads=[(9, 9)]), "layer 9 head 9"),
@@ -412,7 +413,7 @@ def test_refusals(llama):
 
 
 def test_heads_are_the_best_of_the_bare_model_within_training(llama):
-    options = {**OPTIONS, "heads": 3, "pairs": 20_000}
+    options = {**OPTIONS, "heads": 3, "qk_pairs": 20_000}
     found = compare_extrapolations(llama, METHODS[:1], TOKENS, **options)
     assert list(found.heads) == found.scores_within[0].top(3)
 

@@ -139,7 +139,7 @@ def test_scores_are_these_measures(method):
     """The measures that the other test looks at are what ``score_heads`` returns."""
     model, captured = warm(small_models.rotary_model("Llama")), {}
     with method(model, trained=TRAINED):
-        scores = score_heads(model, TOKENS, pairs=250, seed=3, progress=False)
+        scores = score_heads(model, TOKENS, qk_pairs=250, seed=3, progress=False)
         geometry = RotaryGeometry.from_model(model)
         capture_rotary(model, TOKENS, lambda layer, *both: captured.update({layer: both}))
     draws = DocumentDraws(scores.document_names[0], N, Settings(250, seed=3))

@@ -231,10 +231,10 @@ def test_scores_and_curves_are_those_of_the_changed_distances(which, name, skip)
     options = dict(skip_first=skip, progress=False)
     heads = [(layer, head) for layer in (0, 1) for head in (3, 0, 1)]
     with make(4)(model, trained=TRAINED):
-        exact = score_heads(model, TOKENS, pairs="all", **options)
+        exact = score_heads(model, TOKENS, qk_pairs="all", **options)
         curve = dominant_dimension_curve(model, TOKENS, heads=heads, **options)
         found = [[dominant(model, d, distance, layer, skip) for d in TOKENS] for layer in (0, 1)]
-    bare = score_heads(model, TOKENS, pairs="all", **options)
+    bare = score_heads(model, TOKENS, qk_pairs="all", **options)
     assert (exact.rho - bare.rho).abs().max() > 0.01
     for layer in (0, 1):
         rho = [

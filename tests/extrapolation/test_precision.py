@@ -54,7 +54,7 @@ def qwen2(dtype, bias=300.0):
 def losses(model, methods):
     """Nats of every token under every method."""
     found = ph.compare_extrapolations(
-        model, methods, TOKENS, trained=TRAINED, heads=[(0, 0)], pairs=50, progress=False
+        model, methods, TOKENS, trained=TRAINED, heads=[(0, 0)], qk_pairs=50, progress=False
     )
     table = found.loss.pivot_table(
         index=["document", "position"], columns="method", values="loss", sort=False

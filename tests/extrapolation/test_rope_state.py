@@ -119,7 +119,7 @@ def dynamic_frequencies(length, d=8, base=1e4, factor=4.0):
 
 def rho(model, texts):
     with ex.Unchanged()(model):
-        return ph.score_heads(model, texts, progress=False, pairs="all")
+        return ph.score_heads(model, texts, progress=False, qk_pairs="all")
 
 
 def test_dynamic_geometry_is_that_of_the_length_asked_for():
@@ -217,9 +217,9 @@ def test_curves_and_profiles_take_every_texts_own_frequencies(kind):
         short = ph.profile_heads(model, texts[:1], measures=["massive"], progress=False)
         long = ph.profile_heads(model, texts[1:], measures=["massive"], progress=False)
         mean = ph.profile_heads(model, texts, measures=["massive"], progress=False)
-    total = each[1].mean * each[1].n_pairs
-    total[:, :39] += each[0].mean * each[0].n_pairs
-    torch.testing.assert_close(both.mean * both.n_pairs, total, atol=1e-5, rtol=1e-6)
+    total = each[1].mean * each[1].n_qk_pairs
+    total[:, :39] += each[0].mean * each[0].n_qk_pairs
+    torch.testing.assert_close(both.mean * both.n_qk_pairs, total, atol=1e-5, rtol=1e-6)
     column = "slow_norm_k"
     torch.testing.assert_close(
         torch.tensor(mean.table[column]),
@@ -237,7 +237,9 @@ def test_what_holds_for_one_length_refuses_others():
         pytest.raises(ph.PosheadsError, match="frequencies .* not the same"),
     ):
         ph.encodings.score_encoding(model, [tokens_of(40, 1), tokens_of(100, 2)], progress=False)
-    accumulator = ph.ScoreAccumulator(ph.RotaryGeometry.from_model(model, length=100), pairs="all")
+    accumulator = ph.ScoreAccumulator(
+        ph.RotaryGeometry.from_model(model, length=100), qk_pairs="all"
+    )
     text = tokens_of(100, 2)
     with ex.Unchanged()(model), torch.no_grad():
         model(tokens_of(200, 3)[None])
@@ -249,7 +251,7 @@ def test_what_holds_for_one_length_refuses_others():
 
 
 def rho_inside(model, text):
-    return ph.score_heads(model, [text], pairs="all", progress=False).rho
+    return ph.score_heads(model, [text], qk_pairs="all", progress=False).rho
 
 
 def answers(model, start, n):

@@ -249,7 +249,9 @@ def test_few_documents_have_no_interval():
 def test_far_distances_without_pairs():
     curves = broken(np.random.default_rng(0))
     curves[:4, :, 1500:] = np.nan
-    found = break_point(curves, n_pairs=np.broadcast_to(LONGEST + 1 - D, (12, LONGEST)), n_boot=100)
+    found = break_point(
+        curves, n_qk_pairs=np.broadcast_to(LONGEST + 1 - D, (12, LONGEST)), n_boot=100
+    )
     assert found.distance == pytest.approx(256, rel=0.1)
 
 
@@ -261,8 +263,8 @@ def test_log_bins_keep_every_pair(n, per_octave, seed):
     values[0, rng.integers(n)] = np.nan
     bins = log_bins(np.arange(1, n + 1), pairs, values, per_octave=per_octave)
     held = np.isfinite(values)
-    np.testing.assert_allclose(bins.n_pairs.sum(1), (pairs * held).sum(1))
-    total = np.nan_to_num(bins.mean * bins.n_pairs).sum(1)
+    np.testing.assert_allclose(bins.n_qk_pairs.sum(1), (pairs * held).sum(1))
+    total = np.nan_to_num(bins.mean * bins.n_qk_pairs).sum(1)
     np.testing.assert_allclose(total, (pairs * np.nan_to_num(values)).sum(1), atol=1e-9)
     assert (np.diff(bins.distance) > 0).all()
 
@@ -270,7 +272,7 @@ def test_log_bins_keep_every_pair(n, per_octave, seed):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: break_point(np.ones((3, 2, 99)), n_pairs=np.ones((2, 99))), "numbers of pairs"),
+        (lambda: break_point(np.ones((3, 2, 99)), n_qk_pairs=np.ones((2, 99))), "numbers of pairs"),
         (lambda: stretch(np.ones((2, 1, 99)), np.ones((1, 1, 9)), trained=9), "same documents"),
         (lambda: stretch(np.ones((1, 1, 99)), np.ones((1, 1, 9)), trained=9, factor=0.5), "factor"),
         (lambda: stretch(np.ones((1, 1, 4)), np.ones((1, 1, 1)), trained=1), "too few|none"),

@@ -147,6 +147,17 @@ VISION = dict(
     num_channels=3,
     projection_dim=16,
 )
+# Of Qwen-VL and GLM-4V, whose configurations take what they don't know.
+TOWER = dict(
+    VISION,
+    depth=1,
+    num_heads=2,
+    out_hidden_size=32,
+    fullatt_block_indexes=[0],
+    deepstack_visual_indexes=[0],
+    num_position_embeddings=16,
+)
+MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]))
 AUDIO = dict(
     d_model=16,
     encoder_layers=1,
@@ -267,6 +278,7 @@ MORE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 # name -> (family, config, why, in words that the error has)
 NEVER = "TransformerLens does not offer them"
 SPARSE = "keys chosen by their content (sparse attention)"
+UNSEEN = "MRoPE (positions in time, height and width), not RoPE"
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "AFMoE": ("Afmoe", {**HEAD, **MOE, "num_dense_layers": 1, **WINDOWED}, NEVER),
     "CodeGen": (
@@ -288,6 +300,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         SPARSE,
     ),
+    "GLM-4V": ("Glm4v", dict(text_config={**HEAD, **MROPE}, vision_config=TOWER), UNSEEN),
     "HRM-Text": ("HrmText", BASE, "no single row of blocks in TransformerLens"),
     "HunYuan, dense": (
         "HunYuanDenseV1",
@@ -306,6 +319,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "NanoChat": ("NanoChat", BASE, NEVER),
     "OLMo hybrid": ("OlmoHybrid", {**BASE, **DELTA}, NEVER),
     "Phi-3.5-MoE": ("Phimoe", {**BASE, **MOE}, NEVER),
+    "Qwen2.5-VL": ("Qwen2_5_VL", dict(text_config={**BASE, **MROPE}, vision_config=TOWER), UNSEEN),
+    "Qwen3-VL": ("Qwen3VL", dict(text_config={**HEAD, **MROPE}, vision_config=TOWER), UNSEEN),
+    "Qwen3-VL MoE": (
+        "Qwen3VLMoe",
+        dict(text_config={**HEAD, **MOE, **MROPE}, vision_config=TOWER),
+        UNSEEN,
+    ),
     "RecurrentGemma": (
         "RecurrentGemma",
         {
@@ -342,9 +362,7 @@ UNTESTED = {
         "Baichuan, BD3LM, Dream, EXAONE 3, Gidd, InternLM 2, LLaDA, LLaDA 2, OpenELM, Ouro, "
         "Qwen 1, Raven"
     ),
-    "needs torchvision or timm": (
-        "Gemma 3n, GLM-4V, Qwen2.5-VL, Qwen3-VL, Qwen3-VL MoE, Qwen3.5 with pictures"
-    ),
+    "needs torchvision or timm": "Gemma 3n, Qwen3.5 with pictures",
     "has an encoder beside the decoder, so that its layers have no numbers": "T5Gemma, T5Gemma 2",
 }
 

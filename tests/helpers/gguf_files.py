@@ -81,6 +81,7 @@ def write(
     renamed: dict[str, str] | None = None,
     tokenizer: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Any:
     """Write the family's model; returns the transformers model that it was made from.
 
@@ -105,6 +106,7 @@ def write(
         **(keys or {}),
     }
     writer = gguf.GGUFWriter(str(path), architecture)
+    _add(writer, "general.name", name)
     for key, value in metadata.items():
         _add(writer, f"{architecture}.{key}", value)
     for key, value in {

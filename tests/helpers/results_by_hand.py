@@ -21,8 +21,8 @@ from tl_posheads.studies.atlas.results import RotaryAtlas
 from tl_posheads.studies.emergence.results import Emergence
 from tl_posheads.studies.encodings.basis import QKBasis
 from tl_posheads.studies.encodings.results import EncodingScores
+from tl_posheads.studies.ood_angles.results import OODAngles
 from tl_posheads.studies.profile.results import HeadProfile
-from tl_posheads.studies.unseen.results import UnseenAngles
 
 HEADS = [(0, 1), (1, 0)]
 FACTS = {"model": "by hand", "seed": 3}
@@ -54,7 +54,7 @@ def curve():
     return DominantDimensionCurve(
         heads=list(HEADS),
         distance=torch.arange(1, 6),
-        n_pairs=torch.full((2, 5), 7),
+        n_qk_pairs=torch.full((2, 5), 7),
         mean=_random(2, 5),
         quantiles=_random(2, 2, 5),
         levels=(0.1, 0.9),
@@ -234,23 +234,23 @@ def atlas():
     )
 
 
-def unseen():
+def ood_angles():
     loss = [
         (condition, text, octave, 8, 2.0 + 0.1 * octave)
-        for condition in ("bare", "unseen", "seen", "all", "hidden")
+        for condition in ("bare", "ood", "in_distribution", "all", "hidden")
         for text in range(4)
         for octave in (-1, 0, 1)
     ]
     bins = torch.tensor([1, 4, 8, 16, 32])
     shape = (4, 2, 4)  # texts, heads, bins
-    return UnseenAngles(
+    return OODAngles(
         heads=list(HEADS),
         trained=8,
         bin_start=bins[:-1],
         bin_end=bins[1:],
         bin_octave=torch.tensor([-2, -1, 0, 1]),
         inv_freq=torch.tensor([[2.0, 0.1], [2.0, float("nan")]]),
-        n_pairs=torch.full(shape, 9),
+        n_qk_pairs=torch.full(shape, 9),
         bare=9 * _random(*shape),
         paired=9 * _random(*shape),
         joint=9 * _random(4, 2, 3, 4),
@@ -289,7 +289,7 @@ KINDS = {
         emergence,
         profile,
         atlas,
-        unseen,
+        ood_angles,
         patching,
     )
 }

@@ -48,7 +48,7 @@ def head_scores(
         "content": 0.3 * rows,
         "d_near": 3 - rows,
         "d_far": 3 + rows,
-        "n_pairs": torch.where(rows.isnan(), 0.0, float(N_PAIRS)).double(),
+        "n_qk_pairs": torch.where(rows.isnan(), 0.0, float(N_PAIRS)).double(),
     }
     return HeadScores(
         torch.stack([measures[name] for name in MEASURES]),

@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from helpers import architectures
 from tl_posheads.hooks.logprobs import settle_cache
@@ -73,8 +74,14 @@ def build(family: str, config: dict[str, Any], *, seed: int = 0, boost: float = 
 
 
 def bridge(hf_model: Any, name: str = "tiny") -> TransformerBridge:
-    # For models of pictures the lens would have pip install torchvision, then and there.
-    with mock.patch("subprocess.check_call", side_effect=OSError("nothing is installed here")):
+    # For models of pictures the lens would have pip install torchvision, then and there, or refuses
+    # them without it; it reads pictures, of which there are none.
+    with (
+        mock.patch("subprocess.check_call", side_effect=OSError("nothing is installed here")),
+        mock.patch.object(
+            ArchitectureAdapter, "_check_required_libraries", return_value=None, create=True
+        ),
+    ):
         model = TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=tiny_tokenizer(), device="cpu"
         )

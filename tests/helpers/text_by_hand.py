@@ -103,7 +103,9 @@ def planted(geometry, n_pos, steady, noise, seed):
 
 def positions(draw):
     """Of a draw the (query, key) positions of its pairs, those given to them, and both octaves'."""
-    every, given = (list(zip(x.q_pos.tolist(), x.k_pos.tolist())) for x in (draw.pairs, draw.given))
+    every, given = (
+        list(zip(x.q_pos.tolist(), x.k_pos.tolist())) for x in (draw.qk_pairs, draw.given)
+    )
     n, n_near, _ = draw.sizes
     return every[:n], given, every[n : n + n_near], every[n + n_near :]
 

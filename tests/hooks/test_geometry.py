@@ -292,6 +292,15 @@ def test_what_the_lens_or_the_method_lacks_is_refused_for_that_reason(name):
             action(model)
 
 
+def test_mrope_that_the_lens_shows_is_rope_on_text():
+    """Qwen3.5's checkpoints have sections; all three positions of a text's token are the same."""
+    family, config, layers = architectures.MORE["Qwen3.5"]
+    sections = {**config["rope_parameters"], "mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    hf_model = small_models.build(family, {**config, "rope_parameters": sections})
+    geometry = RotaryGeometry.from_model(small_models.bridge(hf_model))
+    np.testing.assert_allclose(geometry[layers[0]].inv_freq, theta(10000.0, 4), rtol=1e-4)
+
+
 def test_the_documented_table_is_the_tested_one():
     page = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
     assert architectures.table() in page.read_text()

@@ -253,6 +253,33 @@ def test_composes_with_the_lens_patching(family):
             torch.testing.assert_close(expected, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:A hook on attn.hook_pattern")  # GPT-J shows it afterwards
+@torch.no_grad()
+def test_of_hooks_at_a_hook_point_the_last_added_stands(family):
+    """A patch over an ablated head restores it, an ablation over a patched head takes it away."""
+    (clean, cache), name = family.run_with_cache(TOKENS), "blocks.0.attn.hook_z"
+
+    def restore(z, hook):
+        z = z.clone()
+        z[:, :, 1] = cache[name][:, :, 1]
+        return z
+
+    with ablate(family, [(0, 1)]):
+        ablated = family(TOKENS)
+        restored = family.run_with_hooks(TOKENS, fwd_hooks=[(name, restore)])
+        flat = lambda pattern, hook: pattern.index_fill(1, torch.tensor([1]), 0.05)
+        before = [("blocks.0.attn.hook_pattern", flat)]
+        torch.testing.assert_close(family.run_with_hooks(TOKENS, fwd_hooks=before), ablated)
+    assert (ablated - clean).abs().max() > 1e-3
+    torch.testing.assert_close(restored, clean)
+    with family.hooks(fwd_hooks=[(name, restore)]), ablate(family, [(0, 1)]):
+        torch.testing.assert_close(family(TOKENS), ablated)
+    with ablate(family, [(0, 1)], "mean", reference=REFERENCE):
+        assert (family(TOKENS) - ablated).abs().max() > 1e-4
+        with ablate(family, [(0, 1)]):
+            torch.testing.assert_close(family(TOKENS), ablated)
+
+
 def test_composes_with_head_detector(smollm2):
     detector = pytest.importorskip("transformer_lens.head_detector")
     text = "one two three one two three"

@@ -301,6 +301,19 @@ def test_another_converter_converts_again(path, cache, monkeypatch):
     assert len(folders) == 3 == len(list(cache.iterdir()))
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [("Tiny Llama 1B", "Tiny Llama 1B"), ("/data/runs/tiny", "tiny"), (None, "model")],
+    ids=["a name", "a path", "no name"],
+)
+def test_a_model_has_the_files_own_name(own, expected, path, tmp_path):
+    gguf_files.write(path, name=own)
+    for source in (path, tmp_path):
+        model = load_model(source, cls="bridge", device="cpu")
+        assert model.cfg.model_name == expected
+        assert RotaryGeometry.from_model(model).model_name == expected
+
+
 TEXT = "x  5 12345 don't\n\n y"
 WORDS = [" don", "'t", "\n\n", " y"]
 LLAMA3 = ["x", " ", " ", "5", " ", "123", "45", *WORDS]

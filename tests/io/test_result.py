@@ -27,15 +27,15 @@ NAN = float("nan")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    weights: Float[Tensor, "item"]
+    weights: Float[Tensor, " item"]
     share: float
 
 
 @dataclass(frozen=True, eq=False)
 class Everything(Result):
     values: Float64[Tensor, "doc head"]
-    counts: Int[Tensor, "doc"]
-    missing: Float[Tensor, "doc"] | None
+    counts: Int[Tensor, " doc"]
+    missing: Float[Tensor, " doc"] | None
     heads: Annotated[tuple[tuple[int, int], ...], "head"]
     names: Annotated[list[str], "doc"]
     windows: tuple[int | None, ...]
@@ -324,7 +324,7 @@ def test_checks_of_a_class_hold_for_what_it_is_made_of(tmp_path):
         DominantDimensionCurve(
             heads=[(0, 1)],
             distance=torch.arange(1, 4),
-            n_pairs=torch.ones(1, 3, dtype=torch.long),
+            n_qk_pairs=torch.ones(1, 3, dtype=torch.long),
             mean=torch.zeros(1, 3),
             quantiles=torch.zeros(1, 2, 3),
             levels=(0.1, 0.9),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tl_posheads import (
     LayerGeometry,
     PosheadsError,
+    RotaryGeometry,
     dimension_contributions,
     dominant_dimension,
     unrotated_contribution,
@@ -70,6 +71,48 @@ def test_contributions_and_the_rest_sum_to_the_product(n_pairs, shape, rest, lay
     torch.testing.assert_close(whole, expected)
     scaled = dimension_contributions(q, k, g, scale="attention")
     torch.testing.assert_close(scaled, dimension_contributions(q, k, g) * g.attention_scale)
+
+
+def three_layers():
+    """A model's geometry by hand: its second layer has no RoPE, its third another layout."""
+    bare = LayerGeometry.from_inv_freq(torch.zeros(0), 4, n_kv_heads=2, d_head=8)
+    return RotaryGeometry("by hand", (geometry(), bare, geometry(layout="adjacent")))
+
+
+@pytest.mark.parametrize("function", [dimension_contributions, unrotated_contribution])
+@pytest.mark.parametrize("head", [2, np.int64(2), [2], [3, 0], slice(None)])
+def test_heads_of_a_layer_of_a_model(function, head):
+    model = three_layers()
+    q, k = tensors(model[2])
+    whole = function(q, k, model[2])
+    assert whole.shape[:4] == (1, 4, 6, 6)
+    asked = None if isinstance(head, slice) else head
+    found = function(q, k, model, layer=2, head=asked)
+    np.testing.assert_array_equal(found, whole.numpy()[:, head])
+    np.testing.assert_array_equal(function(q, k, model[2], head=asked), found)
+    if function is dimension_contributions:  # the other layout has other pairs
+        assert not np.allclose(found, function(q, k, model, layer=0, head=asked))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"layer=None .* RotaryGeometry\(by hand: 3 layers .* one of \[0, 2\]"),
+        ({"layer": 1}, "layer=1 .* has RoPE"),
+        ({"layer": -1}, "layer=-1"),
+        ({"layer": 2, "head": 4}, "head=4 .* 0 to 3"),
+        ({"layer": 2, "head": []}, "head=.. was given"),
+        ({"layer": 2, "head": "L2H1"}, "head='L2H1'"),
+    ],
+)
+def test_layers_and_heads_that_are_not_there(options, message):
+    model = three_layers()
+    q, k = tensors(model[2])
+    for function in (dimension_contributions, unrotated_contribution):
+        with pytest.raises(PosheadsError, match=message):
+            function(q, k, model, **options)
+    with pytest.raises(PosheadsError, match="layer=2 .* is one layer's"):
+        dimension_contributions(q, k, model[2], layer=2)
 
 
 @given(shift=st.integers(0, 500), layout=st.sampled_from(["half", "adjacent"]))

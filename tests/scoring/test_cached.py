@@ -29,6 +29,32 @@ def test_dominant_from_cache_is_by_hand(name):
     assert found[:, ~seen].isnan().all()
 
 
+@pytest.mark.parametrize("head", [2, [3, 1], None])
+def test_square_maps_of_a_layer(head):
+    model = small_models.rotary_model("Gemma 2")
+    with ph.rotary_hook_points(model):
+        _, cache = model.run_with_cache(torch.arange(3, 27)[None])
+    geometry = RotaryGeometry.from_model(model, length=24)
+    q, k = (cache[f"blocks.1.attn.hook_rot_{x}"] for x in "qk")
+    found = ph.dominant_map(q[0], k[0], geometry, layer=1, head=head)
+    parts = dimension_contributions(q, k, geometry, layer=1, head=head)[0]
+    at = torch.arange(24)
+    apart = at[:, None] - at
+    seen = (apart >= 1) & (apart < (geometry[1].window or 24))
+    by_hand = dominant_dimension(parts).masked_fill(~seen, float("nan"))
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=0, equal_nan=True)
+    assert found.shape == (24, 24) if head == 2 else (len(head or range(4)), 24, 24)
+
+
+def test_a_square_map_is_of_one_text():
+    geometry = ph.LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]))
+    q = torch.randn(1, 9, 1, 4)
+    with pytest.raises(PosheadsError, match=r"\(1, 9, 1, 4\) .* of one text"):
+        ph.dominant_map(q, q, geometry)
+    with pytest.raises(PosheadsError, match="head=1 was given"):
+        ph.dominant_map(q[0], q[0], geometry, head=1)
+
+
 def test_a_cache_without_rotated_queries():
     model = small_models.rotary_model("Llama")
     with pytest.raises(PosheadsError, match=r"holds no blocks\.1\.attn\.hook_rot_q"):

@@ -35,7 +35,7 @@ def documents():
 
 @pytest.fixture(scope="module")
 def local(folder, documents):
-    return ph.score_corpus(folder, documents, pairs=300, progress=False)
+    return ph.score_corpus(folder, documents, qk_pairs=300, progress=False)
 
 
 def same(scores, other):
@@ -48,7 +48,7 @@ def same(scores, other):
 
 
 def test_local_is_score_heads(folder, documents, local):
-    plain = ph.score_heads(ph.load_model(folder), documents, pairs=300, progress=False)
+    plain = ph.score_heads(ph.load_model(folder), documents, qk_pairs=300, progress=False)
     same(plain, local)
     assert local.provenance["engine"] == "local"
     assert not bool(local.values[:, :, :2].isnan().any())
@@ -103,7 +103,13 @@ def test_ray_with_a_killed_worker(folder, documents, local, ray, tmp_path):
     thread = threading.Thread(target=kill_a_worker, args=(counted, killed))
     thread.start()
     scores = ph.score_corpus(
-        folder, documents, engine="ray", pairs=300, workers=2, checkpoint=tmp_path, progress=False
+        folder,
+        documents,
+        engine="ray",
+        qk_pairs=300,
+        workers=2,
+        checkpoint=tmp_path,
+        progress=False,
     )
     thread.join()
     assert killed
@@ -117,7 +123,7 @@ def test_torchrun(folder, documents, local, tmp_path):
     script.write_text(
         "import sys, torch, tl_posheads as ph\n"
         f"documents = torch.load({str(tmp_path / 'documents.pt')!r})\n"
-        f"scores = ph.score_corpus({folder!r}, documents, engine='torchrun', pairs=300,\n"
+        f"scores = ph.score_corpus({folder!r}, documents, engine='torchrun', qk_pairs=300,\n"
         "                         progress=False)\n"
         f"scores.save({str(tmp_path)!r} + '/rank' + __import__('os').environ['RANK'])\n"
     )
@@ -163,5 +169,5 @@ def test_without_ray(folder, documents, monkeypatch):
 def test_device_map_changes_nothing(folder, documents, local):
     pytest.importorskip("accelerate")
     options = {"device_map": {"": "cpu"}, "cls": "bridge"}
-    scores = ph.score_corpus(folder, documents, model_options=options, pairs=300, progress=False)
+    scores = ph.score_corpus(folder, documents, model_options=options, qk_pairs=300, progress=False)
     torch.testing.assert_close(scores.rho, local.rho, atol=1e-6, rtol=0)

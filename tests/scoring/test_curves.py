@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,11 +27,11 @@ def test_curves_equal_means_over_diagonals(name, monkeypatch):
         d, weight = ph.dominant_dimension(c), c.softmax(-1)
         for far in (1, 2, 15, 16, 40, 59):
             if g.window is not None and far >= g.window:
-                assert curve.n_pairs[n, far - 1] == 0
+                assert curve.n_qk_pairs[n, far - 1] == 0
                 assert bool(curve.mean[n, far - 1].isnan())
                 continue
             values = torch.cat([torch.diagonal(one, -far) for one in d])
-            assert curve.n_pairs[n, far - 1] == len(values)
+            assert curve.n_qk_pairs[n, far - 1] == len(values)
             assert curve.mean[n, far - 1].item() == pytest.approx(values.mean().item(), abs=1e-6)
             shares = torch.stack([torch.diagonal(one, -far) for one in weight]).mean((0, 2))
             torch.testing.assert_close(curve.allocation[n, :, far - 1], shares, atol=1e-6, rtol=0)
@@ -41,7 +42,7 @@ def test_curves_equal_means_over_diagonals(name, monkeypatch):
         "layer",
         "head",
         "distance",
-        "n_pairs",
+        "n_qk_pairs",
         "mean",
         "q5",
         "q25",
@@ -49,6 +50,13 @@ def test_curves_equal_means_over_diagonals(name, monkeypatch):
         "q75",
         "q95",
     ]
+    assert len(frame) == len(heads) * 59
+    for n, place in enumerate(heads):
+        own = frame[(frame["layer"] == place[0]) & (frame["head"] == place[1])]
+        np.testing.assert_array_equal(own["distance"], np.arange(1, 60))
+        np.testing.assert_array_equal(own["n_qk_pairs"], curve.n_qk_pairs[n])
+        np.testing.assert_array_equal(own["mean"], curve.mean[n])
+        np.testing.assert_array_equal(own.iloc[:, 5:].T, curve.quantiles[n])
     with pytest.raises(ph.PosheadsError, match="at least one"):
         ph.dominant_dimension_curve(model, documents, heads=[], progress=False)
     with pytest.raises(ph.PosheadsError, match="has 4 heads a layer"):

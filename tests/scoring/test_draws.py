@@ -92,12 +92,14 @@ def test_a_documents_draw_is_of_its_name_and_seed_and_its_layers_share_it():
     one = DocumentDraws(NAME, 100, settings)
     assert one.within(None, CPU) is one.within(500, CPU)
     assert one.within(30, CPU) is not one.within(None, CPU)
-    assert int(one.within(30, CPU).pairs.distance.max()) <= 29
+    assert int(one.within(30, CPU).qk_pairs.distance.max()) <= 29
 
     def drawn(name, seed):
-        return DocumentDraws(name, 100, replace(settings, seed=seed)).within(None, CPU).pairs.q_pos
+        return (
+            DocumentDraws(name, 100, replace(settings, seed=seed)).within(None, CPU).qk_pairs.q_pos
+        )
 
-    assert torch.equal(drawn(NAME, 0), one.within(None, CPU).pairs.q_pos)
+    assert torch.equal(drawn(NAME, 0), one.within(None, CPU).qk_pairs.q_pos)
     assert not torch.equal(drawn(NAME, 0), drawn(NAME, 1))
     assert not torch.equal(drawn(NAME, 0), drawn("f" + NAME[1:], 0))
     own, given, *_ = positions(one.within(None, CPU))
@@ -190,14 +192,14 @@ def test_near_and_far_means_are_drawn():
 @pytest.mark.parametrize(
     ("options", "n_docs", "expected"),
     [
-        (dict(pairs="auto"), 16, 3750),
-        (dict(pairs="auto"), 1, 60_000),
-        (dict(pairs="auto", target_se=0.5), 64, 3),
-        (dict(pairs=77), 4, 77),
-        (dict(pairs="all"), 16, 3750),
+        (dict(qk_pairs="auto"), 16, 3750),
+        (dict(qk_pairs="auto"), 1, 60_000),
+        (dict(qk_pairs="auto", target_se=0.5), 64, 3),
+        (dict(qk_pairs=77), 4, 77),
+        (dict(qk_pairs="all"), 16, 3750),
     ],
 )
 def test_how_many_are_drawn(options, n_docs, expected):
     settings = Settings.of(**options, n_documents=n_docs)
     assert settings.draws == expected
-    assert settings.exact == (options["pairs"] == "all")
+    assert settings.exact == (options["qk_pairs"] == "all")

@@ -35,8 +35,8 @@ def test_a_heads_numbers_are_means_over_documents_and_their_t_tests():
     torch.testing.assert_close(s.interaction[0], s.rho[0] - s.rotation[0] - s.content[0])
     torch.testing.assert_close(s.d_far[0], s.by_document("d_far").mean(0)[0])
     assert s.n_documents == 8
-    assert s.n_pairs[0].tolist() == [8000] * 5
-    assert s.n_pairs[2].tolist() == [0] * 5
+    assert s.n_qk_pairs[0].tolist() == [8000] * 5
+    assert s.n_qk_pairs[2].tolist() == [0] * 5
     with pytest.raises(PosheadsError, match="expected one of rho, rotation, content"):
         s.test("d_near")
 
@@ -96,7 +96,7 @@ def test_table_has_the_scored_heads():
         "interaction",
         "d_near",
         "d_far",
-        "n_pairs",
+        "n_qk_pairs",
         "n_documents",
         "window",
     ]
@@ -106,7 +106,7 @@ def test_table_has_the_scored_heads():
     assert row.content_p == float(s.test("content").p[3, 1])
     assert row.rotation_ci_high == float(s.test("rotation").ci_high[3, 1])
     assert row.interaction == pytest.approx(float(s.rho[3, 1]) * 0.1)
-    assert (row.n_pairs, row.n_documents) == (8000, 8)
+    assert (row.n_qk_pairs, row.n_documents) == (8000, 8)
 
 
 def test_documents_have_a_row_each():
@@ -174,7 +174,9 @@ def test_comparison_takes_the_counts_and_shares_that_top_takes():
             a.compare(b, k=wrong)
 
 
-@pytest.mark.parametrize("options", [{}, dict(pairs="all", weighting="distance"), dict(pairs=50)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(qk_pairs="all", weighting="distance"), dict(qk_pairs=50)]
+)
 def test_merging_equals_one_pass_in_any_order_bit_for_bit(options):
     geometry = RotaryGeometry(
         "toy", (LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]), 3),) * 2

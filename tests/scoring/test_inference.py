@@ -84,7 +84,7 @@ SCENARIOS = {
 def accumulated(contents, inv_freq, n_docs, heads, *, seed=0, n_pos=N_POS, **options):
     """An accumulator of documents whose contents are made by ``contents``."""
     geometry = LayerGeometry.from_inv_freq(inv_freq, heads)
-    options = {"pairs": 300, **options}
+    options = {"qk_pairs": 300, **options}
     accumulator = ScoreAccumulator(RotaryGeometry("toy", (geometry,)), **options)
     for n in range(n_docs):
         generator = torch.Generator().manual_seed(1000 * seed + n)

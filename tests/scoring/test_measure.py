@@ -45,7 +45,7 @@ def test_rho_is_scipys_over_loops(kind, scale):
     factor = 1.0 if scale == "none" else geometry.attention_scale
     for head in range(geometry.n_heads):
         distance, d = all_by_hand(q, k, geometry, head, factor)
-        assert found["n_pairs"][head] == len(d)
+        assert found["n_qk_pairs"][head] == len(d)
         assert found["rho"][head] == pytest.approx(stats.spearmanr(distance, d).statistic, abs=1e-9)
         assert found["d_near"][head] == pytest.approx(d[distance <= 2].mean(), abs=1e-9)
         far = distance >= (distance.max() + 1) // 2
@@ -196,7 +196,7 @@ def test_ranks_of_all_pairs_are_exact_in_whatever_memory(monkeypatch, held, weig
     assert np.isnan(found[6])
     through = measured(q, k, geometry, settings)
     np.testing.assert_array_equal(through["rho"], found)
-    assert through["n_pairs"].tolist() == [len(distance)] * 7
+    assert through["n_qk_pairs"].tolist() == [len(distance)] * 7
 
 
 @pytest.mark.parametrize("weighting", ["pair", "distance"])
@@ -276,5 +276,5 @@ def test_two_tokens_have_no_order():
     geometry = GEOMETRIES["half"]
     found = measured(*text(geometry, 2), geometry, Settings(draws=3))
     assert np.isnan(found["rho"]).all()
-    assert found["n_pairs"].tolist() == [1.0, 1.0]
+    assert found["n_qk_pairs"].tolist() == [1.0, 1.0]
     np.testing.assert_array_equal(found["d_near"], found["d_far"])

@@ -74,7 +74,7 @@ def test_rho_is_the_mean_over_documents_of_scipys(family):
         np.testing.assert_allclose(np.sort(found, 0), np.sort(expected, 0), atol=1e-5)
         np.testing.assert_allclose(scores.rho[layer], expected.mean(0), atol=1e-5)
         n = 40 * 39 // 2 if window is None else 15 * 40 - 15 * 16 // 2
-        assert scores.n_pairs[layer].tolist() == [3 * n] * 4
+        assert scores.n_qk_pairs[layer].tolist() == [3 * n] * 4
         p = stats.ttest_1samp(expected, 0.0).pvalue
         np.testing.assert_allclose(scores.p[layer], p, atol=1e-3)
 
@@ -84,11 +84,11 @@ def test_all_pairs_however_few_are_drawn(gemma, weighting):
     """`all` is a document's every pair, whatever target_se would draw."""
     documents = tokens_of(3, 70)
     options = dict(weighting=weighting, progress=False)
-    drawn = ph.score_heads(gemma, documents, pairs=100, **options)
-    counted = ph.score_heads(gemma, documents, pairs="all", target_se=0.2, **options)
-    whole = ph.score_heads(gemma, documents, pairs=10_000, **options)
-    assert drawn.n_pairs.unique().tolist() == [300]
-    assert counted.n_pairs[1].unique().tolist() == [3 * 35 * 69]
+    drawn = ph.score_heads(gemma, documents, qk_pairs=100, **options)
+    counted = ph.score_heads(gemma, documents, qk_pairs="all", target_se=0.2, **options)
+    whole = ph.score_heads(gemma, documents, qk_pairs=10_000, **options)
+    assert drawn.n_qk_pairs.unique().tolist() == [300]
+    assert counted.n_qk_pairs[1].unique().tolist() == [3 * 35 * 69]
     torch.testing.assert_close(counted.rho, whole.rho, atol=1e-5, rtol=0)
     assert (drawn.rho - whole.rho).abs().max() > 1e-3
     # One standard error of a drawn mean is 0.058 or less.
@@ -98,22 +98,22 @@ def test_all_pairs_however_few_are_drawn(gemma, weighting):
 
 def test_auto_draws_what_the_error_asks_for(llama):
     documents = tokens_of(2, 60)
-    truth = ph.score_heads(llama, documents, pairs="all", progress=False)
+    truth = ph.score_heads(llama, documents, qk_pairs="all", progress=False)
     off = []
     for seed in range(25):
         drawn = ph.score_heads(llama, documents, target_se=0.05, seed=seed, progress=False)
-        assert drawn.n_pairs.unique().tolist() == [600]
+        assert drawn.n_qk_pairs.unique().tolist() == [600]
         off.append(drawn.rho - truth.rho)
     # 25 draws tell a standard error to a seventh of it.
     spread = torch.stack(off).pow(2).mean(0).sqrt()
     assert float(spread.max()) < 0.05 * 1.4
     assert float(spread.median()) < 0.05
     assert float(spread.min()) > 0.01
-    plain = ph.score_heads(llama, documents, pairs=300, progress=False)
-    again = ph.score_heads(llama, documents, pairs="auto", target_se=0.05, progress=False)
+    plain = ph.score_heads(llama, documents, qk_pairs=300, progress=False)
+    again = ph.score_heads(llama, documents, qk_pairs="auto", target_se=0.05, progress=False)
     same(plain, again)
     assert again.provenance["draws"] == 300
-    assert (again.provenance["pairs"], plain.provenance["pairs"]) == ("auto", 300)
+    assert (again.provenance["qk_pairs"], plain.provenance["qk_pairs"]) == ("auto", 300)
 
 
 def test_scale_is_of_the_models_scores(llama):
@@ -138,7 +138,7 @@ def test_scale_is_of_the_models_scores(llama):
 def test_smollm2_scores_are_those_of_every_class_and_version(smollm2):
     """The same numbers, whatever the lens installed."""
     documents = ph.load_corpus("python-docs", smollm2, n_docs=2, length=300)
-    scores = ph.score_heads(smollm2, documents, pairs="all", layers=range(20), progress=False)
+    scores = ph.score_heads(smollm2, documents, qk_pairs="all", layers=range(20), progress=False)
     kept = {
         (16, 6): 0.285762,
         (18, 4): 0.277026,
@@ -201,11 +201,11 @@ def test_padding_changes_nothing(llama, side):
         ph.score_heads(llama, padded, attention_mask=broken, progress=False)
 
 
-@pytest.mark.parametrize("pairs", ["auto", "all"])
-def test_skipped_positions_are_left_out_as_queries_and_keys(llama, pairs):
+@pytest.mark.parametrize("qk_pairs", ["auto", "all"])
+def test_skipped_positions_are_left_out_as_queries_and_keys(llama, qk_pairs):
     documents = tokens_of(2, 40)
-    skipped = ph.score_heads(llama, documents, skip_first=7, pairs=pairs, progress=False)
-    assert skipped.n_pairs[1, 0] == 2 * 33 * 32 // 2
+    skipped = ph.score_heads(llama, documents, skip_first=7, qk_pairs=qk_pairs, progress=False)
+    assert skipped.n_qk_pairs[1, 0] == 2 * 33 * 32 // 2
     expected = rho_by_hand(llama, documents, 1, first=7).mean(0)
     np.testing.assert_allclose(skipped.rho[1], expected, atol=1e-5)
 
@@ -239,22 +239,22 @@ def test_nan_and_infinity_are_named(llama, hook, named, value):
         ph.score_heads(llama, tokens_of(1, 20), progress=False)
 
 
-@pytest.mark.parametrize("pairs", ["all", 200])
-def test_the_same_seed_gives_the_same_numbers_in_any_order_of_documents(llama, pairs):
-    documents, options = tokens_of(4, 50), dict(pairs=pairs, progress=False)
+@pytest.mark.parametrize("qk_pairs", ["all", 200])
+def test_the_same_seed_gives_the_same_numbers_in_any_order_of_documents(llama, qk_pairs):
+    documents, options = tokens_of(4, 50), dict(qk_pairs=qk_pairs, progress=False)
     one = ph.score_heads(llama, documents, **options)
     same(ph.score_heads(llama, documents, **options), one)
     same(ph.score_heads(llama, documents[[2, 0, 3, 1]], **options), one)
     same(ph.score_heads(llama, list(documents), **options), one)
     other = ph.score_heads(llama, documents, seed=1, **options)
-    assert torch.equal(other.rho, one.rho) == (pairs == "all")
+    assert torch.equal(other.rho, one.rho) == (qk_pairs == "all")
 
 
 def test_a_documents_numbers_are_its_own(llama):
     """With pairs fixed, another document more changes nothing of the others."""
     documents = tokens_of(4, 50)
-    four = ph.score_heads(llama, documents, pairs=200, progress=False)
-    three = ph.score_heads(llama, documents[:3], pairs=200, progress=False)
+    four = ph.score_heads(llama, documents, qk_pairs=200, progress=False)
+    three = ph.score_heads(llama, documents[:3], qk_pairs=200, progress=False)
     at = [four.document_names.index(name) for name in three.document_names]
     np.testing.assert_array_equal(four.values[:, at], three.values)
 
@@ -305,7 +305,7 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(llama, tmp_path
     assert len(runs) == 3
     for other in (
         dict(seed=1),
-        dict(pairs="all"),
+        dict(qk_pairs="all"),
         dict(weighting="distance"),
         dict(layers=[0]),
         dict(scale="attention"),
@@ -334,10 +334,10 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(llama, tmp_path
         (torch.ones(2, 9).long(), {}, "documents 0 and 1 are the same text"),
         (torch.ones(2, 9).long(), {"layers": [5]}, "layers 0 to 1"),
         (torch.ones(2, 9).long(), {"layers": []}, "layers 0 to 1"),
-        (torch.ones(2, 9).long(), {"pairs": "some"}, "expected 'auto', 'all' or a number"),
-        (torch.ones(2, 9).long(), {"pairs": 2}, "at least 3"),
-        (torch.ones(2, 9).long(), {"pairs": True}, "pairs=True"),
-        (torch.ones(2, 9).long(), {"pairs": 1.5}, "pairs=1.5"),
+        (torch.ones(2, 9).long(), {"qk_pairs": "some"}, "expected 'auto', 'all' or a number"),
+        (torch.ones(2, 9).long(), {"qk_pairs": 2}, "at least 3"),
+        (torch.ones(2, 9).long(), {"qk_pairs": True}, "qk_pairs=True"),
+        (torch.ones(2, 9).long(), {"qk_pairs": 1.5}, "qk_pairs=1.5"),
         (torch.ones(2, 9).long(), {"weighting": "token"}, "expected 'pair'"),
         (torch.ones(2, 9).long(), {"scale": 2}, "expected 'none' or 'attention'"),
         (torch.ones(2, 9).long(), {"target_se": 0}, "target_se=0 "),
@@ -367,7 +367,7 @@ def test_seeds_that_are_none_are_refused(llama, seed):
 
 def test_provenance_says_what_was_measured(llama):
     documents = [tokens_of(1, n, seed=n)[0] for n in (30, 45)]
-    options = dict(weighting="distance", skip_first=2, seed=5, pairs=100)
+    options = dict(weighting="distance", skip_first=2, seed=5, qk_pairs=100)
     scores = ph.score_heads(
         llama, documents, progress=False, provenance={"corpus": "mine"}, **options
     )

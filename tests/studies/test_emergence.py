@@ -46,7 +46,7 @@ def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
     for i, place in enumerate(heads):
         for o, (low, high) in enumerate([(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 40)]):
             at = slice(low - 1, high - 1)
-            n = curve.n_pairs[i, at].double()
+            n = curve.n_qk_pairs[i, at].double()
             mean = (curve.mean[i, at] * n).sum() / n.sum()
             assert float(moment.curve[place][o]) == pytest.approx(float(mean), abs=1e-6)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_look_is_what_score_heads_curves_and_the_loss_say(llama):
         true = -logprob[order, low - 1 : high - 1].double().mean(1)
         torch.testing.assert_close(moment.loss[:, o], true, atol=1e-4, rtol=0)
     # A text's own rho: so short a text is ranked whole, whatever the number of draws.
-    alone = ph.score_heads(llama, TEXTS[order[2]][None], pairs="all", progress=False).rho
+    alone = ph.score_heads(llama, TEXTS[order[2]][None], qk_pairs="all", progress=False).rho
     torch.testing.assert_close(moment.doc_rho[2], alone, atol=1e-9, rtol=0)
 
 
@@ -85,7 +85,7 @@ def test_texts_of_unequal_length(llama):
     torch.testing.assert_close(moment.loss[short, :5], alone, atol=1e-9, rtol=0)
     assert moment.loss.isnan().nonzero().tolist() == [[short, 5]]
     curve = ph.dominant_dimension_curve(llama, texts, heads=[(0, 1)], progress=False)
-    mean = np.average(curve.mean[0, 15:31], weights=curve.n_pairs[0, 15:31])
+    mean = np.average(curve.mean[0, 15:31], weights=curve.n_qk_pairs[0, 15:31])
     assert float(moment.curve[0, 1, 4]) == pytest.approx(mean, abs=1e-6)
 
 
@@ -286,6 +286,12 @@ def test_saved_and_drawn(tmp_path):
     np.testing.assert_allclose(line.get_ydata(), found.rho[:, 0, 0])
     assert "nats" in losses.get_ylabel()
     assert "step" in curve.get_xlabel()
+    (scores, *_) = found.plot("L0H1").axes
+    labels = [line.get_label() for line in scores.lines]
+    assert [label for label in labels if label.startswith("layer")] == ["layer 0, head 1"]
+    for wrong in ([], "L9H0"):
+        with pytest.raises(ph.PosheadsError, match="expected some of the 2 heads scored"):
+            found.plot(wrong)
     (tmp_path / "e" / "emergence.safetensors").write_bytes(b"half")
     with pytest.raises(ph.PosheadsError, match="damaged"):
         emergence.Emergence.load(tmp_path / "e")

@@ -36,9 +36,9 @@ def test_under_rope_it_is_the_positional_score(name):
         pytest.skip("transformer-lens 3.9 turns Cohere's coordinates unlike transformers")
     model = small_models.rotary_model(name)
     found = score_encoding(model, TOKENS, progress=False)
-    truth = ph.score_heads(model, TOKENS, pairs="all", progress=False)
+    truth = ph.score_heads(model, TOKENS, qk_pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
-    assert torch.equal(found.n_pairs, truth.n_pairs)
+    assert torch.equal(found.n_qk_pairs, truth.n_qk_pairs)
     assert found.windows == truth.windows
     geometry = ph.RotaryGeometry.from_model(model)
     for layer in range(2):
@@ -48,7 +48,7 @@ def test_under_rope_it_is_the_positional_score(name):
 def test_skipped_positions_and_one_layer():
     model = small_models.rotary_model("Llama")
     found = score_encoding(model, TOKENS, layers=[1], skip_first=4, progress=False)
-    truth = ph.score_heads(model, TOKENS, layers=[1], skip_first=4, pairs="all", progress=False)
+    truth = ph.score_heads(model, TOKENS, layers=[1], skip_first=4, qk_pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
     with pytest.raises(PosheadsError, match="none of the heads scored"):
         found.basis(0, 0)
@@ -174,7 +174,7 @@ def test_long_texts_are_cut_for_moving_and_scored_whole():
     tokens = torch.randint(3, 90, (1, 256), generator=torch.Generator().manual_seed(1))
     found = score_encoding(model, tokens, layers=[0], progress=False)
     assert found.bases[0].shifts[-1] == 128
-    assert int(found.n_pairs[0, 0]) == 256 * 255 // 2
+    assert int(found.n_qk_pairs[0, 0]) == 256 * 255 // 2
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
@@ -303,7 +303,7 @@ def test_the_attention_scale_is_that_of_score_heads(name):
     model = small_models.rotary_model(name)
     options = dict(scale="attention", progress=False)
     found = score_encoding(model, TOKENS, **options)
-    truth = ph.score_heads(model, TOKENS, pairs="all", **options)
+    truth = ph.score_heads(model, TOKENS, qk_pairs="all", **options)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
     plain = score_encoding(model, TOKENS, progress=False)
     assert (found.rho - plain.rho).abs().max() > 1e-3

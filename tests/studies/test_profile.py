@@ -317,6 +317,23 @@ def test_overlap_against_sets_and_chance(table):
             profile.overlap(wrong)
 
 
+def test_families_are_the_highest_heads_of_each_measure(table):
+    profile = HeadProfile(table.rename(columns={"few": "retrieval", "gaps": "sink"}), {})
+    found = profile.families(8)
+    assert list(found) == ["positional", "retrieval", "sink"]
+    for name, heads in found.items():
+        best = profile.table.nlargest(8, name).sort_index()
+        expected = [tuple(x) for x in best[["layer", "head"]].to_numpy().tolist()]
+        # Four heads retrieve; the other ones tie at 0.
+        assert heads == (expected[:4] if name == "retrieval" else expected)
+    assert len(profile.families(0.2)["sink"]) == 9  # of the 45 heads that have a value
+    assert profile.families(2, ["unknown", "same"]) == {"unknown": [], "same": []}
+    with pytest.raises(PosheadsError, match=r"measures=\['kin'\] were asked for; expected some of"):
+        profile.families(8, ["sink", "kin"])
+    with pytest.raises(PosheadsError, match="expected a count"):
+        profile.families(0)
+
+
 def test_saved_and_read_again(table, tmp_path):
     profile = HeadProfile(table, {"model": "m", "missing": {"unknown": "no"}, "x": [1.5, None]})
     profile.save(tmp_path / "p")
@@ -344,7 +361,7 @@ def test_the_map_shows_every_correlation_and_puts_alike_ones_side_by_side(table)
     assert abs(shown.index("deep") - shown.index("deeper")) == 1
     assert "same" not in shown
     assert "unknown" not in shown
-    assert "same, unknown" in fig._supxlabel.get_text()
+    assert "same, unknown" in ax.get_xlabel()
     rho = profile.correlation()
     texts = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in ax.texts}
     assert len(texts) == len(shown) ** 2

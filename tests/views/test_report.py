@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from html import escape
@@ -18,7 +19,11 @@ from helpers.browser import opened as watched
 from helpers.scores_by_hand import toy_scores
 from tl_posheads import AblationStudy, dominant_dimension_curve, head_maps
 from tl_posheads.views.report import render, write_report
-from tl_posheads.views.report_sections import _positive_control, ablation_section
+from tl_posheads.views.report_sections import (
+    _positive_control,
+    ablation_section,
+    atlas_section,
+)
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>\"'&\u2028\u202e<img src=x onerror=alert(1)>"
@@ -138,14 +143,15 @@ STUDY = Path(__file__).parents[2] / "notebooks" / "smollm2-ablation" / "sets"
 
 @pytest.fixture(scope="module")
 def full_page(tmp_path_factory):
-    """The page with a curve, attention and an ablation study."""
+    """The page with a curve, attention, an atlas and an ablation study."""
     llama = small_models.rotary_model("Llama")
     tokens = torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(0))
     curve = dominant_dimension_curve(llama, tokens, heads=[(0, 1), (1, 0)], progress=False)
     maps = head_maps(llama, tokens[0], [(0, 1), (1, 0)])
     path = tmp_path_factory.mktemp("report") / "index.html"
     study = AblationStudy.load(STUDY)
-    write_report(toy_scores(HOSTILE), path, curve=curve, maps=maps, ablation=study)
+    more = dict(curve=curve, maps=maps, atlas=results_by_hand.atlas(), ablation=study)
+    write_report(toy_scores(HOSTILE), path, **more)
     return path, study
 
 
@@ -154,7 +160,7 @@ def test_other_results_bring_sections(full_page):
     page = path.read_text()
     for verdict in study.verdict().values():
         assert escape(verdict) in page
-    assert page.count('<img class="figure" alt="') == 4
+    assert page.count('<img class="figure" alt="') == 7
     assert len(re.findall(r"<tr><td>(?:passkey|multi_key)</td>", page)) == len(study.to_pandas())
     assert path.stat().st_size < 10_000_000
 
@@ -197,6 +203,48 @@ def test_the_map_by_keyboard_alone(full_page):
         assert f"rotation {0.6 * rho:+.3f}".replace("-", "\N{MINUS SIGN}") in told
         assert found.said == []
         assert found.asked == []
+
+
+@needs_browser
+def test_the_heads_of_an_atlas_unfold(full_page):
+    with watched(full_page[0]) as found:
+        section = found.page.locator("section[aria-labelledby=atlas-title]")
+        table = section.locator("table")
+        assert not table.is_visible()
+        section.locator("summary").focus()
+        found.page.keyboard.press("Enter")
+        assert table.is_visible()
+        assert table.locator("tbody tr").count() == 5
+        first = results_by_hand.atlas().ranked().iloc[0]
+        cells = table.locator("tbody tr").first.locator("td").all_inner_texts()
+        assert cells[:3] == [f"{first[x]:.3g}" for x in ("layer", "head", "rho")]
+        for image in section.locator("img").all():
+            assert image.evaluate("x => x.naturalWidth") > 300
+        assert found.said == []
+        assert found.asked == []
+
+
+def test_an_atlas_section_says_what_its_pictures_show():
+    atlas = results_by_hand.atlas()
+    section = atlas_section(atlas)
+    best = atlas.heads().nlargest(2, "rho")
+    said = re.findall(r'<img class="figure" alt="(.*?)"', section)
+    assert len(said) == 3
+    assert said[0].startswith("Share of usage in every rotary pair of 5 heads, by rho.")
+    pairs = atlas.to_pandas()
+    for alt, row in zip(said[1:], best.to_dict("records")):
+        own = pairs[(pairs["layer"] == row["layer"]) & (pairs["head"] == row["head"])]
+        most = own.nlargest(1, "usage_share").iloc[0]
+        assert alt.startswith(f"Layer {row['layer']} head {row['head']}: usage")
+        assert f"{most['usage_share']:.3g} of it, in the pair" in alt
+        assert f"wavelength of {most['wavelength']:.0f} tokens" in alt
+        assert f"highest at {row['preferred']:.0f} tokens" in alt
+    assert "The 5 heads with the highest positional score</summary>" in section
+    assert section.count("<tr><td>") == 5
+    plain = atlas_section(dataclasses.replace(atlas, scores=None))
+    assert "5 heads, by layer." in plain
+    assert "with the highest share of usage in slow pairs" in plain
+    assert ">rho</th>" not in plain
 
 
 def test_an_ablation_section_tells_of_the_positive_control():

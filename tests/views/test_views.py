@@ -152,9 +152,9 @@ def hostile_maps(n=13, heads=2):
 
 VIEWS = {
     "attention": lambda maps: views.attention(maps),
-    "looks": lambda maps: views.looks(maps),
-    "looks_from": lambda maps: views.looks_from(maps),
-    "far_samples": lambda maps: views.far_samples(maps, k=2, around=20),
+    "attention_distance": lambda maps: views.attention_distance(maps),
+    "attention_from": lambda maps: views.attention_from(maps),
+    "farthest_tokens": lambda maps: views.farthest_tokens(maps, k=2, around=20),
     "score_map": lambda maps: views.score_map(toy_scores(HOSTILE[0]), maps),
 }
 
@@ -172,7 +172,7 @@ def test_hostile_text_stays_text(tmp_path, name):
         found.page.wait_for_timeout(300)
         assert found.page.evaluate("window.hacked") is None
         assert found.page.locator("main img").count() == 0
-        assert found.page.locator("script").count() == 3
+        assert found.page.locator("script").count() == 4
         assert HOSTILE[0] in found.page.text_content("h1")
         assert found.said == []
         assert found.asked == []
@@ -198,17 +198,18 @@ def test_nothing_serious_for_those_who_cannot_see_it(tmp_path, name):
 def test_the_text_shown_is_the_text_given(tmp_path, mended, monkeypatch):
     if not mended:  # a circuitsvis whose script isn't known
         script = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text()
-        script = script.replace("</script", "<\\/script")
         monkeypatch.setattr(shown, "_circuitsvis", lambda: (script, False))
     else:
         assert shown._circuitsvis()[1]
     maps = hostile_maps()
-    with opened(views.looks(maps).save(tmp_path / "view.html")) as found:
+    with opened(views.attention_distance(maps).save(tmp_path / "view.html")) as found:
         found.page.wait_for_selector("#drawing0 > *")
         assert found.page.evaluate("window.hacked") is None
         text = found.page.text_content("#drawing0").replace("\xa0", " ")
         if mended:  # as data it is what was given, one code point like the other
-            points = found.page.evaluate("data.tokens.map(t => [...t].map(c => c.codePointAt(0)))")
+            points = found.page.evaluate(
+                "data.shown.tokens.map(t => [...t].map(c => c.codePointAt(0)))"
+            )
             assert points == [[ord(letter) for letter in token] for token in maps.tokens]
     for token in maps.tokens:
         # HTML knows no NUL, and white space is shown as spaces.
@@ -217,7 +218,7 @@ def test_the_text_shown_is_the_text_given(tmp_path, mended, monkeypatch):
 
 @needs_browser
 def test_a_view_in_a_notebook_is_a_frame_of_its_own(tmp_path):
-    view = views.looks(hostile_maps())
+    view = views.attention_distance(hostile_maps())
     (tmp_path / "notebook.html").write_text(f"<html><body>{view._repr_html_()}</body></html>")
     with opened(tmp_path / "notebook.html") as found:
         frame = found.page.frame_locator("iframe")
@@ -248,16 +249,22 @@ def narrow_maps():
 
 def test_dimensions_are_shades_of_a_heads_own_range():
     maps = narrow_maps()
-    attention, looks, looks_from = (
-        data_of(view(maps)) for view in (views.attention, views.looks, views.looks_from)
+    attention, attention_distance, attention_from = (
+        data_of(view(maps))
+        for view in (views.attention, views.attention_distance, views.attention_from)
     )
     for i in range(2):
         places = [
             (maps.dominant[i], torch.tensor(attention["shown"]["attention"][2 * i + 1])),
-            (maps.dimension[i], torch.tensor(looks["shown"]["values"])[:, 2 * i + 1]),
-            (maps.row_dominant[i, 0], torch.tensor(looks_from["shown"]["values"])[:, 2 * i + 1]),
+            (maps.dimension[i], torch.tensor(attention_distance["shown"]["values"])[:, 2 * i + 1]),
+            (
+                maps.row_dominant[i, 0],
+                torch.tensor(attention_from["shown"]["values"])[:, 2 * i + 1],
+            ),
         ]
-        bars = [found["bars"][i]["ticks"] for found in (attention, looks, looks_from)]
+        bars = [
+            found["bars"][i]["ticks"] for found in (attention, attention_distance, attention_from)
+        ]
         for (values, shades), ticks in zip(places, bars, strict=True):
             low, high = np.nanpercentile(values.numpy(), [2, 98])
             expected = np.nan_to_num(np.clip((values.numpy() - low) / (high - low), 0, 1))
@@ -318,14 +325,14 @@ def test_data_that_ends_no_element_and_no_number_that_json_lacks():
 def test_samples_lie_apart():
     maps = hostile_maps(n=13)
     maps = replace(maps, distance=torch.arange(26.0).view(2, 13))
-    data = views.far_samples(maps, k=3, around=2).html
+    data = views.farthest_tokens(maps, k=3, around=2).html
     assert "Of 13 tokens" in data
     with pytest.raises(ph.PosheadsError, match="k=0"):
-        views.far_samples(maps, k=0)
+        views.farthest_tokens(maps, k=0)
     with pytest.raises(ph.PosheadsError, match="start=13"):
-        views.looks(maps, start=13)
+        views.attention_distance(maps, start=13)
     with pytest.raises(ph.PosheadsError, match="q_pos=3"):
-        views.looks_from(maps, 3)
+        views.attention_from(maps, 3)
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +374,7 @@ def test_a_saved_curve_comes_back_bit_for_bit(curve, tmp_path):
     again = type(curve).load(curve.save(tmp_path / "curve"))
     assert again.heads == curve.heads
     assert again.levels == curve.levels
-    for name in ("distance", "n_pairs", "mean", "quantiles", "allocation", "wavelengths"):
+    for name in ("distance", "n_qk_pairs", "mean", "quantiles", "allocation", "wavelengths"):
         torch.testing.assert_close(
             getattr(again, name), getattr(curve, name), rtol=0, atol=0, equal_nan=True
         )

@@ -17,8 +17,6 @@ from tl_posheads.cli.options import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from tl_posheads.studies.atlas.results import RotaryAtlas
 
 _TEXTS = dict(
@@ -41,17 +39,6 @@ what comes out, in the folder --out:
   atlas.*      everything, for RotaryAtlas.load("FOLDER") in Python
   run.json     what was asked for
 """,
-)
-_COLUMNS = (
-    "rho",
-    "centroid",
-    "entropy",
-    "slow_text",
-    "slow_trained",
-    "preferred",
-    "curve_correlation",
-    "separation",
-    "pairs_needed",
 )
 
 
@@ -79,7 +66,7 @@ def _atlas(run: Run) -> RotaryAtlas:
     with run.started() as checkpoint:
         options = run.options("layers", "needed", "trained", "scale", "skip_first", "seed")
         found = rotary_atlas(model, tokens, scores=scores, checkpoint=checkpoint, **options)
-        first = _ordered(found).iloc[0]
+        first = found.ranked().iloc[0]
         files = {
             "pairs.csv": found.to_pandas(),
             "heads.csv": found.heads(),
@@ -92,16 +79,10 @@ def _atlas(run: Run) -> RotaryAtlas:
     return found
 
 
-def _ordered(found: RotaryAtlas) -> pd.DataFrame:
-    """Heads by positional score where it is known, else by use of slow pairs, highest first."""
-    table = found.heads()
-    return table.sort_values("rho" if "rho" in table else "slow_text", ascending=False)
-
-
 def table_lines(found: RotaryAtlas, top: int) -> list[str]:
     """The first heads with their columns, as lines of text; ``-`` stands for what isn't known."""
-    table = _ordered(found)
-    names = [name for name in _COLUMNS if name in table]
+    table = found.ranked()
+    names = list(table.columns[2:])
     cells = [["head", *names]]
     for row in table.head(top).to_dict("records"):
         place = f"L{row['layer']:.0f}H{row['head']:.0f}"

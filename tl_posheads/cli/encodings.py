@@ -15,7 +15,7 @@ _TEXTS = dict(
     description="""\
 Score the heads of MODEL, with RoPE or with learned positions, by planes of their query-key space
 that are ordered by how fast they change with distance. With RoPE these are the rotary pairs, and
-the scores are those of `score --pairs all`. The same command on the same folder goes on with a
+the scores are those of `score --qk-pairs all`. The same command on the same folder goes on with a
 stopped run, and shows a finished one.
 """,
     epilog="""\

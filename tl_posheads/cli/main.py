@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tl_posheads import __version__
-from tl_posheads.cli import ablate, atlas, encodings, profile, report, score, track, unseen
+from tl_posheads.cli import ablate, atlas, encodings, ood_angles, profile, report, score, track
 from tl_posheads.errors import PosheadsError
 
-_STUDIES = ("atlas", "encodings", "profile", "track", "unseen")  # they say how long they took
+_STUDIES = ("atlas", "encodings", "ood-angles", "profile", "track")  # they say how long they took
 
 _ABOUT = """\
 Find the Positional Heads of a transformer with rotary position embedding (RoPE).
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    for module in (score, ablate, atlas, encodings, profile, track, unseen, report):
+    for module in (score, ablate, atlas, encodings, ood_angles, profile, track, report):
         module.add_command(commands)
     return parser
 

@@ -60,7 +60,7 @@ def shares(text: str) -> list[float]:
     return values
 
 
-def pairs(text: str) -> str | int:
+def qk_pairs(text: str) -> str | int:
     """``"auto"``, ``"all"`` or a number of query-key pairs, of which a rank needs three."""
     if text in ("auto", "all"):
         return text
@@ -150,12 +150,12 @@ def add_top(add: Callable[..., object], text: str = "heads to print") -> None:
     add("--top", metavar="N", type=whole(1), default=20, help=f"{text} (20)")
 
 
-def add_pairs(add: Callable[..., object]) -> None:
+def add_qk_pairs(add: Callable[..., object]) -> None:
     """Which query-key pairs a score is taken over, and what they weigh."""
     add(
-        "--pairs",
+        "--qk-pairs",
         metavar="auto|all|N",
-        type=pairs,
+        type=qk_pairs,
         default="auto",
         help="query-key pairs that rho is ranked over: in every document N drawn ones, all, or so many that drawing adds at most 0.005 to a mean rho's standard error (auto)",
     )

@@ -33,17 +33,25 @@ def add_command(commands: Any) -> None:
         type=Path,
         help="with a comparison of methods: a folder that ExtrapolationComparison.save wrote",
     )
+    report.add_argument(
+        "--atlas",
+        metavar="DIR4",
+        type=Path,
+        help="with a rotary atlas: a folder that atlas or RotaryAtlas.save wrote",
+    )
     report.set_defaults(action=_report)
 
 
 def _report(args: argparse.Namespace) -> None:
-    from tl_posheads import AblationStudy, ExtrapolationComparison
+    from tl_posheads import AblationStudy, ExtrapolationComparison, RotaryAtlas
 
     more: dict[str, Any] = {}
     if args.ablation is not None:
         more["ablation"] = AblationStudy.load(args.ablation)
     if args.extrapolation is not None:
         more["extrapolation"] = ExtrapolationComparison.load(args.extrapolation)
+    if args.atlas is not None:
+        more["atlas"] = RotaryAtlas.load(args.atlas)
     _require_finished(args.dir)
     with run_folder.locked(args.dir):  # so that the page is about the scores beside it
         write_page(args.dir, finished_scores(args.dir), **more)

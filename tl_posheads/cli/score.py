@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tl_posheads.cli.command import Run, aligned, new_command, number, tell
 from tl_posheads.cli.options import (
     add_model_options,
-    add_pairs,
+    add_qk_pairs,
     add_skip_first,
     add_texts,
     add_top,
@@ -40,7 +40,7 @@ The same command on the same folder goes on with a stopped run, and shows a fini
 examples:
   tl-posheads score smollm2-135m --out scores
   tl-posheads score EleutherAI/pythia-160m --corpus book.txt --weighting distance --out pythia
-  tl-posheads score model.gguf --layers 0,3,5-7 --pairs 1000 --out quick
+  tl-posheads score model.gguf --layers 0,3,5-7 --qk-pairs 1000 --out quick
 
 columns of the table:
   rho          the positional score, -1 to 1: in each document Spearman's rho between distance and
@@ -62,7 +62,7 @@ def add_command(commands: Any) -> None:
     """Add ``score`` and ``show`` to the parser's commands."""
     add = new_command(commands, "score", _score, _lines, "HeadScores", _TEXTS)
     add_texts(add, docs=16, length=1024)
-    add_pairs(add)
+    add_qk_pairs(add)
     add("--layers", metavar="LIST", type=layers, help="like 0-9 or 0,3,5-7 (every layer)")
     add_skip_first(add)
     add_model_options(add)
@@ -107,7 +107,7 @@ def _score(run: Run) -> HeadScores:
     tokens = run.texts(model)
     with run.started() as checkpoint:
         facts = {**run.request, "model_class": type(model).__name__}
-        options = run.options("layers", "pairs", "weighting", "scale", "skip_first", "seed")
+        options = run.options("layers", "qk_pairs", "weighting", "scale", "skip_first", "seed")
         options.update(checkpoint=checkpoint, provenance=facts)
         scores = score_heads(model, tokens, **options)
         scores.save(run.folder)

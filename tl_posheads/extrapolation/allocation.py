@@ -155,15 +155,15 @@ class _Mean:
 
 def _binned(
     curves: np.ndarray,
-    n_pairs: np.ndarray | None,
+    n_qk_pairs: np.ndarray | None,
     heads: np.ndarray,
     first: int,
     last: float,
     per_octave: int,
 ) -> BinnedCurves:
-    if n_pairs is not None and np.ndim(n_pairs) == 3:
-        n_pairs = np.asarray(n_pairs)[:, heads]
-    return BinnedCurves.of(np.asarray(curves)[:, heads], n_pairs, first, last, per_octave)
+    if n_qk_pairs is not None and np.ndim(n_qk_pairs) == 3:
+        n_qk_pairs = np.asarray(n_qk_pairs)[:, heads]
+    return BinnedCurves.of(np.asarray(curves)[:, heads], n_qk_pairs, first, last, per_octave)
 
 
 def _told(

@@ -39,7 +39,7 @@ class Frequencies(NamedTuple):
         scale: factor on queries and keys both (YaRN's square root of its inverse temperature).
     """
 
-    inv_freq: Float[Tensor, "pair"]
+    inv_freq: Float[Tensor, " pair"]
     scale: float = 1.0
 
 
@@ -104,7 +104,7 @@ class FrequencyMethod(Method):
     """A method that changes frequencies: a further rotation of the rotated queries and keys."""
 
     def frequencies(
-        self, inv_freq: Float[Tensor, "pair"], trained: int, length: int
+        self, inv_freq: Float[Tensor, " pair"], trained: int, length: int
     ) -> Frequencies:
         """The method's formula.
 

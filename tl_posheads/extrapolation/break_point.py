@@ -86,7 +86,7 @@ class BreakPoint:
 def break_point(
     curves: Float[np.ndarray, "doc head distance"],
     *,
-    n_pairs: Float[np.ndarray, "doc distance"] | None = None,
+    n_qk_pairs: Float[np.ndarray, "doc distance"] | None = None,
     first: int = 1,
     per_octave: int = 8,
     n_boot: int = 1000,
@@ -108,7 +108,7 @@ def break_point(
     Args:
         curves: mean dominant dimension at distances 1, 2, ..., in rotary dimensions; NaN where
             there is no pair.
-        n_pairs: pairs of each document (or document and head) at each distance.
+        n_qk_pairs: query-key pairs of each document (or document and head) at each distance.
         first: nearer distances are left out.
         per_octave: bins in a doubling of the distance.
         n_boot: bootstrap draws.
@@ -127,7 +127,7 @@ def break_point(
         >>> 240 < found.distance < 275, round(found.jump), round(found.slope_before)
         (True, 3, 1)
     """
-    binned = BinnedCurves.of(curves, n_pairs, first, np.inf, per_octave)
+    binned = BinnedCurves.of(curves, n_qk_pairs, first, np.inf, per_octave)
     seen = binned.weight.sum(0) > 0
     binned = binned.of_heads(seen.sum(1) == seen.sum(1).max())
     n_docs, n_heads, _ = binned.total.shape

@@ -37,12 +37,13 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.io.corpora import load_corpus
 from tl_posheads.rotary.contributions import Scale
-from tl_posheads.scoring.draws import Settings, Weighting
+from tl_posheads.scoring.all_pairs import Weighting
+from tl_posheads.scoring.draws import Settings
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import empty_accumulator, geometry_by_length, sweep
 from tl_posheads.tasks.base import Prompt, Task
 
-Tokens = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
+Tokens = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]]
 
 
 def compare_extrapolations(
@@ -55,7 +56,7 @@ def compare_extrapolations(
     slower_than: float | Literal["trained"] = "trained",
     tasks: Sequence[Task] = (),
     layers: Sequence[int] | None = None,
-    pairs: Literal["auto", "all"] | int = "auto",
+    qk_pairs: Literal["auto", "all"] | int = "auto",
     weighting: Weighting = "pair",
     scale: Scale = "none",
     skip_first: int = 0,
@@ -87,7 +88,7 @@ def compare_extrapolations(
             what methods are made to change. The same pairs are looked at under every method.
         tasks: run under every method; give lengths on both sides of the training length.
         layers: those whose heads are scored; all by default.
-        pairs, weighting: of the scores, as in ``score_heads``.
+        qk_pairs, weighting: of the scores, as in ``score_heads``.
         scale: of the contributions, for curves and scores, as in ``score_heads``.
         skip_first: positions at every text's start left out of curves and scores.
         n_queries: of a text that a curve is made of, evenly spread.
@@ -106,7 +107,7 @@ def compare_extrapolations(
     Raises:
         PosheadsError: no RoPE, no methods, the same one twice, texts no longer than the training
             length or two that are the same, heads that don't exist, a method that refuses the
-            model, another ``pairs``, ``weighting`` or ``scale``, ``slower_than`` not above 0.
+            model, another ``qk_pairs``, ``weighting`` or ``scale``, ``slower_than`` not above 0.
 
     Example:
         >>> from tl_posheads import extrapolation as ex
@@ -126,7 +127,7 @@ def compare_extrapolations(
     _check_lengths(documents, known, skip_first)
     by_key = by_content(documents)
     settings = Settings.of(
-        pairs, len(by_key), weighting=weighting, scale=scale, skip_first=skip_first, seed=seed
+        qk_pairs, len(by_key), weighting=weighting, scale=scale, skip_first=skip_first, seed=seed
     )
     for method in chosen:
         with method(model, trained=known):
@@ -139,7 +140,7 @@ def compare_extrapolations(
         "trained": known,
         **_note(model, known),
         "methods": [repr(method) for method in chosen],
-        "pairs": pairs,
+        "qk_pairs": qk_pairs,
         **asdict(settings),
         "n_queries": n_queries,
         "n_scored": n_scored,

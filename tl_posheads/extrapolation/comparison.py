@@ -17,8 +17,9 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation import summary
 from tl_posheads.extrapolation.allocation import AllocationStretch, allocation_stretch
 from tl_posheads.extrapolation.break_point import BreakPoint, break_point
-from tl_posheads.extrapolation.observing import Head, TextUnder
+from tl_posheads.extrapolation.observing import TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
+from tl_posheads.hooks.heads import Head
 from tl_posheads.io.result import Files, Result
 from tl_posheads.scoring.head_scores import Comparison, HeadScores
 from tl_posheads.statistics.log_bins import log_bins
@@ -201,7 +202,7 @@ class ExtrapolationComparison(Result):
 
     def break_point(self, *, seed: int = 0) -> BreakPoint:
         """The distance at which the bare model's curves leave their trend, if they do."""
-        return break_point(self.whole[0].numpy(), n_pairs=self.n_whole.numpy(), seed=seed)
+        return break_point(self.whole[0].numpy(), n_qk_pairs=self.n_whole.numpy(), seed=seed)
 
     def overlap(
         self,
@@ -250,7 +251,7 @@ class ExtrapolationComparison(Result):
         rows = table.groupby(["method", "bin"], sort=False)["loss"].agg(["mean", "size"])
         by_text = table.pivot_table("loss", "document", ["method", "bin"], aggfunc="mean")
         values = np.ascontiguousarray(by_text.reindex(columns=rows.index).to_numpy(dtype=float))
-        test = mean_over_documents(torch.from_numpy(values))
+        test = mean_over_documents(torch.tensor(values))
         rows["ci_low"], rows["ci_high"] = test.ci_low.numpy(), test.ci_high.numpy()
         rows = rows.reset_index().sort_values(["bin"], kind="stable")
         rows["start"] = [edges[int(b)] for b in rows["bin"]]
@@ -280,7 +281,7 @@ class ExtrapolationComparison(Result):
                 self.whole[m].numpy(),
                 per_octave=per_octave,
             )
-            weight = np.where(np.isfinite(bins.mean), bins.n_pairs, 0)
+            weight = np.where(np.isfinite(bins.mean), bins.n_qk_pairs, 0)
             total = np.nansum(weight * np.nan_to_num(bins.mean), axis=0)
             with np.errstate(invalid="ignore"):
                 pooled = total / weight.sum(0)
@@ -293,7 +294,7 @@ class ExtrapolationComparison(Result):
                             "head": head,
                             "distance": bins.distance,
                             "mean": pooled[h],
-                            "n_pairs": weight.sum(0)[h],
+                            "n_qk_pairs": weight.sum(0)[h],
                         }
                     )
                 )

@@ -40,15 +40,15 @@ class TextUnder:
     """
 
     whole: Float[Tensor, "head distance"]
-    n_whole: Int[Tensor, "distance"]
+    n_whole: Int[Tensor, " distance"]
     within: Float[Tensor, "head distance"]
-    n_within: Int[Tensor, "distance"]
+    n_within: Int[Tensor, " distance"]
     whole_slow: Float[Tensor, "head distance"]
     within_slow: Float[Tensor, "head distance"]
     whole_rows: Float[Tensor, "measure layer head"]
     within_rows: Float[Tensor, "measure layer head"]
-    loss: Float[Tensor, "target"]
-    positions: Int[Tensor, "target"]
+    loss: Float[Tensor, " target"]
+    positions: Int[Tensor, " target"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Asked:
     n_scored: int
 
 
-def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, "target"]:
+def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, " target"]:
     """Up to ``n_scored`` positions from 1 on, evenly spread."""
     n = min(n_pos - 1, n_scored)
     rows: Tensor = torch.linspace(1, n_pos - 1, n, dtype=torch.float64).round().long().unique()
@@ -82,7 +82,11 @@ def scored_positions(n_pos: int, n_scored: int) -> Int[Tensor, "target"]:
 
 
 def observe(
-    model: LensModel, document: Int[Tensor, "pos"], unit: str, geometry: RotaryGeometry, plan: Asked
+    model: LensModel,
+    document: Int[Tensor, " pos"],
+    unit: str,
+    geometry: RotaryGeometry,
+    plan: Asked,
 ) -> TextUnder:
     """One pass over a text longer than ``plan.trained``; ``unit``, hexadecimal, names its draws.
 
@@ -106,7 +110,7 @@ def observe(
             if layer in plan.layers:
                 rows[stop].append(measure(q, k, here, draws[stop]).cpu())
             if layer in members:
-                mean, weight, n_pairs = curves_by_distance(
+                mean, weight, n_qk_pairs = curves_by_distance(
                     q,
                     k,
                     here,
@@ -115,7 +119,7 @@ def observe(
                     n_queries=plan.n_queries,
                     scale=settings.scale,
                 )
-                counts.append(n_pairs)
+                counts.append(n_qk_pairs)
                 for i, head in enumerate(members[layer]):
                     curves[layer, head].append(mean[i])
                     weights[layer, head].append(weight[i])
@@ -140,7 +144,7 @@ def observe(
 
 def observe_once(
     model: LensModel,
-    document: Int[Tensor, "pos"],
+    document: Int[Tensor, " pos"],
     unit: str,
     geometry: RotaryGeometry,
     plan: Asked,

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tl_posheads.figures.style import COLOURS, log2_axis, picture, say_trained, styled
+from tl_posheads.figures.style import (
+    COLOURS,
+    MARKERS,
+    axes_for,
+    log2_axis,
+    picture,
+    say_trained,
+    styled,
+)
 
 _TICKS = 10
 _ROWS = 400  # of the picture that get their height in inches
@@ -27,7 +36,15 @@ def _tokens(wavelength: float) -> str:
 
 
 @styled
-def map_figure(table: pd.DataFrame, order: pd.DataFrame, sort: str, column: str, model: str) -> Any:
+def map_figure(
+    table: pd.DataFrame,
+    order: pd.DataFrame,
+    sort: str,
+    column: str,
+    model: str,
+    *,
+    ax: Any,
+) -> Any:
     """Heads x pairs as a map.
 
     Args:
@@ -36,18 +53,20 @@ def map_figure(table: pd.DataFrame, order: pd.DataFrame, sort: str, column: str,
         sort: what they are sorted by.
         column: what is shown.
         model: its name.
+        ax: axes to draw into.
     """
     from matplotlib.colors import PowerNorm
 
     wide = table.pivot(index=["layer", "head"], columns="pair", values=column)
     places = pd.MultiIndex.from_frame(order[["layer", "head"]])
     values = wide.reindex(places).to_numpy(dtype=float)
-    fig = picture(figsize=(8.0, 2.2 + 0.012 * min(_ROWS, max(120, len(values)))))
-    ax = fig.subplots()
+    ax, drawn = axes_for(ax, (8.0, 2.2 + 0.012 * min(_ROWS, max(120, len(values)))))
     norm = PowerNorm(0.5, vmin=min(0.0, float(np.nanmin(values))), vmax=float(np.nanmax(values)))
     masked = np.ma.masked_invalid(values)
     image = ax.imshow(masked, norm=norm, aspect="auto", interpolation="nearest")
-    fig.colorbar(image, ax=ax, pad=0.02, label=f"{column.replace('_', ' ')} (colours by its root)")
+    ax.figure.colorbar(
+        image, ax=ax, pad=0.02, label=f"{column.replace('_', ' ')} (colours by its root)"
+    )
     by_pair = table.groupby("pair")["wavelength"]
     _wavelength_axis(ax, by_pair.first().to_numpy())
     same = bool((by_pair.nunique() == 1).all())
@@ -64,6 +83,37 @@ def map_figure(table: pd.DataFrame, order: pd.DataFrame, sort: str, column: str,
         ax.set_yticks(shown, [f"L{x:.0f}H{y:.0f}  {value:.2f}" for x, y, value in names])
     by = "layer" if sort == "layer" else f"{sort.replace('_', ' ')}, highest first"
     ax.set_title(f"{column.replace('_', ' ')} of {model}'s {len(order)} heads, by {by}")
+    return drawn
+
+
+@styled
+def families_figure(heads: pd.DataFrame, families: Mapping[str, pd.DataFrame], model: str) -> Any:
+    """Families of heads by centroid and entropy of usage, a panel each.
+
+    Args:
+        heads: all heads; by layer and head, ``centroid`` and ``entropy``.
+        families: the heads of each, as rows of ``heads``.
+        model: its name.
+    """
+    columns = min(3, len(families))
+    rows = -(-len(families) // columns)
+    fig = picture(figsize=(1.0 + 3.0 * columns, 1.0 + 2.6 * rows))
+    panels = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    middle = heads["centroid"].median()
+    for i, (name, own) in enumerate(families.items()):
+        ax, colour = panels[i], COLOURS[i % len(COLOURS)]
+        ax.plot(heads["centroid"], heads["entropy"], "o", color="0.82", ms=3, mew=0)
+        ax.axvline(middle, color="0.6", lw=1, ls=":")
+        marker = MARKERS[i % len(MARKERS)]
+        ax.plot(own["centroid"], own["entropy"], marker, ls="", color=colour, ms=5.5, mew=0)
+        ax.axvline(own["centroid"].median(), color=colour, lw=1)
+        ax.set_title(f"{name.replace('_', ' ')}: {len(own)} heads")
+    for ax in panels[len(families) :]:
+        ax.set_axis_off()
+    fig.supxlabel("centroid: mean rotary pair, weighted by usage (0 is the fastest)", fontsize=9)
+    fig.supylabel("entropy of usage (1 is even use)", fontsize=9)
+    title = f"Families among {model}'s {len(heads)} heads; lines: medians, dotted that of all heads"
+    fig.suptitle(title, fontsize=10)
     return fig
 
 

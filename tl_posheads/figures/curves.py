@@ -8,16 +8,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_posheads.figures.style import COLOURS, DASHES, log2_axis, picture, say_trained, styled
+from tl_posheads.figures.style import COLOURS, DASHES, axes_for, log2_axis, say_trained, styled
 
 _PER_OCTAVE = 8
 
 
-def _by_octave(distance: np.ndarray, n_pairs: np.ndarray, values: np.ndarray) -> Any:
+def _by_octave(distance: np.ndarray, n_qk_pairs: np.ndarray, values: np.ndarray) -> Any:
     """Middle of each eighth of an octave, and the mean of what lies in it, weighted by pairs."""
     bins = np.floor(np.log2(distance) * _PER_OCTAVE).astype(int)
     places = np.unique(bins)
-    weight = np.where(np.isfinite(values), n_pairs, 0.0)
+    weight = np.where(np.isfinite(values), n_qk_pairs, 0.0)
     filled = np.where(np.isfinite(values), values, 0.0)
     total = np.array([weight[..., bins == b].sum(-1) for b in places])
     mean = np.array([(weight * filled)[..., bins == b].sum(-1) for b in places]) / np.where(
@@ -28,26 +28,28 @@ def _by_octave(distance: np.ndarray, n_pairs: np.ndarray, values: np.ndarray) ->
 
 
 @styled
-def curve_figure(table: pd.DataFrame, trained: int | None) -> Any:
+def curve_figure(table: pd.DataFrame, trained: int | None, *, ax: Any) -> Any:
     """A line for each head with the band between its outer quantiles, by eighths of an octave.
 
     Args:
-        table: a row per head and distance: ``layer``, ``head``, ``distance``, ``n_pairs``,
+        table: a row per head and distance: ``layer``, ``head``, ``distance``, ``n_qk_pairs``,
             ``mean`` and quantiles, ``q5`` for one.
         trained: training length, marked by an upright line.
+        ax: axes to draw into.
     """
-    fig = picture(figsize=(8.0, 4.2))
-    ax = fig.subplots()
+    ax, drawn = axes_for(ax, (8.0, 4.2))
     quantiles = [name for name in table if name.startswith("q")]
     by_head = table.groupby(["layer", "head"], sort=False)
     for i, ((layer, head), own) in enumerate(by_head):
-        distance, n_pairs = (own[name].to_numpy(dtype=float) for name in ("distance", "n_pairs"))
+        distance, n_qk_pairs = (
+            own[name].to_numpy(dtype=float) for name in ("distance", "n_qk_pairs")
+        )
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        middle, mean = _by_octave(distance, n_pairs, own["mean"].to_numpy())
+        middle, mean = _by_octave(distance, n_qk_pairs, own["mean"].to_numpy())
         ax.plot(middle, mean, color=colour, linestyle=dash, label=f"layer {layer}, head {head}")
         if len(quantiles) > 1:
             outer = own[[quantiles[0], quantiles[-1]]].to_numpy().T
-            low, high = _by_octave(distance, n_pairs, outer)[1]
+            low, high = _by_octave(distance, n_qk_pairs, outer)[1]
             ax.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
     log2_axis(ax)
     ax.set_xlabel("token distance (tokens)")
@@ -61,26 +63,26 @@ def curve_figure(table: pd.DataFrame, trained: int | None) -> Any:
         ax.axvline(trained, color="0.4", linewidth=1)
         say_trained(ax, trained)
     ax.legend(loc="best", ncols=1 + (by_head.ngroups > 4))
-    return fig
+    return drawn
 
 
 @styled
 def allocation_figure(
     allocation: Float[np.ndarray, "pair distance"],
-    distance: Float[np.ndarray, "distance"],
-    n_pairs: Float[np.ndarray, "distance"],
-    wavelengths: Float[np.ndarray, "pair"],
+    distance: Float[np.ndarray, " distance"],
+    n_qk_pairs: Float[np.ndarray, " distance"],
+    wavelengths: Float[np.ndarray, " pair"],
     *,
     head: tuple[int, int],
     trained: int | None,
+    ax: Any,
 ) -> Any:
     """Softmax weight of every rotary pair by distance, with each pair's wavelength on the right."""
-    fig = picture(figsize=(8.0, 4.6))
-    ax = fig.subplots()
-    middle, weight = _by_octave(distance, n_pairs, allocation)
+    ax, drawn = axes_for(ax, (8.0, 4.6))
+    middle, weight = _by_octave(distance, n_qk_pairs, allocation)
     pairs = np.arange(weight.shape[0])
     mesh = ax.pcolormesh(middle, pairs, weight, shading="nearest", vmin=0, rasterized=True)
-    bar = fig.colorbar(mesh, ax=ax, pad=0.02)
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02)
     bar.set_label("mean softmax weight (pairs sum to 1)")
     log2_axis(ax)
     ax.set_xlabel("token distance (tokens)")
@@ -94,4 +96,4 @@ def allocation_figure(
     right.set_ylim(ax.get_ylim())
     right.set_yticks(shown, [f"{wavelengths[m]:,.0f}" for m in shown])
     right.set_ylabel("wavelength (tokens)")
-    return fig
+    return drawn

@@ -10,7 +10,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.figures.style import picture, styled
+from tl_posheads.figures.style import axes_for, styled
 
 _MAP = "RdBu_r"  # red and blue through white, told apart by colour-blind readers
 _DARK = 0.6  # correlations whose cell needs light numbers
@@ -39,7 +39,7 @@ def clustered(correlation: pd.DataFrame) -> list[str]:
 
 
 @styled
-def correlation_figure(rho: pd.DataFrame, title: str) -> Any:
+def correlation_figure(rho: pd.DataFrame, title: str, *, ax: Any) -> Any:
     """Map of the correlations, with the numbers in the cells.
 
     Raises:
@@ -54,8 +54,7 @@ def correlation_figure(rho: pd.DataFrame, title: str) -> Any:
     order = clustered(rho.loc[known, known])
     values = rho.loc[order, order].to_numpy(dtype=float)
     n = len(order)
-    fig = picture(figsize=(2.6 + 0.52 * n, 1.9 + 0.46 * n))
-    ax = fig.subplots()
+    ax, drawn = axes_for(ax, (2.6 + 0.52 * n, 1.9 + 0.46 * n))
     ax.grid(False)
     image = ax.imshow(np.ma.masked_invalid(values), cmap=_MAP, vmin=-1, vmax=1, aspect="auto")
     for i in range(n):
@@ -80,12 +79,12 @@ def correlation_figure(rho: pd.DataFrame, title: str) -> Any:
     for side in ax.spines.values():
         side.set_visible(False)
     ax.set_title(title)
-    fig.colorbar(image, ax=ax, label="Spearman's rho", fraction=0.05)
+    ax.figure.colorbar(image, ax=ax, label="Spearman's rho", fraction=0.05)
     left_out = [name for name in rho.index if name not in known]
     if left_out:
-        fig.supxlabel(
+        ax.set_xlabel(
             "not shown, the same for all heads or without values: "
             + ", ".join(name.replace("_", " ") for name in left_out),
             fontsize=8,
         )
-    return fig
+    return drawn

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tl_posheads.figures.style import COLOURS, picture, styled
+from tl_posheads.errors import PosheadsError
+from tl_posheads.figures.style import COLOURS, axes_for, styled
 
 _ALPHA = 0.05
 
 
 @styled
-def score_figure(table: pd.DataFrame, model: str) -> Any:
+def score_figure(
+    table: pd.DataFrame,
+    model: str,
+    highlight: Sequence[tuple[int, int]],
+    *,
+    ax: Any,
+) -> Any:
     """Histogram of rho, of the heads above zero after correction, and of ``rotation``.
 
     Args:
-        table: a row per head: ``rho``, ``rotation`` and ``p_adjusted``.
+        table: a row per head: ``layer``, ``head``, ``rho``, ``rotation`` and ``p_adjusted``.
         model: its name, for the title.
+        highlight: heads of the table whose scores are marked by an upright line with their name.
+        ax: axes to draw into.
+
+    Raises:
+        PosheadsError: a head of ``highlight`` has no score.
     """
     known = table[np.isfinite(table["rho"])]
+    by_head = known.set_index(["layer", "head"])["rho"]
+    for layer, head in highlight:
+        if (layer, head) not in by_head.index:
+            raise PosheadsError(
+                f"L{layer}H{head} was to be highlighted, but it has no score; choose heads of "
+                "scores.to_pandas()"
+            )
     rho, rotation, p = (known[name].to_numpy() for name in ("rho", "rotation", "p_adjusted"))
     above, rotation = rho[(rho > 0) & (p < _ALPHA)], rotation[np.isfinite(rotation)]
-    fig = picture(figsize=(8.0, 3.8))
-    ax = fig.subplots()
+    ax, drawn = axes_for(ax, (8.0, 3.8))
     everything = np.concatenate([rho, rotation])
     edges = np.linspace(everything.min(), everything.max() + 1e-9, 41)
     ax.hist(rho, edges, color="0.8", label=f"all {len(rho):,} heads")
@@ -45,8 +64,21 @@ def score_figure(table: pd.DataFrame, model: str) -> Any:
             label="rotation alone",
         )
     ax.axvline(0, color="0.4", linewidth=1)
+    ink = ax.yaxis.label.get_color()
+    for i, (layer, head) in enumerate(sorted({*highlight}, key=lambda place: by_head[place])):
+        ax.axvline(by_head[layer, head], color=ink, linewidth=1.2)
+        ax.text(
+            by_head[layer, head],
+            0.98 - 0.09 * (i % 5),  # names of heads that score alike stand below each other
+            f"L{layer}H{head}",
+            transform=ax.get_xaxis_transform(),
+            ha="right",
+            va="top",
+            fontsize=8.5,
+            bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 1.5},
+        )
     ax.set_xlabel("positional score (Spearman's rho)")
     ax.set_ylabel("heads")
     ax.set_title(f"Scores of {model}")
     ax.legend(loc="best")
-    return fig
+    return drawn

@@ -5,7 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tl_posheads.errors import PosheadsError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes and markers for print.
 # Black is for what everything else is compared with.
@@ -54,6 +59,28 @@ def picture(**options: Any) -> Any:
     return Shown(layout="constrained", **options)
 
 
+def axes_for(ax: Axes | None, figsize: tuple[float, float]) -> tuple[Any, Any]:
+    """The axes to draw into, and what the drawing returns.
+
+    Given axes are returned themselves, as in pandas and seaborn: a notebook would show their
+    figure a second time. Without any it is a new figure.
+
+    Raises:
+        PosheadsError: no axes, such as an array of them.
+    """
+    from matplotlib.axes import Axes
+
+    if ax is None:
+        figure = picture(figsize=figsize)
+        return figure.subplots(), figure
+    if not isinstance(ax, Axes):
+        raise PosheadsError(
+            f"ax is a {type(ax).__name__}; expected one matplotlib Axes, such as the ax of "
+            "fig, ax = plt.subplots(), or one of an array of axes"
+        )
+    return ax, ax
+
+
 def png(figure: Any, dpi: int = 120) -> bytes:
     """A matplotlib figure as the content of a PNG file."""
     out = io.BytesIO()
@@ -85,7 +112,10 @@ def say_trained(ax: Any, trained: int, *, y: float = 1) -> None:
 
 
 def styled(draw: Draws) -> Draws:
-    """A function that draws, in the style of this package and whatever the user's own is."""
+    """A function that draws, in the style of this package and whatever the user's own is.
+
+    Axes of the user's, given as ``ax``, keep the user's colours.
+    """
 
     @wraps(draw)
     def in_style(*args: Any, **options: Any) -> Any:
@@ -93,7 +123,8 @@ def styled(draw: Draws) -> Draws:
 
         # What a notebook chose for its own figures, dark axes for one, would not fit.
         default: Any = rcParamsDefault
-        style: Any = {key: default[key] for key in _OWN_COLOURS} | _STYLE
+        own = _OWN_COLOURS if options.get("ax") is None else ()
+        style: Any = {key: default[key] for key in own} | _STYLE
         with rc_context(style):
             return draw(*args, **options)
 

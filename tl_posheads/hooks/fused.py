@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -54,7 +54,7 @@ def fused_attention(model: LensModel) -> Iterator[bool]:
     with ExitStack() as stack:
         if kinds[0] == "bridge":
             _register()
-            stack.enter_context(_attention_implementation(model.original_model, _NAME))
+            stack.enter_context(_attention_implementation(cast(Any, model).original_model, _NAME))
         for (layer, attn), kind in zip(found.items(), kinds, strict=True):
             over = _handed_over if kind == "bridge" else _fused_hooked
             stack.enter_context(over(attn, remapped.get(layer)))

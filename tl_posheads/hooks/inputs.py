@@ -17,7 +17,7 @@ from tl_posheads.hooks.model import LensModel, model_name
 from tl_posheads.hooks.tokenizer import begin, token_ids, tokenizer_of
 
 
-def token_run(attention_mask: Int[Tensor, "pos"], document: int) -> slice:
+def token_run(attention_mask: Int[Tensor, " pos"], document: int) -> slice:
     """The stretch of a padded row that holds the text.
 
     Raises:
@@ -63,7 +63,7 @@ def require_unpadded(model: LensModel, tokens: Int[Tensor, "doc pos"]) -> None:
 
 def documents_of(
     model: LensModel, tokens: Any, attention_mask: Tensor | None, skip_first: int
-) -> list[Int[Tensor, "pos"]]:
+) -> list[Int[Tensor, " pos"]]:
     """Texts without their padding, checked.
 
     Args:
@@ -140,7 +140,7 @@ def _rows(model: LensModel, tokens: Any, attention_mask: Tensor | None) -> list[
     )
 
 
-def _read(model: LensModel, text: str) -> Int[Tensor, "pos"]:
+def _read(model: LensModel, text: str) -> Int[Tensor, " pos"]:
     tokenizer = tokenizer_of(model)
     return torch.tensor(begin(tokenizer) + token_ids(text, tokenizer), dtype=torch.long)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -152,10 +152,10 @@ def settle_cache(model: LensModel) -> None:
     rotary = getattr(model.cfg, "positional_embedding_type", None) == "rotary"
     if renamed and rotary:
         with suppress(Exception):  # a model that can't generate can still be scored
-            model.adapter.supports_kv_cache = reads_cache(model)
+            cast(Any, model).adapter.supports_kv_cache = reads_cache(model)
 
 
-def greedy(model: LensModel, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tensor, "step"]:
+def greedy(model: LensModel, prompt: Int[Tensor, " pos"], n_new: int) -> Int[Tensor, " step"]:
     """The tokens that the model writes after a prompt, at most ``n_new``, up to an end token.
 
     Ends are EOS and what else the checkpoint's ``generation_config`` lists.
@@ -168,7 +168,7 @@ def greedy(model: LensModel, prompt: Int[Tensor, "pos"], n_new: int) -> Int[Tens
 
 
 def target_logits(
-    model: LensModel, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"], rows: int = 1
+    model: LensModel, tokens: Int[Tensor, " pos"], targets: Int[Tensor, " target"], rows: int = 1
 ) -> Float[Tensor, "row target d_vocab"]:
     """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it.
 
@@ -189,8 +189,8 @@ def _scored(
 
 
 def target_logprobs(
-    model: LensModel, tokens: Int[Tensor, "pos"], targets: Int[Tensor, "target"]
-) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
+    model: LensModel, tokens: Int[Tensor, " pos"], targets: Int[Tensor, " target"]
+) -> tuple[Float[Tensor, " target"], Bool[Tensor, " target"]]:
     """Log-probability of the tokens at ``targets``, and whether each was the likeliest.
 
     One forward pass without gradient; hooks on the model are in force. The logits of other
@@ -219,8 +219,8 @@ def require_finite_logprobs(model: LensModel, found: Iterable[Tensor]) -> None:
 
 def mean_loss(
     model: LensModel,
-    documents: Sequence[Int[Tensor, "pos"]],
-    targets: Sequence[Int[Tensor, "target"]],
+    documents: Sequence[Int[Tensor, " pos"]],
+    targets: Sequence[Int[Tensor, " target"]],
 ) -> float:
     """Mean negative log-probability of the texts' tokens at ``targets``, in nats."""
     both = zip(documents, targets, strict=True)
@@ -238,15 +238,15 @@ class CachedPrefix:
         outputs: for layer ``l``, what block ``l - 1`` returned, in the block's own form.
     """
 
-    logprob: Float[Tensor, "target"]
-    hit: Bool[Tensor, "target"]
+    logprob: Float[Tensor, " target"]
+    hit: Bool[Tensor, " target"]
     outputs: dict[int, Any]
 
 
 def cached_prefix(
     model: LensModel,
-    tokens: Int[Tensor, "pos"],
-    targets: Int[Tensor, "target"],
+    tokens: Int[Tensor, " pos"],
+    targets: Int[Tensor, " target"],
     layers: Sequence[int],
 ) -> CachedPrefix:
     """Run a text once, keeping what enters each of ``layers``.
@@ -271,12 +271,12 @@ def cached_prefix(
 
 def run_from_layer(
     model: LensModel,
-    tokens: Int[Tensor, "pos"],
-    targets: Int[Tensor, "target"],
+    tokens: Int[Tensor, " pos"],
+    targets: Int[Tensor, " target"],
     prefix: CachedPrefix,
     layer: int,
     hooks: Hooks,
-) -> tuple[Float[Tensor, "target"], Bool[Tensor, "target"]]:
+) -> tuple[Float[Tensor, " target"], Bool[Tensor, " target"]]:
     """The same text under ``hooks``, none of which lies below ``layer``; blocks below don't run.
 
     Returns:
@@ -288,8 +288,8 @@ def run_from_layer(
 
 def run_rows_from_layer(
     model: LensModel,
-    tokens: Int[Tensor, "pos"],
-    targets: Int[Tensor, "target"],
+    tokens: Int[Tensor, " pos"],
+    targets: Int[Tensor, " target"],
     prefix: CachedPrefix,
     layer: int,
     hooks: Hooks,

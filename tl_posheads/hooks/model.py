@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +30,7 @@ class LensModel(Protocol):
     cfg: Any
     tokenizer: Any
     blocks: Any
+    unembed: Any
 
     @property
     def hook_dict(self) -> dict[str, Any]: ...
@@ -36,7 +39,15 @@ class LensModel(Protocol):
 
     def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
 
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def to_str_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
@@ -44,7 +55,27 @@ class LensModel(Protocol):
 
 
 def model_name(model: LensModel) -> str:
-    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+    """What results, titles and errors call the model."""
+    return name_of(str(getattr(model.cfg, "model_name", None) or type(model).__name__))
+
+
+def name_of(source: str) -> str:
+    """A model's name from what it was loaded from: never a path.
+
+    A folder's is its last part; a snapshot in the Hub's cache has its hub id; all else is a name.
+
+    Example:
+        >>> name_of("EleutherAI/pythia-70m"), name_of("/runs/my-model")
+        ('EleutherAI/pythia-70m', 'my-model')
+        >>> name_of("/cache/models--EleutherAI--pythia-70m/snapshots/a39f36b1")
+        'EleutherAI/pythia-70m'
+    """
+    if not (os.path.isabs(source) or os.path.isdir(source)):
+        return source
+    path = Path(os.path.abspath(source))
+    if path.parent.name == "snapshots":
+        return path.parts[-3].removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def require_lens(model: LensModel) -> None:
@@ -72,6 +103,12 @@ def require_rotary(model: LensModel) -> None:
             "decoder, or stacks that take turns), so its layers have no numbers; choose a "
             "decoder-only model"
         )
+    if any(_hides_mrope(attention_of(model, layer)) for layer in range(int(model.cfg.n_layers))):
+        raise PosheadsError(
+            f"{model_name(model)} uses MRoPE (positions in time, height and width), not RoPE, in "
+            "attention that TransformerLens leaves to transformers and whose rotated queries and "
+            "keys it does not show; choose a model that reads text, like Llama, Qwen3 or SmolLM2"
+        )
 
 
 def attention_of(model: LensModel, layer: int) -> nn.Module | None:
@@ -83,6 +120,14 @@ def attention_of(model: LensModel, layer: int) -> nn.Module | None:
 def is_native(attn: Any) -> bool:
     """Whether the lens only looks on as transformers' own attention runs, as with GPT-J."""
     return type(attn).__name__ == "AttentionBridge"
+
+
+def _hides_mrope(attn: Any) -> bool:
+    # Where the lens shows it, as in Qwen3.5, the three positions of a text's token are the same,
+    # and the rotation is plain RoPE.
+    config = getattr(getattr(attn, "original_component", None), "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return is_native(attn) and "mrope_section" in rope
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def _hooked(rotate: Callable[..., Tensor], positions: Positions) -> Callable[...
         if attention_mask is None:
             at = torch.arange(past_kv_pos_offset, past_kv_pos_offset + x.shape[1])
         else:
-            from transformer_lens.utilities import get_offset_position_ids
+            from transformer_lens.utilities import get_offset_position_ids  # type: ignore[attr-defined]
 
             at = get_offset_position_ids(past_kv_pos_offset, attention_mask)
         positions.put(at)

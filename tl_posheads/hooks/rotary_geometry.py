@@ -14,7 +14,7 @@ from tl_posheads.rotary.geometry import LayerGeometry
 _SHORT = 64  # tokens that tell frequencies which don't depend on the length
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RotaryGeometry:
     """Rotary geometry of every layer of a model, read from the live model.
 
@@ -63,6 +63,12 @@ class RotaryGeometry:
             )
         matters = own or any(change.length_matters for change in changes_of(model))
         return cls(name, measured, length if matters else None)
+
+    def __repr__(self) -> str:
+        pairs = max(layer.n_pairs for layer in self.layers)
+        of = f"{self.n_layers} layers of {self.n_heads} heads, {pairs} rotary pairs"
+        at = "" if self.length is None else f", at {self.length} tokens"
+        return f"RotaryGeometry({self.model_name}: {of}{at})"
 
     def __getitem__(self, layer: int) -> LayerGeometry:
         return self.layers[layer]

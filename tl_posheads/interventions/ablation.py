@@ -33,7 +33,7 @@ from tl_posheads.hooks.model import (
 from tl_posheads.hooks.positions import TextPositions
 
 Mode = Literal["zero", "mean", "resample"]
-ChosenPositions = slice | Sequence[int] | Int[Tensor, "n"] | None
+ChosenPositions = slice | Sequence[int] | Int[Tensor, " n"] | None
 MODES = ("zero", "mean", "resample")
 
 
@@ -42,7 +42,7 @@ def ablation_hooks(
     heads: Heads,
     mode: Mode = "zero",
     *,
-    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
+    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]] | None = None,
     per_position: bool = False,
     positions: ChosenPositions = None,
     on: Literal["z", "pattern"] = "z",
@@ -68,7 +68,8 @@ def ablation_hooks(
         seed: of the choice of texts in ``"resample"``.
 
     Returns:
-        Pairs of a hook point's name and a hook. They depend on each other; use all or none.
+        Pairs of a hook point's name and a hook. They depend on each other; use all or none. At one
+        hook point the last of a list of hooks stands, as :func:`ablate` says.
 
     Memory: ``head * d_head`` numbers, times the reference's positions with ``per_position`` and
     once more times its texts with ``"resample"``.
@@ -126,7 +127,7 @@ def ablate(
     heads: Heads,
     mode: Mode = "zero",
     *,
-    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
+    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]] | None = None,
     per_position: bool = False,
     positions: ChosenPositions = None,
     on: Literal["z", "pattern"] = "z",
@@ -135,10 +136,15 @@ def ablate(
     """Inside, ``heads`` are ablated in everything that the model does.
 
     Forward passes, ``generate`` with a KV cache, ``run_with_cache``, ``transformer_lens.patching``,
-    ``head_detector`` and hooks of one's own all see the ablated model. Hooks that are added inside
-    come after the ablation: a cache holds the replaced values, and a patch of an ablated head has
-    the last word. On leaving, whatever was raised, no hook is left and the weights were never
-    touched.
+    ``head_detector`` and hooks of one's own all see the ablated model. On leaving, whatever was
+    raised, no hook is left and the weights were never touched.
+
+    Hooks of one hook point run in the order in which they were added, and the last one's value
+    stands. An activation that is patched into ``hook_z`` inside therefore restores an ablated head,
+    a cache holds the replaced values, and of two ablations of a head the inner one stands (its
+    reference is run under the outer one). Entered inside ``model.hooks(...)``, the ablation
+    replaces what those hooks patched. What is done to an ablated head's queries or pattern has no
+    effect: ``hook_z`` comes after them.
 
     Arguments, memory and errors are those of :func:`ablation_hooks`.
 
@@ -167,7 +173,7 @@ def ablate(
 def reference_z(
     model: LensModel,
     layers: dict[int, list[int]],
-    documents: Sequence[Int[Tensor, "pos"]],
+    documents: Sequence[Int[Tensor, " pos"]],
     mode: Mode,
     per_position: bool = False,
 ) -> dict[int, Tensor | None]:
@@ -257,7 +263,7 @@ def replacing(
     return hook
 
 
-def chosen_text(n_docs: int, n_rows: int, seed: int) -> Int[Tensor, "row"]:
+def chosen_text(n_docs: int, n_rows: int, seed: int) -> Int[Tensor, " row"]:
     order = torch.randperm(n_docs, generator=torch.Generator().manual_seed(seed))
     return order[torch.arange(n_rows) % n_docs]
 

@@ -151,8 +151,8 @@ class HeadPatching(Result):
 
 def patch_heads(
     model: LensModel,
-    clean: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
-    corrupted: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
+    clean: Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | Sequence[Int[Tensor, " pos"]],
+    corrupted: Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | Sequence[Int[Tensor, " pos"]],
     metric: Metric,
     heads: Heads | None = None,
     *,

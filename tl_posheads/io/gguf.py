@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -66,11 +67,9 @@ def converted(gguf: Path) -> Path:
     """
     try:
         with gguf.open("rb") as file:
-            digest = (
-                hashlib.file_digest(file, "sha256")
-                if sys.version_info >= (3, 11)
-                else (hashlib.sha256(file.read()))
-            )
+            digest = hashlib.sha256()
+            while block := file.read(1 << 24):
+                digest.update(block)
     except OSError as error:
         raise PosheadsError(f"{gguf} can't be read ({error.strerror}); check the path") from None
     made_by = f"{_CONVERSION}-transformers-{version('transformers')}"
@@ -99,6 +98,12 @@ def converted(gguf: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def name_in(folder: Path) -> str | None:
+    """``general.name`` of the GGUF file that :func:`converted` made the folder of."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("_model_name_or_path")  # as transformers calls it
 
 
 def _unwritable(folder: Path, error: OSError) -> PosheadsError:

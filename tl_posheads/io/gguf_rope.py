@@ -70,15 +70,15 @@ class FileRope:
     context: int
     original: int
     yarn: tuple[float, float, float] | None
-    short: Float[np.ndarray, "pair"]
-    long: Float[np.ndarray, "pair"]
+    short: Float[np.ndarray, " pair"]
+    long: Float[np.ndarray, " pair"]
     scale: float
     window: int | None
     windowed: list[bool] | None
     attention: dict[str, float]
 
     @property
-    def inv_freq(self) -> Float[np.ndarray, "pair"]:
+    def inv_freq(self) -> Float[np.ndarray, " pair"]:
         """Radians a token of each pair, in texts of up to ``original`` tokens."""
         own = _frequencies(self.theta, self.rotary_dim)
         if self.yarn is None:
@@ -273,7 +273,7 @@ def _require_understood(said: _Said) -> None:
 
 def _divisors(
     said: _Said, kind: str, factor: float, n_pairs: int
-) -> tuple[Float[np.ndarray, "pair"], Float[np.ndarray, "pair"]]:
+) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
     """What frequencies are divided by, within the original context and beyond."""
     from gguf.quants import dequantize
 
@@ -320,10 +320,10 @@ def _attention(said: _Said, d_head: int, heads: int) -> dict[str, float]:
     return found
 
 
-def _frequencies(theta: float, rotary_dim: int) -> Float[np.ndarray, "pair"]:
+def _frequencies(theta: float, rotary_dim: int) -> Float[np.ndarray, " pair"]:
     return np.asarray(theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim))
 
 
-def _few(values: Float[np.ndarray, "pair"]) -> str:
+def _few(values: Float[np.ndarray, " pair"]) -> str:
     shown = ", ".join(f"{x:.3g}" for x in (*values[:2], *values[-1:]))
     return f"{len(values)} pairs ({shown})"

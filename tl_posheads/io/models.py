@@ -18,7 +18,9 @@ from unittest import mock
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.lengths import declared_length
-from tl_posheads.io.gguf import converted, first_line, quiet, require_complete
+from tl_posheads.hooks.logprobs import settle_cache
+from tl_posheads.hooks.model import name_of
+from tl_posheads.io.gguf import converted, first_line, name_in, quiet, require_complete
 
 # registry name -> (package that ships it, file inside, how to get it)
 REGISTRY = {
@@ -69,7 +71,9 @@ def load_model(
         revision: of a hub id: a branch, tag or commit, like ``"step1000"`` of Pythia.
 
     Returns:
-        A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``.
+        A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``. Results call it
+        by ``cfg.model_name``: the registry name or hub id, ``general.name`` of a GGUF file, or the
+        folder's last part.
 
     Raises:
         PosheadsError: the name leads nowhere, the file is damaged or lacks weights, a GGUF file
@@ -101,8 +105,6 @@ def load_model(
             f"{'device' if device is not None else 'cls=' + repr(cls)}; only a TransformerBridge "
             "is spread over devices, and it says itself which"
         )
-    from tl_posheads.hooks.logprobs import settle_cache  # imports torch
-
     device, dtype = _device(device), _dtype(dtype)
     source, readable = _resolve(os.fspath(name_or_path))
     if revision is not None:
@@ -210,16 +212,17 @@ def _resolve(name: str) -> tuple[str, str]:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if (path / "config.json").is_file():
-            return str(path), path.resolve().name
+            return str(path), name_of(str(path))
         inside = sorted(path.glob("*.gguf"))
-        if len(inside) == 1:
-            return str(converted(inside[0])), inside[0].stem
-        raise PosheadsError(
-            f"the folder {name!r} has no config.json; expected what save_pretrained writes, or "
-            f"one GGUF file (it has {len(inside)})"
-        )
+        if len(inside) != 1:
+            raise PosheadsError(
+                f"the folder {name!r} has no config.json; expected what save_pretrained writes, or "
+                f"one GGUF file (it has {len(inside)})"
+            )
+        path = inside[0]
     if path.exists():
-        return str(converted(path)), path.stem
+        folder = converted(path)
+        return str(folder), name_of(name_in(folder) or path.stem)
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         raise PosheadsError(f"there is no file {name!r}; check the path")
     return name, name

@@ -6,8 +6,8 @@ take rotated queries and keys, as TransformerLens hooks give them, and the layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from einops import einsum, rearrange
@@ -15,31 +15,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
+from tl_posheads.rotary.layers import ModelGeometry, heads_in, is_one, layer_of
 from tl_posheads.rotary.precision import widened
+
+if TYPE_CHECKING:
+    from tl_posheads.rotary.geometry import LayerGeometry
 
 Scale = Literal["none", "attention"]
 """Contributions as ``q . k`` has them, or times the factor on the model's scores."""
 
 
-class PairGeometry(Protocol):
-    """The part of ``LayerGeometry`` that the mathematics needs."""
-
-    @property
-    def layout(self) -> Literal["half", "adjacent"]: ...
-    @property
-    def d_head(self) -> int: ...
-    @property
-    def rotary_dim(self) -> int: ...
-    @property
-    def inv_freq(self) -> Tensor: ...
-    @property
-    def attention_scale(self) -> float: ...
-    @property
-    def kv_head(self) -> tuple[int, ...]: ...
-
-
 def split_pairs(
-    x: Float[Tensor, "... d_head"], geometry: PairGeometry
+    x: Float[Tensor, "... d_head"], geometry: LayerGeometry
 ) -> tuple[Float[Tensor, "... pair"], Float[Tensor, "... pair"]]:
     """The two coordinates of every rotary pair, fastest pair first.
 
@@ -64,7 +51,7 @@ def join_pairs(
     first: Float[Tensor, "... pair"],
     second: Float[Tensor, "... pair"],
     rest: Float[Tensor, "... rest"],
-    geometry: PairGeometry,
+    geometry: LayerGeometry,
 ) -> Float[Tensor, "... d_head"]:
     """The inverse of :func:`split_pairs`, with the unrotated coordinates put back behind."""
     pattern = "two ... pair -> ... (two pair)"
@@ -76,7 +63,7 @@ def join_pairs(
 def rotate_by(
     x: Float[Tensor, "... pos head d_head"],
     steps: Int[Tensor, "*batch pos"],
-    geometry: PairGeometry,
+    geometry: LayerGeometry,
 ) -> Float[Tensor, "... pos head d_head"]:
     """Turn every pair ``m`` by ``steps * theta_m``: move rotated vectors to other positions.
 
@@ -91,7 +78,7 @@ def turn(
     x: Float[Tensor, "... d_head"],
     cos: Float[Tensor, "... pair"],
     sin: Float[Tensor, "... pair"],
-    geometry: PairGeometry,
+    geometry: LayerGeometry,
 ) -> Float[Tensor, "... d_head"]:
     """Multiply every pair, read as a complex number, by ``cos + i sin``.
 
@@ -106,7 +93,7 @@ def turn(
     return turned.to(x.dtype)
 
 
-def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: PairGeometry) -> Tensor:
+def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: LayerGeometry) -> Tensor:
     """One key per query head, whichever way grouped-query attention shares them."""
     n_heads, n_kv = len(geometry.kv_head), max(geometry.kv_head) + 1
     if rot_q.shape[-2] != n_heads or rot_k.shape[-2] != n_kv:
@@ -129,7 +116,7 @@ def check_scale(scale: object) -> None:
         raise PosheadsError(f"scale={scale!r} was given; expected 'none' or 'attention'")
 
 
-def scale_factor(scale: Scale, geometry: PairGeometry) -> float:
+def scale_factor(scale: Scale, geometry: LayerGeometry) -> float:
     """What contributions are multiplied by: nothing, or the model's own factor on scores."""
     check_scale(scale)
     return geometry.attention_scale if scale == "attention" else 1.0
@@ -138,21 +125,33 @@ def scale_factor(scale: Scale, geometry: PairGeometry) -> float:
 def dimension_contributions(
     rot_q: Float[Tensor, "*batch q_pos head d_head"],
     rot_k: Float[Tensor, "*batch k_pos kv_head d_head"],
-    geometry: PairGeometry,
+    geometry: LayerGeometry | ModelGeometry,
     *,
+    layer: int | None = None,
+    head: int | Sequence[int] | None = None,
     scale: Scale = "none",
-) -> Float[Tensor, "*batch head q_pos k_pos pair"]:
+) -> Float[Tensor, "... q_pos k_pos pair"]:
     """What every rotary pair adds to every query-key product: ``c_m(i, j)``.
 
     The Hadamard product of rotated query and rotated key, summed over the pair's two coordinates
     (Hong et al. 2024, section 3). Summed over pairs, plus :func:`unrotated_contribution`, it is
     the head's ``q . k``; with ``scale="attention"`` it is that times the model's own factor.
 
-    The result is whole: ``head * q_pos * k_pos * pair`` floats. It is meant for looking at some
-    positions; pass a slice of the queries for long texts. Scoring never builds it.
+    Args:
+        rot_q, rot_k: of all heads of a layer.
+        geometry: of the layer, or a :class:`~tl_posheads.RotaryGeometry` with ``layer``.
+        layer: whose queries and keys these are.
+        head: the only one wanted, or a list of them; None is all.
+        scale: ``"attention"`` multiplies by the model's own factor on scores.
+
+    Returns:
+        ``[*batch, head, q_pos, k_pos, pair]``, without the axis ``head`` where one number is given:
+        that many floats. Meant for looking at some positions; pass a slice of the queries for
+        long texts. Scoring never builds it.
 
     Raises:
-        PosheadsError: shapes that don't belong to the geometry, or an unknown ``scale``.
+        PosheadsError: shapes that don't belong to the geometry, a layer or head that isn't there,
+            an unknown ``scale``.
 
     Example:
         >>> import torch
@@ -164,26 +163,45 @@ def dimension_contributions(
         torch.Size([1, 1, 7, 7, 2])
         >>> torch.allclose(c.sum(-1)[0, 0], q[0, :, 0] @ k[0, :, 0].T, atol=1e-5)
         True
+        >>> geometry = RotaryGeometry.from_model(model)                 # doctest: +SKIP
+        >>> dimension_contributions(q, k, geometry, layer=6, head=6)    # doctest: +SKIP
     """
-    factor = scale_factor(scale, geometry)
-    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
+    one = layer_of(geometry, layer)
+    factor = scale_factor(scale, one)
+    q, k = _queries_and_keys(rot_q, rot_k, one, head)
     axes = "... q_pos head pair, ... k_pos head pair -> ... head q_pos k_pos pair"
-    q1, q2 = split_pairs(rot_q, geometry)
-    k1, k2 = split_pairs(keys, geometry)
-    contributions = einsum(q1, k1, axes) + einsum(q2, k2, axes)
-    return contributions * factor
+    q1, q2 = split_pairs(q, one)
+    k1, k2 = split_pairs(k, one)
+    contributions = (einsum(q1, k1, axes) + einsum(q2, k2, axes)) * factor
+    return contributions.squeeze(-4) if is_one(head) else contributions
 
 
 def unrotated_contribution(
     rot_q: Float[Tensor, "*batch q_pos head d_head"],
     rot_k: Float[Tensor, "*batch k_pos kv_head d_head"],
-    geometry: PairGeometry,
-) -> Float[Tensor, "*batch head q_pos k_pos"]:
-    """The part of ``q . k`` that comes from coordinates RoPE leaves alone (partial rotary)."""
-    rot_q, keys = widened(rot_q), widened(expand_keys(rot_k, rot_q, geometry))
-    rest = slice(geometry.rotary_dim, None)
+    geometry: LayerGeometry | ModelGeometry,
+    *,
+    layer: int | None = None,
+    head: int | Sequence[int] | None = None,
+) -> Float[Tensor, "... q_pos k_pos"]:
+    """The part of ``q . k`` that comes from coordinates RoPE leaves alone (partial rotary).
+
+    Arguments, shape (without ``pair``) and errors are those of :func:`dimension_contributions`.
+    """
+    one = layer_of(geometry, layer)
+    q, k = _queries_and_keys(rot_q, rot_k, one, head)
+    rest = slice(one.rotary_dim, None)
     axes = "... q_pos head rest, ... k_pos head rest -> ... head q_pos k_pos"
-    return einsum(rot_q[..., rest], keys[..., rest], axes)
+    product = einsum(q[..., rest], k[..., rest], axes)
+    return product.squeeze(-3) if is_one(head) else product
+
+
+def _queries_and_keys(
+    rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, head: int | Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Queries of the heads that are asked for, and one key for each, in float32 at least."""
+    heads, keys = heads_in(geometry, head), expand_keys(rot_k, rot_q, geometry)
+    return widened(rot_q[..., heads, :]), widened(keys[..., heads, :])
 
 
 def dominant_dimension(
@@ -224,7 +242,7 @@ class PairVectors:
         self,
         rot_q: Float[Tensor, "q_pos head d_head"],
         rot_k: Float[Tensor, "k_pos kv_head d_head"],
-        geometry: PairGeometry,
+        geometry: LayerGeometry,
         *,
         scale: Scale = "none",
         precision: torch.dtype = torch.float32,
@@ -241,7 +259,7 @@ class PairVectors:
         self.n_pairs, self.n_heads = self.q.shape[1], self.q.shape[2]
 
     def dominant_rows(
-        self, rows: Int[Tensor, "rows"], keys: slice
+        self, rows: Int[Tensor, " rows"], keys: slice
     ) -> Float[Tensor, "head rows keys"]:
         """D of the queries at ``rows`` against a stretch of keys; float64."""
         contribution, peak = self._rows(rows, keys)
@@ -256,7 +274,7 @@ class PairVectors:
         return moment.div_(total)
 
     def weight_rows(
-        self, rows: Int[Tensor, "rows"], keys: slice
+        self, rows: Int[Tensor, " rows"], keys: slice
     ) -> Iterator[Float[Tensor, "head rows keys"]]:
         """The softmax weight of one pair after the other, ``m`` ascending; float32."""
         contribution, peak = self._rows(rows, keys)
@@ -267,7 +285,7 @@ class PairVectors:
             yield contribution(m).sub_(peak).exp_().div_(total)
 
     def weight_of(
-        self, rows: Int[Tensor, "rows"], keys: slice, pairs: Collection[int]
+        self, rows: Int[Tensor, " rows"], keys: slice, pairs: Collection[int]
     ) -> Float[Tensor, "head rows keys"]:
         """The softmax weight of some pairs together; float32."""
         contribution, peak = self._rows(rows, keys)
@@ -279,7 +297,7 @@ class PairVectors:
                 part += share
         return part.div_(total)
 
-    def contribution(self, rows: Int[Tensor, "rows"], keys: slice) -> Callable[[int], Tensor]:
+    def contribution(self, rows: Int[Tensor, " rows"], keys: slice) -> Callable[[int], Tensor]:
         """``m`` to the contributions of pair ``m``, ``[head, rows, keys]``, a new array."""
         q, k = self.q[..., rows, None], self.k[..., None, keys]
         return lambda m: torch.mul(q[0, m], k[0, m]).addcmul_(q[1, m], k[1, m])
@@ -293,7 +311,7 @@ class PairVectors:
 
 
 def rows_of(
-    vectors: PairVectors, rows: Int[Tensor, "row"], window: int | None
+    vectors: PairVectors, rows: Int[Tensor, " row"], window: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """D of the queries at ``rows``, ascending, and all keys before them, half a million at a time.
 
@@ -316,7 +334,7 @@ def rows_of(
         yield vectors.dominant_rows(some, keys), distance, valid, some[:, None].expand(valid.shape)
 
 
-def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, "row"]:
+def evenly(n_pos: int, n: int, device: torch.device) -> Int[Tensor, " row"]:
     """Up to ``n`` query positions with at least one key before them, the last one included."""
     if n_pos - 1 <= n:
         return torch.arange(1, n_pos, device=device)

@@ -13,7 +13,7 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.rotary.remapping import Remapping
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerGeometry:
     """Rotary geometry of one attention layer.
 
@@ -37,6 +37,9 @@ class LayerGeometry:
     Example:
         >>> import torch
         >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]), n_heads=4, n_kv_heads=2)
+        >>> g
+        LayerGeometry(layer=0, n_heads=4, n_kv_heads=2, d_head=4, n_pairs=2, layout='half',
+        window=None)
         >>> g.kv_head, g.rotary_dim, g.wavelengths.round().tolist()
         ((0, 0, 1, 1), 4, [6.0, 63.0])
     """
@@ -45,7 +48,7 @@ class LayerGeometry:
     layout: Literal["half", "adjacent"]
     d_head: int
     rotary_dim: int
-    inv_freq: Float[Tensor, "pair"]
+    inv_freq: Float[Tensor, " pair"]
     rotation_scale: float
     attention_scale: float
     softcap: float | None
@@ -57,7 +60,7 @@ class LayerGeometry:
     @classmethod
     def from_inv_freq(
         cls,
-        inv_freq: Float[Tensor, "pair"],
+        inv_freq: Float[Tensor, " pair"],
         n_heads: int = 1,
         *,
         n_kv_heads: int | None = None,
@@ -95,6 +98,10 @@ class LayerGeometry:
             kv_head=share_keys(n_heads, n_kv),
         )
 
+    def __repr__(self) -> str:
+        shown = ("layer", "n_heads", "n_kv_heads", "d_head", "n_pairs", "layout", "window")
+        return f"LayerGeometry({', '.join(f'{x}={getattr(self, x)!r}' for x in shown)})"
+
     def after(self, first: int) -> LayerGeometry:
         """The geometry of texts whose first positions were cut off."""
         if self.remapping is None or not first:
@@ -114,7 +121,7 @@ class LayerGeometry:
         return max(self.kv_head) + 1
 
     @property
-    def wavelengths(self) -> Float[Tensor, "pair"]:
+    def wavelengths(self) -> Float[Tensor, " pair"]:
         """Tokens per full turn of each pair."""
         return 2 * math.pi / self.inv_freq
 

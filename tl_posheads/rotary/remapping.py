@@ -67,7 +67,7 @@ class Remapping:
         return replace(self, first=self.first + first)
 
     def distances(
-        self, q_pos: Int[Tensor, "n"], k_pos: Int[Tensor, "n"], n_heads: int
+        self, q_pos: Int[Tensor, " n"], k_pos: Int[Tensor, " n"], n_heads: int
     ) -> tuple[Float[Tensor, "n head pair"], Float[Tensor, "n head pair"] | None]:
         """How far apart, in tokens, queries and keys meet that stand at these positions.
 
@@ -284,7 +284,7 @@ class RemappedVectors(PairVectors):
         self.remapping, self.regions, self.q = remapping, regions, regions[0].q
         self.n_pairs, self.n_heads = regions[0].n_pairs, regions[0].n_heads
 
-    def contribution(self, rows: Int[Tensor, "rows"], keys: slice) -> Callable[[int], Tensor]:
+    def contribution(self, rows: Int[Tensor, " rows"], keys: slice) -> Callable[[int], Tensor]:
         first = self.remapping.first
         k_pos = torch.arange(keys.start, keys.stop, keys.step or 1, device=rows.device)
         number = self.remapping.region(rows[:, None] + first, k_pos + first)

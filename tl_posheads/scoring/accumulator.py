@@ -15,7 +15,8 @@ from tl_posheads.hooks.inputs import require_finite, token_run
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import Scale
 from tl_posheads.rotary.geometry import LayerGeometry
-from tl_posheads.scoring.draws import DocumentDraws, Settings, Weighting, measure
+from tl_posheads.scoring.all_pairs import Weighting
+from tl_posheads.scoring.draws import DocumentDraws, Settings, measure
 
 if TYPE_CHECKING:
     from tl_posheads.scoring.head_scores import HeadScores
@@ -40,7 +41,7 @@ class ScoreAccumulator:
     Args:
         geometry: of the model.
         layers: those to measure (all that have RoPE).
-        pairs: a number to draw in every document, or ``"all"``. 5,000 keep the error of drawing
+        qk_pairs: a number to draw in every document, or ``"all"``. 5,000 keep the error of drawing
             under 0.005 in the mean over 16 documents.
         weighting, scale, skip_first, seed: as in ``score_heads``.
 
@@ -61,14 +62,14 @@ class ScoreAccumulator:
         geometry: RotaryGeometry,
         *,
         layers: Sequence[int] | None = None,
-        pairs: int | Literal["all"] = 5000,
+        qk_pairs: int | Literal["all"] = 5000,
         weighting: Weighting = "pair",
         scale: Scale = "none",
         skip_first: int = 0,
         seed: int = 0,
     ) -> None:
         settings = Settings.of(
-            pairs, 16, weighting=weighting, scale=scale, skip_first=skip_first, seed=seed
+            qk_pairs, 16, weighting=weighting, scale=scale, skip_first=skip_first, seed=seed
         )
         self._begin(geometry, range(geometry.n_layers) if layers is None else layers, settings)
 

@@ -34,7 +34,7 @@ def spearman_of_all(
     *,
     scale: Scale,
     weighting: Weighting,
-) -> Float[Tensor, "head"]:
+) -> Float[Tensor, " head"]:
     """Spearman's rho over all pairs that attention sees, exactly, in bounded memory.
 
     As many heads at a time as 17 million values of D hold. A head that has more by itself (texts

@@ -52,6 +52,8 @@ def dominant_from_cache(
             "`with tl_posheads.rotary_hook_points(model):`, and let names_filter keep it"
         )
     rot_q, rot_k = (cache[name] for name in names)
-    geometry = RotaryGeometry.from_model(model, length=rot_q.shape[1], layers=[layer])[layer]
-    maps = [dominant_map(q, k, geometry, [head], scale) for q, k in zip(rot_q, rot_k, strict=True)]
-    return torch.cat(maps)
+    geometry = RotaryGeometry.from_model(model, length=rot_q.shape[1], layers=[layer])
+    texts = zip(rot_q, rot_k, strict=True)
+    return torch.stack(
+        [dominant_map(q, k, geometry, layer=layer, head=head, scale=scale) for q, k in texts]
+    )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.rotary.contributions import Scale
+from tl_posheads.scoring.all_pairs import Weighting
 from tl_posheads.scoring.distributed.job import Job
-from tl_posheads.scoring.draws import Weighting
 from tl_posheads.scoring.head_scores import HeadScores
 
 Engine = Literal["local", "ray", "torchrun"]
@@ -25,7 +25,7 @@ def score_corpus(
     n_docs: int = 16,
     length: int = 1024,
     layers: Sequence[int] | None = None,
-    pairs: Literal["auto", "all"] | int = "auto",
+    qk_pairs: Literal["auto", "all"] | int = "auto",
     weighting: Weighting = "pair",
     scale: Scale = "none",
     target_se: float = 0.005,
@@ -49,7 +49,7 @@ def score_corpus(
             workers' documents are done again; ``"torchrun"``, in a script that torchrun or SLURM
             starts in several processes, in each of which it returns the same.
         n_docs, length: documents to take, and their tokens.
-        layers, pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
+        layers, qk_pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
         workers: actors of Ray, each with a model of its own.
         ray_options: of each actor, like ``{"num_gpus": 1}``; one CPU each by default.
         checkpoint: folder that keeps every finished document, on a disk that all workers reach.
@@ -84,7 +84,7 @@ def score_corpus(
         n_docs,
         length,
         layers,
-        pairs,
+        qk_pairs,
         weighting,
         scale,
         target_se,

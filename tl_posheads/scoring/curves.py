@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
-from tl_posheads.hooks.heads import Heads, as_heads
+from tl_posheads.hooks.heads import Head, Heads, as_heads
 from tl_posheads.hooks.inputs import documents_of, layers_of
 from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -26,6 +26,9 @@ from tl_posheads.rotary.contributions import Scale, check_scale, evenly, rows_of
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.remapping import pair_vectors
 from tl_posheads.scoring.score import geometry_by_length
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 
@@ -37,7 +40,7 @@ class DominantDimensionCurve(Result):
     Attributes:
         heads: ``(layer, head)`` of each.
         distance: token distances, from 1.
-        n_pairs: query-key pairs at each distance; 0 beyond a head's sliding window.
+        n_qk_pairs: query-key pairs at each distance; 0 beyond a head's sliding window.
         mean: mean dominant dimension, NaN where there is no pair.
         quantiles: of the dominant dimension, at ``levels``; exact to 1/16 of a dimension.
         levels: the quantiles' levels.
@@ -48,8 +51,8 @@ class DominantDimensionCurve(Result):
     """
 
     heads: Annotated[list[tuple[int, int]], "head"]
-    distance: Int[Tensor, "distance"]
-    n_pairs: Int[Tensor, "head distance"]
+    distance: Int[Tensor, " distance"]
+    n_qk_pairs: Int[Tensor, "head distance"]
     mean: Float[Tensor, "head distance"]
     quantiles: Float[Tensor, "head level distance"]
     levels: Annotated[tuple[float, ...], "level"]
@@ -57,13 +60,13 @@ class DominantDimensionCurve(Result):
     wavelengths: Float[Tensor, "head pair"]
     scale: Scale = "none"
 
-    _files = Files("curve", "curves", "make them again", version=2)
+    _files = Files("curve", "curves", "make them again", version=3)
 
     def _check(self) -> None:
         if not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"quantiles at {self.levels}")
         ascends = bool((self.distance.diff() > 0).all()) and bool((self.distance > 0).all())
-        if not self.heads or not ascends or bool((self.n_pairs < 0).any()):
+        if not self.heads or not ascends or bool((self.n_qk_pairs < 0).any()):
             raise ValueError("no heads, distances that don't ascend from 1, or less than no pair")
 
     def _about(self) -> str:
@@ -77,52 +80,55 @@ class DominantDimensionCurve(Result):
             for (layer, head), mean in zip(self.heads[:2], self.mean, strict=False)
         ]
 
-    def plot(self, *, trained: int | None = None) -> Any:
+    def plot(self, *, trained: int | None = None, ax: Axes | None = None) -> Any:
         """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
 
         Args:
             trained: training length, marked by an upright line.
+            ax: axes to draw into; they are then what is returned.
         """
         from tl_posheads.figures.curves import curve_figure
 
-        return curve_figure(self.to_pandas(), trained)
+        return curve_figure(self.to_pandas(), trained, ax=ax)
 
     def plot_allocation(
-        self, head: tuple[int, int] | None = None, *, trained: int | None = None
+        self, head: Head | str | None = None, *, trained: int | None = None, ax: Axes | None = None
     ) -> Any:
         """Weight of every rotary pair by distance, wavelengths on the right axis.
 
         Args:
-            head: one of :attr:`heads`; the first by default.
+            head: one of :attr:`heads`, ``(6, 6)`` or ``"L6H6"``; the first by default.
             trained: training length, marked by an upright line.
+            ax: axes to draw into; they are then what is returned.
 
         Raises:
             PosheadsError: a head that the curve hasn't.
         """
         from tl_posheads.figures.curves import allocation_figure
 
-        place = self.heads[0] if head is None else tuple(head)
+        place = self.heads[0] if head is None else as_heads(head)[0]
         if place not in self.heads:
             raise PosheadsError(f"head={head!r} was given; the curve has {self.heads}")
         i = self.heads.index(place)
         return allocation_figure(
             self.allocation[i].numpy(),
             self.distance.double().numpy(),
-            self.n_pairs[i].double().numpy(),
+            self.n_qk_pairs[i].double().numpy(),
             self.wavelengths[i].numpy(),
             head=place,
             trained=trained,
+            ax=ax,
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """Long form: layer, head, distance, n_pairs, mean and a column per quantile."""
+        """Long form: layer, head, distance, n_qk_pairs, mean and a column per quantile."""
         frames = []
         for i, (layer, head) in enumerate(self.heads):
             columns: dict[str, Any] = {
                 "layer": layer,
                 "head": head,
                 "distance": self.distance.numpy(),
-                "n_pairs": self.n_pairs[i].numpy(),
+                "n_qk_pairs": self.n_qk_pairs[i].numpy(),
                 "mean": self.mean[i].numpy(),
             }
             for q, level in enumerate(self.levels):
@@ -150,7 +156,7 @@ def sum_by_distance(block: Float[Tensor, "head row key"]) -> Float[Tensor, "head
 
 def dominant_dimension_curve(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     heads: Heads,
     scale: Scale = "none",
@@ -226,7 +232,7 @@ def mean_by_distance(
     *,
     n_queries: int | None = None,
     scale: Scale = "none",
-) -> tuple[Float[Tensor, "head distance"], Int[Tensor, "distance"]]:
+) -> tuple[Float[Tensor, "head distance"], Int[Tensor, " distance"]]:
     """Mean dominant dimension of some heads of one text at distances from 1.
 
     Args:
@@ -245,14 +251,14 @@ def mean_by_distance(
     Example:
         >>> import torch
         >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]))
-        >>> mean, n_pairs = mean_by_distance(torch.zeros(4, 1, 4), torch.zeros(4, 1, 4), g, [0])
-        >>> mean.tolist(), n_pairs.tolist()
+        >>> mean, n_qk_pairs = mean_by_distance(torch.zeros(4, 1, 4), torch.zeros(4, 1, 4), g, [0])
+        >>> mean.tolist(), n_qk_pairs.tolist()
         ([[0.5, 0.5, 0.5]], [3, 2, 1])
     """
-    mean, _, n_pairs = curves_by_distance(
+    mean, _, n_qk_pairs = curves_by_distance(
         rot_q, rot_k, geometry, heads, (), n_queries=n_queries, scale=scale
     )
-    return mean, n_pairs
+    return mean, n_qk_pairs
 
 
 def curves_by_distance(
@@ -264,7 +270,9 @@ def curves_by_distance(
     *,
     n_queries: int | None = None,
     scale: Scale = "none",
-) -> tuple[Float[Tensor, "head distance"], Float[Tensor, "head distance"], Int[Tensor, "distance"]]:
+) -> tuple[
+    Float[Tensor, "head distance"], Float[Tensor, "head distance"], Int[Tensor, " distance"]
+]:
     """:func:`mean_by_distance`, and beside it the mean softmax weight of some pairs together.
 
     Args:
@@ -298,10 +306,10 @@ def curves_by_distance(
             keys = slice(first, first + distance.shape[1])
             weight = vectors.weight_of(query[:, 0], keys, pairs)
             total[1].index_add_(1, apart, weight[:, valid].double())
-    n_pairs = count[1:].cpu()
-    over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
+    n_qk_pairs = count[1:].cpu()
+    over = n_qk_pairs.double().masked_fill(n_qk_pairs == 0, float("nan"))
     mean, weight = total[:, :, 1:].cpu() / over
-    return mean, weight if pairs else torch.full_like(weight, float("nan")), n_pairs
+    return mean, weight if pairs else torch.full_like(weight, float("nan")), n_qk_pairs
 
 
 class _HeadSums:
@@ -309,7 +317,7 @@ class _HeadSums:
 
     def __init__(self, n_pos: int, n_pairs: int) -> None:
         n_bins = (n_pairs - 1) * _BINS_PER_DIMENSION + 1
-        self.n_pairs = torch.zeros(n_pos, dtype=torch.long)
+        self.n_qk_pairs = torch.zeros(n_pos, dtype=torch.long)
         self.mean = torch.zeros(n_pos, dtype=torch.float64)
         self.weights = torch.zeros(n_pairs, n_pos, dtype=torch.float64)
         self.histogram = torch.zeros(n_bins, n_pos, dtype=torch.long)
@@ -346,7 +354,7 @@ def _add_document(
         bins = (dominant[:, valid] * _BINS_PER_DIMENSION).round().long()
         apart = distance[valid]
         for i, one in enumerate(sums):
-            one.n_pairs[at] += count
+            one.n_qk_pairs[at] += count
             one.mean[at] += by_distance[i]
             one.weights[:, at] += weights[i]
             n_bins = one.histogram.shape[0]
@@ -362,12 +370,12 @@ def _curve(
     levels: Sequence[float],
     scale: Scale,
 ) -> DominantDimensionCurve:
-    n_pairs = torch.stack([one.n_pairs[1:] for one in sums])
-    over = n_pairs.double().masked_fill(n_pairs == 0, float("nan"))
+    n_qk_pairs = torch.stack([one.n_qk_pairs[1:] for one in sums])
+    over = n_qk_pairs.double().masked_fill(n_qk_pairs == 0, float("nan"))
     return DominantDimensionCurve(
         heads=heads,
-        distance=torch.arange(1, len(sums[0].n_pairs)),
-        n_pairs=n_pairs,
+        distance=torch.arange(1, len(sums[0].n_qk_pairs)),
+        n_qk_pairs=n_qk_pairs,
         mean=torch.stack([one.mean[1:] for one in sums]) / over,
         quantiles=torch.stack([_quantiles(one.histogram[:, 1:], levels) for one in sums]),
         levels=tuple(float(level) for level in levels),

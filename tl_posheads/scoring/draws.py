@@ -32,7 +32,7 @@ from tl_posheads.rotary.geometry import LayerGeometry, share_keys
 from tl_posheads.scoring.all_pairs import Weighting, n_visible, spearman_of_all
 from tl_posheads.statistics.ranks import correlation, draws_for, midranks
 
-MEASURES = ("rho", "rotation", "content", "d_near", "d_far", "n_pairs")
+MEASURES = ("rho", "rotation", "content", "d_near", "d_far", "n_qk_pairs")
 _OCTAVE_DRAWS = 256  # pairs of the nearest and of the farthest octave, each
 _CHUNK, _CHUNK_GPU = 1 << 18, 1 << 26  # contributions of drawn pairs at a time
 
@@ -61,7 +61,7 @@ class Settings:
     @classmethod
     def of(
         cls,
-        pairs: object,
+        qk_pairs: object,
         n_documents: int,
         *,
         target_se: float = 0.005,
@@ -73,7 +73,7 @@ class Settings:
         """From the arguments of ``score_heads``, checked.
 
         Raises:
-            PosheadsError: another ``pairs``, ``weighting`` or ``scale``; a ``target_se`` that is
+            PosheadsError: another ``qk_pairs``, ``weighting`` or ``scale``; a ``target_se`` that is
                 no number between 0 and 1; a ``seed`` that is no whole number from 0 on.
         """
         check_scale(scale)
@@ -91,24 +91,24 @@ class Settings:
                 "stay under, like 0.005"
             )
         draws = max(3, -(-draws_for(target_se) // n_documents))
-        if pairs not in ("auto", "all"):
-            if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 3:
+        if qk_pairs not in ("auto", "all"):
+            if isinstance(qk_pairs, bool) or not isinstance(qk_pairs, int) or qk_pairs < 3:
                 raise PosheadsError(
-                    f"pairs={pairs!r} was given; expected 'auto', 'all' or a number of pairs "
+                    f"qk_pairs={qk_pairs!r} was given; expected 'auto', 'all' or a number of pairs "
                     "(at least 3) to draw in every document"
                 )
-            draws = pairs
-        return cls(draws, pairs == "all", weighting, scale, skip_first, seed)
+            draws = qk_pairs
+        return cls(draws, qk_pairs == "all", weighting, scale, skip_first, seed)
 
 
-class Pairs(NamedTuple):
+class QKPairs(NamedTuple):
     """Query-key pairs of a text, the same for all heads: positions of queries and of keys."""
 
-    q_pos: Int[Tensor, "n"]
-    k_pos: Int[Tensor, "n"]
+    q_pos: Int[Tensor, " n"]
+    k_pos: Int[Tensor, " n"]
 
     @property
-    def distance(self) -> Int[Tensor, "n"]:
+    def distance(self) -> Int[Tensor, " n"]:
         return self.q_pos - self.k_pos
 
 
@@ -119,7 +119,7 @@ def draw_pairs(
     n: int,
     weighting: Weighting,
     generator: np.random.Generator,
-) -> tuple[Pairs, Float[Tensor, "n"] | None]:
+) -> tuple[QKPairs, Float[Tensor, " n"] | None]:
     """Pairs ``nearest`` to ``longest`` tokens apart, drawn with replacement; all if no more than n.
 
     Distances are drawn one from each of ``n`` equal shares of the pairs, so that what D does with
@@ -131,7 +131,7 @@ def draw_pairs(
     Example:
         >>> import numpy as np
         >>> draw_pairs(3, 1, 2, 9, "pair", np.random.default_rng(0))
-        (Pairs(q_pos=tensor([1, 2, 2]), k_pos=tensor([0, 1, 0])), None)
+        (QKPairs(q_pos=tensor([1, 2, 2]), k_pos=tensor([0, 1, 0])), None)
     """
     apart = np.arange(nearest, longest + 1)
     there = n_pos - apart  # pairs at each distance
@@ -149,7 +149,7 @@ def draw_pairs(
         q_pos = distance + (generator.random(n) * (n_pos - distance)).astype(np.int64)
         order = np.argsort(q_pos)  # neighbours in memory are read together
         q_pos, distance = q_pos[order], distance[order]
-    return Pairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance)), weights
+    return QKPairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance)), weights
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class Draw:
     """What is looked at in one document by all layers that see as far.
 
     Attributes:
-        pairs: those that rho is taken over; behind them pairs 1 or 2 tokens apart, and pairs of the
-            farthest octave.
+        qk_pairs: those that rho is taken over; behind them pairs 1 or 2 tokens apart, and pairs of
+            the farthest octave.
         sizes: how many of each.
         given: at whose positions the contents of each of the first are put.
         weights: of the first; None is 1 each.
@@ -167,34 +167,34 @@ class Draw:
             and of the distance given.
     """
 
-    pairs: Pairs
+    qk_pairs: QKPairs
     sizes: tuple[int, int, int]
-    given: Pairs
-    weights: Float[Tensor, "n"] | None
-    moved_weights: Float[Tensor, "n"] | None
+    given: QKPairs
+    weights: Float[Tensor, " n"] | None
+    moved_weights: Float[Tensor, " n"] | None
     ranks: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
     def of(
         cls,
-        pairs: Pairs,
+        pairs: QKPairs,
         weights: Tensor | None,
-        order: Int[Tensor, "n"],
-        near: Pairs,
-        far: Pairs,
+        order: Int[Tensor, " n"],
+        near: QKPairs,
+        far: QKPairs,
         device: torch.device,
     ) -> Draw:
         """From pairs, the order in which their positions are given, and both octaves' pairs."""
-        given = Pairs(*(x[order] for x in pairs))
+        given = QKPairs(*(x[order] for x in pairs))
         moved = None if weights is None else weights * weights[order]
         ranks = [
             midranks(x.distance, w) for x, w in ((pairs, weights), (pairs, moved), (given, moved))
         ]
-        read = Pairs(*(torch.cat(x).to(device) for x in zip(pairs, near, far, strict=True)))
+        read = QKPairs(*(torch.cat(x).to(device) for x in zip(pairs, near, far, strict=True)))
         sizes = (len(pairs.q_pos), len(near.q_pos), len(far.q_pos))
         weights, moved = (None if x is None else x.to(device) for x in (weights, moved))
         own, came, put = (x.to(device) for x in ranks)
-        given = Pairs(*(x.to(device) for x in given))
+        given = QKPairs(*(x.to(device) for x in given))
         return cls(read, sizes, given, weights, moved, (own, came, put))
 
 
@@ -247,9 +247,9 @@ def measure(
     settings = draws.settings
     draw = draws.within(geometry.window, rot_q.device)
     n, dominant, moved = draw.sizes[0], [], []
-    for chunk, product in products(rot_q, rot_k, geometry, draw.pairs, settings.scale):
+    for chunk, product in products(rot_q, rot_k, geometry, draw.qk_pairs, settings.scale):
         dominant.append(product.dominant())
-        there = Pairs(*(x[chunk] for x in draw.given))
+        there = QKPairs(*(x[chunk] for x in draw.given))
         moved.append(product.first(len(there.q_pos)).dominant(there))
     at_own, near, far = torch.cat(dominant).T.split(draw.sizes, 1)
     own, came, put = draw.ranks
@@ -276,14 +276,14 @@ class Product:
 
     real: Float[Tensor, "n head pair"]
     imag: Float[Tensor, "n head pair"]
-    pairs: Pairs
+    qk_pairs: QKPairs
     geometry: LayerGeometry
 
     def first(self, n: int) -> Product:
-        pairs = Pairs(self.pairs.q_pos[:n], self.pairs.k_pos[:n])
+        pairs = QKPairs(self.qk_pairs.q_pos[:n], self.qk_pairs.k_pos[:n])
         return Product(self.real[:n], self.imag[:n], pairs, self.geometry)
 
-    def dominant(self, at: Pairs | None = None) -> Float[Tensor, "n head"]:
+    def dominant(self, at: QKPairs | None = None) -> Float[Tensor, "n head"]:
         """D of the contents, at their own positions or put at others; float64."""
         contribution = self.contributions(at)
         weight = (contribution - contribution.amax(-1, keepdim=True)).exp_()
@@ -294,11 +294,11 @@ class Product:
         total, moment = (weight @ torch.stack([torch.ones_like(index), index], 1)).unbind(-1)
         return moment / total
 
-    def contributions(self, at: Pairs | None = None) -> Float[Tensor, "n head pair"]:
+    def contributions(self, at: QKPairs | None = None) -> Float[Tensor, "n head pair"]:
         """What the contents contribute at their own positions, or would at others."""
         if at is None and self.geometry.remapping is None:
             return self.real
-        distance, factor = distances_met(self.pairs if at is None else at, self.geometry)
+        distance, factor = distances_met(self.qk_pairs if at is None else at, self.geometry)
         return self.turned_to(distance, factor)
 
     def turned_to(
@@ -308,7 +308,7 @@ class Product:
 
         All axes may be 1.
         """
-        steps = distance - self.pairs.distance[:, None, None]
+        steps = distance - self.qk_pairs.distance[:, None, None]
         # In float64 up to here: thousands of turns leave float32 no digits.
         angle = torch.remainder(steps * self.geometry.inv_freq.to(steps.device), 2 * math.pi)
         angle = angle.to(self.real.dtype)
@@ -317,7 +317,7 @@ class Product:
 
 
 def distances_met(
-    pairs: Pairs, geometry: LayerGeometry
+    pairs: QKPairs, geometry: LayerGeometry
 ) -> tuple[Float[Tensor, "n head pair"], Float[Tensor, "n head pair"] | None]:
     """How far apart queries and keys meet, and the factor on their scores, both after remapping.
 
@@ -332,7 +332,7 @@ def products(
     rot_q: Float[Tensor, "pos head d_head"],
     rot_k: Float[Tensor, "pos kv_head d_head"],
     geometry: LayerGeometry,
-    pairs: Pairs,
+    pairs: QKPairs,
     scale: Scale,
 ) -> Iterator[tuple[slice, Product]]:
     """Products of the pairs, some at a time, and which of the pairs they are.
@@ -347,7 +347,7 @@ def products(
     neighbours = geometry.kv_head == share_keys(rot_q.shape[1], rot_k.shape[1])
     for start in range(0, len(pairs.q_pos), step):
         chunk = slice(start, start + step)
-        some = Pairs(*(x[chunk] for x in pairs))
+        some = QKPairs(*(x[chunk] for x in pairs))
         q, k = rot_q.index_select(0, some.q_pos), rot_k.index_select(0, some.k_pos)
         if neighbours:
             q, k = q.unflatten(1, (k.shape[1], -1)), k[:, :, None]

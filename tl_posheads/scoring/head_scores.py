@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head, as_heads, count_of
+from tl_posheads.hooks.heads import Head, Heads, as_heads, count_of
 from tl_posheads.io.result import Files, Result
 from tl_posheads.scoring.draws import MEASURES, Settings
 from tl_posheads.statistics.ranks import (
@@ -27,6 +27,8 @@ from tl_posheads.statistics.ranks import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 
 TESTED = ("rho", "rotation", "content")
@@ -86,8 +88,8 @@ class HeadScores(Result):
             raise ValueError("a document twice")
         if bool((self.values[:3].abs() > 1 + 1e-9).any()):
             raise ValueError("a correlation beyond 1")
-        n_pairs = self.by_document("n_pairs").nan_to_num(0.0)
-        if bool(self.values.isinf().any()) or not bool(((n_pairs >= 0) & (n_pairs < 2**53)).all()):
+        n = self.by_document("n_qk_pairs").nan_to_num(0.0)
+        if bool(self.values.isinf().any()) or not bool(((n >= 0) & (n < 2**53)).all()):
             raise ValueError("values that are not finite, or no number of query-key pairs")
 
     @classmethod
@@ -192,14 +194,14 @@ class HeadScores(Result):
         return len(self.document_names)
 
     @cached_property
-    def n_pairs(self) -> Int[Tensor, "layer head"]:
+    def n_qk_pairs(self) -> Int[Tensor, "layer head"]:
         """Query-key pairs that rho was ranked over, all documents together."""
-        return self.by_document("n_pairs").nan_to_num(0.0).sum(0).long()
+        return self.by_document("n_qk_pairs").nan_to_num(0.0).sum(0).long()
 
     @cached_property
     def documents(self) -> pd.DataFrame:
         """A row per document, layer and head, with everything measured there."""
-        scored = torch.nonzero(self.n_pairs > 0)
+        scored = torch.nonzero(self.n_qk_pairs > 0)
         layer, head = (scored[:, i].repeat(self.n_documents).numpy() for i in (0, 1))
         columns = {
             name: self.by_document(name)[:, scored[:, 0], scored[:, 1]].flatten().numpy()
@@ -214,7 +216,7 @@ class HeadScores(Result):
             }
         )
         table["interaction"] = table["rho"] - table["rotation"] - table["content"]
-        return table.astype({"n_pairs": "int64"})
+        return table.astype({"n_qk_pairs": "int64"})
 
     def _about(self) -> str:
         n, model = len(self._ranked()), self.provenance.get("model")
@@ -320,18 +322,23 @@ class HeadScores(Result):
         """Heads whose whole confidence interval lies above ``threshold``, best first."""
         return [place for place in self._ranked() if float(self.ci_low[place]) > threshold]
 
-    def plot(self) -> Any:
+    def plot(self, *, highlight: Heads | None = None, ax: Axes | None = None) -> Any:
         """Histogram of rho beside those of its parts, as a matplotlib figure.
 
+        Args:
+            highlight: heads to mark with their names: ``"L6H6"``, ``(6, 6)`` or a list.
+            ax: axes to draw into; they are then what is returned.
+
         Raises:
-            PosheadsError: no head has a score.
+            PosheadsError: no head has a score, or one of ``highlight`` has none.
         """
         from tl_posheads.figures.scores import score_figure
 
         if not self._ranked():
             raise PosheadsError("no head has a score; there is nothing to draw")
         table = HeadScores.to_pandas(self)  # EncodingScores' own has other columns
-        return score_figure(table, self.provenance.get("model", "the model"))
+        marked = () if highlight is None else as_heads(highlight)
+        return score_figure(table, self.provenance.get("model", "the model"), marked, ax=ax)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per head of the scored layers, in order of layer and head.
@@ -339,14 +346,14 @@ class HeadScores(Result):
         ``rho``, ``rotation`` and ``content`` come with interval, p-value and corrected p-value;
         those of the last two begin with their names, like ``rotation_p``.
         """
-        layer, head = torch.nonzero(self.n_pairs > 0).T
+        layer, head = torch.nonzero(self.n_qk_pairs > 0).T
         columns: dict[str, Any] = {"layer": layer.numpy(), "head": head.numpy()}
         for name in TESTED:
             test, prefix = self.test(name), "" if name == "rho" else f"{name}_"
             columns[name] = test.mean[layer, head].numpy()
             for part in ("ci_low", "ci_high", "p", "p_adjusted"):
                 columns[prefix + part] = getattr(test, part)[layer, head].numpy()
-        for name in ("interaction", "d_near", "d_far", "n_pairs"):
+        for name in ("interaction", "d_near", "d_far", "n_qk_pairs"):
             columns[name] = getattr(self, name)[layer, head].numpy()
         columns["n_documents"] = self.test().n[layer, head].numpy()
         columns["window"] = [self.windows[int(i)] for i in layer]

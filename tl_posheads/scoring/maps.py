@@ -31,6 +31,7 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.result import Files, Result
 from tl_posheads.rotary.contributions import Scale, check_scale, rows_of
 from tl_posheads.rotary.geometry import LayerGeometry
+from tl_posheads.rotary.layers import ModelGeometry, heads_in, is_one, layer_of
 from tl_posheads.rotary.remapping import pair_vectors
 
 
@@ -45,10 +46,11 @@ class HeadMaps(Result):
         step: positions a side that are one cell of the maps.
         pattern: attention from a cell's queries to a cell's keys, mean over the queries.
         dominant: mean dominant dimension of the cell's query-key pairs; NaN where there is none.
-        distance: mean distance that each position looks back, weighted by attention; a look at
-            itself is 0.
-        dimension: mean dominant dimension of those looks, itself left out; NaN at position 0.
-        q_pos: positions whose looks are kept token by token.
+        distance: mean distance of the tokens that each position attends to, weighted by attention;
+            its own is 0.
+        dimension: mean dominant dimension of its query with those keys, weighted alike, itself left
+            out; NaN at position 0.
+        q_pos: positions whose attention is kept token by token.
         row_pattern: their attention to every token.
         row_dominant: dominant dimension of those query-key pairs; NaN where there is none.
         n_pairs: rotary pairs of each head.
@@ -86,7 +88,7 @@ class HeadMaps(Result):
         return f"{self.model}: {', '.join(self.names)} on {len(self.tokens)} tokens"
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per head and position: its token, how far it looks, and D of those looks."""
+        """A row per head and position: its token, how far back it attends, and by which D."""
         n_pos = len(self.tokens)
         return pd.concat(
             pd.DataFrame(
@@ -117,7 +119,7 @@ class HeadMaps(Result):
 
 def head_maps(
     model: LensModel,
-    tokens: Int[Tensor, "pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, " pos"] | Sequence[Int[Tensor, " pos"]],
     heads: Heads,
     *,
     q_pos: Sequence[int] = (-1,),
@@ -130,7 +132,7 @@ def head_maps(
         model: HookedTransformer or TransformerBridge with RoPE and a tokenizer.
         tokens: one text, without padding; a batch or a list of one is one, too.
         heads: ``scores.top(4)``, or as for :func:`tl_posheads.ablate`.
-        q_pos: positions whose looks are kept token by token; negative ones from the end.
+        q_pos: positions whose attention is kept token by token; negative ones from the end.
         max_cells: cells a side of the maps at most; longer texts are put together.
         scale: of the contributions that the dominant dimension is taken of, as in ``score_heads``.
 
@@ -194,19 +196,21 @@ def head_maps(
 
 def _read(
     model: LensModel,
-    document: Int[Tensor, "pos"],
+    document: Int[Tensor, " pos"],
     geometry: RotaryGeometry,
     members: dict[int, list[int]],
     at: list[int],
     step: int,
     scale: Scale,
 ) -> dict[tuple[int, int], tuple[Tensor, ...]]:
-    """Maps in cells, looks of every position and whole rows ``at`` some, by head."""
+    """Maps in cells, measures of every position and whole rows ``at`` some, by head."""
     found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     dominant: dict[int, Tensor] = {}
 
     def keep_dominant(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
-        dominant[layer] = dominant_map(rot_q[0], rot_k[0], geometry[layer], members[layer], scale)
+        dominant[layer] = dominant_map(
+            rot_q[0], rot_k[0], geometry, layer=layer, head=members[layer], scale=scale
+        )
 
     def read(layer: int, pattern: Tensor) -> None:
         here = dominant.pop(layer)
@@ -224,37 +228,63 @@ def _read(
 def dominant_map(
     rot_q: Float[Tensor, "pos head d_head"],
     rot_k: Float[Tensor, "pos kv_head d_head"],
-    geometry: LayerGeometry,
-    heads: list[int],
+    geometry: LayerGeometry | ModelGeometry,
+    *,
+    layer: int | None = None,
+    head: int | Sequence[int] | None = None,
     scale: Scale = "none",
-) -> Float[Tensor, "head q_pos k_pos"]:
-    """D of every query-key pair of some heads of a text, float64; NaN where there is none.
+) -> Float[Tensor, "*head q_pos k_pos"]:
+    """Dominant dimension of every query-key pair of a text, as a square map.
 
-    Needs no model: rotated queries and keys, and the layer's geometry.
+    Needs no model: rotated queries and keys, and the geometry. Arguments are those of
+    :func:`tl_posheads.dimension_contributions`, of one text.
+
+    Returns:
+        D in float64, ``[head, q_pos, k_pos]``, without the axis ``head`` where one number is given;
+        NaN where the query doesn't see the key or is the key itself.
+
+    Raises:
+        PosheadsError: more than one text, shapes that don't belong to the geometry, a layer or head
+            that isn't there, an unknown ``scale``.
+
+    Example:
+        >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]), n_heads=4, n_kv_heads=2)
+        >>> q, k = torch.randn(9, 4, 4), torch.randn(9, 2, 4)
+        >>> dominant_map(q, k, g).shape, dominant_map(q, k, g, head=3).shape
+        (torch.Size([4, 9, 9]), torch.Size([9, 9]))
+        >>> geometry = RotaryGeometry.from_model(model)                 # doctest: +SKIP
+        >>> dominant_map(q[0], k[0], geometry, layer=6, head=6)         # doctest: +SKIP
     """
-    vectors = pair_vectors(rot_q, rot_k, geometry, heads=heads, scale=scale)
+    if rot_q.ndim != 3 or rot_q.shape[0] != rot_k.shape[0]:
+        raise PosheadsError(
+            f"queries of shape {tuple(rot_q.shape)} and keys of shape {tuple(rot_k.shape)} were "
+            "given; expected those of one text, [pos, head, d_head]"
+        )
+    one = layer_of(geometry, layer)
+    heads = heads_in(one, head)
+    vectors = pair_vectors(rot_q, rot_k, one, heads=heads, scale=scale)
     n_pos = rot_q.shape[0]
     out = torch.full((len(heads), n_pos, n_pos), float("nan"), dtype=torch.float64)
     out = out.to(rot_q.device)
     rows = torch.arange(1, n_pos, device=rot_q.device)
-    for dominant, distance, valid, query in rows_of(vectors, rows, geometry.window):
+    for dominant, distance, valid, query in rows_of(vectors, rows, one.window):
         row, key = int(query[0, 0]), int(query[0, 0] - distance[0, 0])
         place = out[:, row : row + valid.shape[0], key : key + valid.shape[1]]
         place.copy_(dominant.masked_fill(~valid, float("nan")))
-    return out
+    return out[0] if is_one(head) else out
 
 
 def _reduced(
     pattern: Float[Tensor, "q_pos k_pos"], dominant: Float[Tensor, "q_pos k_pos"], step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pattern and D in cells, and where and by which dimension every position looks."""
+    """Pattern and D in cells, and how far back and by which dimension every position attends."""
     n_pos = pattern.shape[0]
     seen = torch.isfinite(dominant)
     at = torch.arange(n_pos, device=pattern.device)
     distance = (pattern * (at[:, None] - at)).sum(1)
     weight = torch.where(seen, pattern, 0.0)
-    looks = torch.where(seen, dominant, 0.0)
-    dimension = (weight * looks).sum(1) / weight.sum(1)
+    visible = torch.where(seen, dominant, 0.0)
+    dimension = (weight * visible).sum(1) / weight.sum(1)
 
     def cells(x: Tensor) -> Tensor:
         short = -n_pos % step
@@ -263,5 +293,5 @@ def _reduced(
         return x.sum(-1)
 
     n_queries = torch.bincount(at // step)[:, None]
-    mean = cells(looks) / cells(seen)
+    mean = cells(visible) / cells(seen)
     return cells(pattern) / n_queries, mean, distance, dimension

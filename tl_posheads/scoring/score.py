@@ -21,7 +21,8 @@ from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale
 from tl_posheads.scoring.accumulator import Consumer, ScoreAccumulator
-from tl_posheads.scoring.draws import Settings, Weighting
+from tl_posheads.scoring.all_pairs import Weighting
+from tl_posheads.scoring.draws import Settings
 from tl_posheads.scoring.head_scores import HeadScores
 
 Units = Sequence[tuple[str, Tensor]]
@@ -29,10 +30,10 @@ Units = Sequence[tuple[str, Tensor]]
 
 def score_heads(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     layers: Sequence[int] | None = None,
-    pairs: Literal["auto", "all"] | int = "auto",
+    qk_pairs: Literal["auto", "all"] | int = "auto",
     weighting: Weighting = "pair",
     scale: Scale = "none",
     target_se: float = 0.005,
@@ -56,7 +57,7 @@ def score_heads(
             array) or as texts (a string or a list of them); a list holds texts of unequal
             length.
         layers: those to score; all by default.
-        pairs: ``"auto"`` draws, in every document, as many query-key pairs as ``target_se`` asks
+        qk_pairs: ``"auto"`` draws, in every document, as many query-key pairs as ``target_se`` asks
             for; ``"all"`` ranks every pair, at any length; a number draws that many a document.
             Where a document has no more, all are taken. ``rotation`` and ``content`` are drawn
             with ``"all"``, too.
@@ -79,7 +80,7 @@ def score_heads(
         whose dominant dimension is constant.
 
     Memory: one layer of one document at a time; beyond the model's own forward pass some 100 MB on
-    a CPU. ``pairs="all"``: 1.8 GB.
+    a CPU. ``qk_pairs="all"``: 1.8 GB.
 
     Raises:
         PosheadsError: a model without RoPE or with forgotten hooks; tokens that are too short,
@@ -92,13 +93,13 @@ def score_heads(
         >>> scores.positional()                                 # doctest: +SKIP
     """
     require_rotary(model)
-    Settings.of(pairs, 1, target_se=target_se, weighting=weighting, scale=scale)
+    Settings.of(qk_pairs, 1, target_se=target_se, weighting=weighting, scale=scale)
     require_clean(model)
     documents = documents_of(model, tokens, attention_mask, skip_first)
     wanted = layers_of(model, layers)
     units = by_content(documents)
     settings = Settings.of(
-        pairs,
+        qk_pairs,
         len(units),
         target_se=target_se,
         weighting=weighting,
@@ -110,7 +111,8 @@ def score_heads(
         accumulator = empty_accumulator(model, units, wanted, settings)
         kept = Checkpoint(checkpoint, plan_of(model, accumulator, units))
         sweep(model, accumulator, units, kept, progress=progress)
-    return accumulator.scores({**facts_of(model, units), "pairs": pairs, **(provenance or {})})
+    facts = {**facts_of(model, units), "qk_pairs": qk_pairs}
+    return accumulator.scores({**facts, **(provenance or {})})
 
 
 def empty_accumulator(

@@ -131,10 +131,10 @@ def rank_association(
 class _Adjusted:
     """What the layer, as a factor, and the rank of the norm leave of values over heads."""
 
-    def __init__(self, layer: Int[np.ndarray, "n"], norms: Float[np.ndarray, "n"] | None) -> None:
+    def __init__(self, layer: Int[np.ndarray, " n"], norms: Float[np.ndarray, " n"] | None) -> None:
         self.layer = layer
         self.share = np.eye(layer.max() + 1)[layer] / np.bincount(layer)
-        self.norm: Float[np.ndarray, "n"] | None = None
+        self.norm: Float[np.ndarray, " n"] | None = None
         if norms is not None:
             norm = self(stats.rankdata(norms))
             length = np.linalg.norm(norm)
@@ -148,7 +148,7 @@ class _Adjusted:
         return self(stats.rankdata(values, axis=-1))
 
 
-def _cosine(x: Float[np.ndarray, "*draw n"], y: Float[np.ndarray, "n"]) -> np.ndarray:
+def _cosine(x: Float[np.ndarray, "*draw n"], y: Float[np.ndarray, " n"]) -> np.ndarray:
     """Correlation of what is left; NaN where nothing is."""
     squares, square, least = (x * x).sum(-1), y @ y, _NOTHING * len(y) ** 3
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -45,8 +45,8 @@ class RankTests:
         p_adjusted: corrected for all the tests together, ``[test]``; at least ``p``.
     """
 
-    p: Float[np.ndarray, "test"]
-    p_adjusted: Float[np.ndarray, "test"]
+    p: Float[np.ndarray, " test"]
+    p_adjusted: Float[np.ndarray, " test"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Agreement:
 
 
 def paired_effect(
-    ablated: Float[np.ndarray, "prompt"], clean: Float[np.ndarray, "prompt"]
+    ablated: Float[np.ndarray, " prompt"], clean: Float[np.ndarray, " prompt"]
 ) -> Effect:
     """Mean of ablated minus clean over the prompts, with Student's 95 % interval.
 
@@ -113,7 +113,7 @@ def paired_effect(
 
 
 def rank_tests(
-    top: Float[np.ndarray, "test"],
+    top: Float[np.ndarray, " test"],
     draws: Float[np.ndarray, "draw test"],
     *,
     resolution: float = 0.0,
@@ -178,7 +178,7 @@ def rank_tests(
 
 
 def sign_flip_p(
-    difference: Float[np.ndarray, "prompt"], *, n_resamples: int = 10_000, seed: int = 0
+    difference: Float[np.ndarray, " prompt"], *, n_resamples: int = 10_000, seed: int = 0
 ) -> float:
     """One-sided paired permutation test that the mean difference is below zero.
 
@@ -254,8 +254,8 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def agreement(
-    estimated: Float[np.ndarray, "set"],
-    true: Float[np.ndarray, "set"],
+    estimated: Float[np.ndarray, " set"],
+    true: Float[np.ndarray, " set"],
     *,
     n_boot: int = 2000,
     seed: int = 0,

@@ -23,18 +23,18 @@ class LogBins:
 
     Attributes:
         distance: of each bin, the geometric mean over its pairs, in tokens.
-        n_pairs: query-key pairs in each bin.
+        n_qk_pairs: query-key pairs in each bin.
         mean: mean over the pairs, in rotary dimensions; NaN where there is none.
     """
 
-    distance: Float[np.ndarray, "bin"]
-    n_pairs: Float[np.ndarray, "*rest bin"]
+    distance: Float[np.ndarray, " bin"]
+    n_qk_pairs: Float[np.ndarray, "*rest bin"]
     mean: Float[np.ndarray, "*rest bin"]
 
 
 def log_bins(
-    distance: Float[np.ndarray, "distance"],
-    n_pairs: Float[np.ndarray, "*rest distance"],
+    distance: Float[np.ndarray, " distance"],
+    n_qk_pairs: Float[np.ndarray, "*rest distance"],
     values: Float[np.ndarray, "*rest distance"],
     *,
     per_octave: int = 8,
@@ -46,7 +46,7 @@ def log_bins(
 
     Args:
         distance: token distances, from 1 on.
-        n_pairs: pairs behind each value; anything that broadcasts to ``values``.
+        n_qk_pairs: query-key pairs behind each value; anything that broadcasts to ``values``.
         values: NaN counts as no pair.
         per_octave: bins in a doubling of the distance.
 
@@ -60,20 +60,20 @@ def log_bins(
     Example:
         >>> import numpy as np
         >>> bins = log_bins(np.arange(1, 5), np.array([3, 2, 1, 0]), np.arange(4.0), per_octave=1)
-        >>> bins.distance.round(2).tolist(), bins.n_pairs.tolist(), bins.mean.round(2).tolist()
+        >>> bins.distance.round(2).tolist(), bins.n_qk_pairs.tolist(), bins.mean.round(2).tolist()
         ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [0.0, 1.0, 2.0])
     """
-    distance, n_pairs, values = (
-        np.asarray(given, dtype=np.float64) for given in (distance, n_pairs, values)
+    distance, n_qk_pairs, values = (
+        np.asarray(given, dtype=np.float64) for given in (distance, n_qk_pairs, values)
     )
     try:
-        pairs = np.broadcast_to(n_pairs, values.shape)
+        pairs = np.broadcast_to(n_qk_pairs, values.shape)
     except ValueError:
         pairs = np.full(values.shape, -1.0)
     fits = values.ndim > 0 and distance.shape == values.shape[-1:] and per_octave >= 1
     if not fits or not (pairs >= 0).all() or not (distance >= 1).all() or np.isinf(values).any():
         raise PosheadsError(
-            f"values of shape {values.shape}, n_pairs of shape {n_pairs.shape}, distances of shape "
+            f"values of shape {values.shape}, n_qk_pairs of shape {n_qk_pairs.shape}, distances of "
             f"{distance.shape} and per_octave={per_octave} were given; expected distances from 1 "
             "on, for each a finite value or NaN and a number of pairs, and at least one bin in an "
             "octave"
@@ -106,13 +106,13 @@ class BinnedCurves:
     def of(
         cls,
         values: np.ndarray,
-        n_pairs: np.ndarray | None,
+        n_qk_pairs: np.ndarray | None,
         first: int,
         last: float,
         per_octave: int,
     ) -> BinnedCurves:
         values = np.asarray(values, dtype=np.float64)
-        n = np.asarray(1.0 if n_pairs is None else n_pairs, dtype=np.float64)
+        n = np.asarray(1.0 if n_qk_pairs is None else n_qk_pairs, dtype=np.float64)
         n = n[:, None] if n.ndim == 2 else n
         if values.ndim != 3 or 0 in values.shape or first < 1:
             raise PosheadsError(
@@ -141,7 +141,8 @@ class BinnedCurves:
             np.where(filled, values, np.nan)[..., seen],
             per_octave=per_octave,
         )
-        return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * bins.n_pairs, bins.n_pairs)
+        n = bins.n_qk_pairs
+        return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * n, n)
 
     def of_heads(self, chosen: np.ndarray) -> BinnedCurves:
         """These heads alone."""

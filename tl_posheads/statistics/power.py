@@ -21,7 +21,7 @@ def smallest_detectable(
     resolution: float = 0.0,
     seed: int,
     n_sim: int = 1000,
-) -> Float[np.ndarray, "test"]:
+) -> Float[np.ndarray, " test"]:
     """The smallest harm that :func:`rank_tests` would have found in each test, by resampling.
 
     A result that is not significant says little where only a large effect could have been seen.
@@ -146,7 +146,7 @@ class _Studies:
         self,
         draws: Float[np.ndarray, "study draw"],
         others: Float[np.ndarray, "study draw"],
-        top: Float[np.ndarray, "study"],
+        top: Float[np.ndarray, " study"],
         resolution: float,
     ) -> None:
         self.draws, self.others, self.top, self.resolution = draws, others, top, resolution

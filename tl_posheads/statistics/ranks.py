@@ -19,7 +19,7 @@ _N_SPLITS = 100  # random halves of the documents
 
 
 def midranks(
-    values: Float[Tensor, "... n"], weights: Float[Tensor, "n"] | None = None
+    values: Float[Tensor, "... n"], weights: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "... n"]:
     """Mid-rank of each value along the last axis, from 0 on, ties sharing theirs; float64.
 
@@ -35,7 +35,7 @@ def midranks(
 
 
 def ordered_midranks(
-    values: Float[Tensor, "... n"], weights: Float[Tensor, "n"] | None = None
+    values: Float[Tensor, "... n"], weights: Float[Tensor, " n"] | None = None
 ) -> tuple[Int[Tensor, "... n"], Float[Tensor, "... n"]]:
     """The order of the values along the last axis, and :func:`midranks` in that order."""
     order = _argsort(values)
@@ -67,7 +67,7 @@ def _argsort(values: Tensor) -> Tensor:
 
 
 def correlation(
-    x: Float[Tensor, "... n"], y: Float[Tensor, "... n"], weights: Float[Tensor, "n"] | None = None
+    x: Float[Tensor, "... n"], y: Float[Tensor, "... n"], weights: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "..."]:
     """Pearson's correlation along the last axis, weighted; NaN where one of them is constant."""
     flat = (x.amax(-1) == x.amin(-1)) | (y.amax(-1) == y.amin(-1))
@@ -80,10 +80,10 @@ def correlation(
 
 
 def spearman_by_distance(
-    distance: Int[Tensor, "n"],
+    distance: Int[Tensor, " n"],
     dominant: Float[Tensor, "head n"],
-    weights: Float[Tensor, "n"] | None = None,
-) -> Float[Tensor, "head"]:
+    weights: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, " head"]:
     """Spearman's rho between token distance and dominant dimension, exactly, per head.
 
     Ties share their mid-rank. Without weights it is ``scipy.stats.spearmanr``; with weights the
@@ -108,7 +108,7 @@ def spearman_by_distance(
 _EXACT = 8  # pairs at most, whose 8! orders are all looked at
 
 
-def spearman_of_few(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> tuple[float, float]:
+def spearman_of_few(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Spearman's rho and its two-sided p-value, exact for few pairs.
 
     The t approximation gives four pairs in perfect order a p-value of 0; of their 24 orders two
@@ -163,7 +163,7 @@ class MeanTest:
     p_adjusted: Float[Tensor, "*head"]
 
 
-def mean_over_documents(values: Float[Tensor, "doc *head"], *, level: float = 0.95) -> MeanTest:
+def mean_over_documents(values: Float[Tensor, " doc *head"], *, level: float = 0.95) -> MeanTest:
     """Mean over documents, with interval and test: documents are the replicates.
 
     Example:
@@ -187,7 +187,7 @@ def mean_over_documents(values: Float[Tensor, "doc *head"], *, level: float = 0.
     return MeanTest(*map(torch.as_tensor, out))
 
 
-def split_half(values: Float[Tensor, "doc *head"], *, seed: int = 0) -> float:
+def split_half(values: Float[Tensor, " doc *head"], *, seed: int = 0) -> float:
     """Rank correlation over heads between the means of two halves of the documents.
 
     The mean over a hundred random halvings; NaN with fewer than two documents or three heads.

@@ -11,7 +11,7 @@ from tl_posheads.scoring.head_scores import HeadScores
 _FACTS = (
     "model",
     "tokens_sha256",
-    "pairs",
+    "qk_pairs",
     "weighting",
     "scale",
     "skip_first",

@@ -32,10 +32,10 @@ class Prompt:
             text. None where a task has none.
     """
 
-    tokens: Int[Tensor, "pos"]
-    targets: Int[Tensor, "target"]
+    tokens: Int[Tensor, " pos"] = field(repr=False)
+    targets: Int[Tensor, " target"] = field(repr=False)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    short: Prompt | None = None
+    short: Prompt | None = field(default=None, repr=False)
 
 
 @runtime_checkable

@@ -288,7 +288,7 @@ class _Stop(StoppingCriteria):
 
     def __call__(
         self, input_ids: Int[Tensor, "batch pos"], scores: Any, **kwargs: Any
-    ) -> Bool[Tensor, "batch"]:
+    ) -> Bool[Tensor, " batch"]:
         texts = [self.text(row) for row in input_ids]
         found = [_cut(text, self.stop) != text for text in texts]
         return torch.tensor(found, device=input_ids.device)

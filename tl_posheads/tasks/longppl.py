@@ -128,7 +128,7 @@ class LongPPL:
         )
         return found
 
-    def key_tokens(self, model: LensModel, tokens: Int[Tensor, "pos"]) -> Int[Tensor, "target"]:
+    def key_tokens(self, model: LensModel, tokens: Int[Tensor, " pos"]) -> Int[Tensor, " target"]:
         """Ascending positions of a text's key tokens under a model.
 
         Args:
@@ -143,8 +143,8 @@ class LongPPL:
         return targets[(long - short > self.alpha) & (long > self.beta)]
 
     def _short_logprobs(
-        self, model: LensModel, tokens: Int[Tensor, "pos"], n_start: int
-    ) -> Float[Tensor, "target"]:
+        self, model: LensModel, tokens: Int[Tensor, " pos"], n_start: int
+    ) -> Float[Tensor, " target"]:
         start, body = tokens[:n_start], tokens[n_start:]
         parts = []
         for left in range(0, len(body) - self.short_length, self.stride):

@@ -6,9 +6,16 @@
 """
 
 from tl_posheads.views.attention import attention
-from tl_posheads.views.far_samples import far_samples
-from tl_posheads.views.looks import looks, looks_from
+from tl_posheads.views.attention_distance import attention_distance, attention_from
+from tl_posheads.views.farthest_tokens import farthest_tokens
 from tl_posheads.views.page import View
 from tl_posheads.views.score_map import score_map
 
-__all__ = ["View", "attention", "far_samples", "looks", "looks_from", "score_map"]
+__all__ = [
+    "View",
+    "attention",
+    "attention_distance",
+    "attention_from",
+    "farthest_tokens",
+    "score_map",
+]

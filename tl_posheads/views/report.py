@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tl_posheads.scoring.head_scores import HeadScores
     from tl_posheads.scoring.maps import HeadMaps
     from tl_posheads.studies.ablation.results import AblationStudy
+    from tl_posheads.studies.atlas.results import RotaryAtlas
 
 Row = dict[str, Any]
 
@@ -52,6 +53,7 @@ def write_report(
     maps: HeadMaps | None = None,
     ablation: AblationStudy | None = None,
     extrapolation: ExtrapolationComparison | None = None,
+    atlas: RotaryAtlas | None = None,
 ) -> None:
     """Write the page about ``scores`` to ``path``, whole or not at all.
 
@@ -62,12 +64,14 @@ def write_report(
         maps: of ``head_maps``, to show what they attend to; 1.3 MB more.
         ablation: of ``ablation_study``, to show its verdicts.
         extrapolation: of ``compare_extrapolations``.
+        atlas: of ``rotary_atlas``, to show which frequencies the heads use.
 
     Raises:
         OSError: the file can't be written.
     """
     from tl_posheads.views.report_sections import (
         ablation_section,
+        atlas_section,
         curve_section,
         extrapolation_section,
         maps_section,
@@ -81,6 +85,8 @@ def write_report(
     if maps is not None:
         part, scripts = maps_section(maps)
         parts.append(part)
+    if atlas is not None:
+        parts.append(atlas_section(atlas))
     if ablation is not None:
         parts.append(ablation_section(ablation))
     if extrapolation is not None:

@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from tl_posheads.scoring.head_scores import HeadScores
     from tl_posheads.scoring.maps import HeadMaps
     from tl_posheads.studies.ablation.results import AblationStudy
+    from tl_posheads.studies.atlas.results import RotaryAtlas
+
+_RANKED, _SPECTRA = 20, 2  # heads of an atlas in the table, and those with a picture
+_OF_A_HEAD = {
+    "centroid": "mean rotary pair, weighted by usage, 0 the fastest",
+    "entropy": "of usage, 1 where it is even",
+    "slow_text": "share of usage in pairs that do not turn once in a text",
+    "slow_trained": "the same, in a training text",
+    "preferred": "distance at which mean query and mean key agree most, in tokens",
+    "curve_correlation": "of that curve over distance with the mean scores found",
+    "separation": "of queries from keys, in spreads of their clouds",
+    "pairs_needed": "pairs that have to be rotated for an error of 10 %",
+}
 
 
 def curve_section(curve: DominantDimensionCurve) -> str:
@@ -51,6 +64,44 @@ def maps_section(maps: HeadMaps) -> tuple[str, list[str]]:
         f"<p>In the first {len(maps.tokens):,} tokens of the first text. Choose a head; D is its "
         f"dominant dimension.</p>{view.frame('attention beside dominant dimension')}",
     ), view.scripts
+
+
+def atlas_section(atlas: RotaryAtlas) -> str:
+    """Which rotary pairs the heads use, two heads closely, and the first heads as a table."""
+    table = atlas.ranked()
+    by = "positional score" if "rho" in table else "share of usage in slow pairs"
+    sort = "rho" if "rho" in table else "layer"
+    found = " ".join(f"{line[0].upper()}{line[1:]}." for line in atlas._finding())
+    said = f"Share of usage in every rotary pair of {len(table)} heads, by {sort}. {found}"
+    spectra = ""
+    for row in table.head(_SPECTRA).itertuples():
+        head = int(row.layer), int(row.head)
+        spectra += _image(atlas.plot_head(head), _spectrum_in_words(atlas, head, row))
+    terms = "; ".join(f"{x.replace('_', ' ')}: {_OF_A_HEAD[x]}" for x in table if x in _OF_A_HEAD)
+    rows = table.head(_RANKED).rename(columns=lambda name: str(name).replace("_", " "))
+    return _section(
+        "atlas",
+        "Which frequencies the heads use",
+        f"<p>{escape(found)}</p><p>A row of the map is a head, bright where its queries and keys "
+        "are large: pairs on the left turn within a few tokens and can tell positions, those on "
+        "the right hardly turn in a text and can carry content.</p>"
+        + _image(atlas.plot(sort=sort), said)
+        + f"<p>The heads with the highest {by}, closely:</p>{spectra}<details><summary>The "
+        f"{len(rows)} heads with the highest {by}</summary><p>{escape(terms.capitalize())}.</p>"
+        f"{_table(rows, 'heads of the atlas')}</details>",
+    )
+
+
+def _spectrum_in_words(atlas: RotaryAtlas, head: tuple[int, int], row: Any) -> str:
+    pairs = atlas.to_pandas()
+    own = pairs[(pairs["layer"] == head[0]) & (pairs["head"] == head[1])]
+    most = own.loc[own["usage_share"].idxmax()]
+    return (
+        f"Layer {head[0]} head {head[1]}: usage, realised share and concentration of its rotary "
+        f"pairs, and its mean curve. Most usage, {_number(most['usage_share'])} of it, in the pair "
+        f"with a wavelength of {most['wavelength']:,.0f} tokens; the mean curve is highest at "
+        f"{_number(row.preferred)} tokens."
+    )
 
 
 def ablation_section(study: AblationStudy) -> str:

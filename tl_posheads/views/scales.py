@@ -37,7 +37,7 @@ def shades(values: Float[Tensor, "..."], low: float, high: float) -> Float[Tenso
 
 
 def pair_bar(
-    name: str, low: float, high: float, wavelengths: Float[Tensor, "pair"]
+    name: str, low: float, high: float, wavelengths: Float[Tensor, " pair"]
 ) -> dict[str, Any]:
     """A colour bar's name and ticks: pair numbers, and wavelengths in tokens.
 

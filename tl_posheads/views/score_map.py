@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
+from tl_posheads.hooks.heads import Heads, as_heads
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.maps import HeadMaps
 from tl_posheads.views.attention import said_of_cells
@@ -48,6 +49,7 @@ data.rho.forEach((row, layer) => {
     const button = element("button", {type: "button", "aria-pressed": "false",
       "aria-label": `layer ${layer} head ${h}, score ${shown}`}, shown);
     paint(button, rho, limit);
+    if (data.highlight.some(([l, i]) => l === layer && i === h)) button.className = "marked";
     button.addEventListener("click", () => open(button, layer, h));
     cell.append(button);
     line.append(cell);
@@ -64,17 +66,27 @@ view.append(wide, panel);
 """
 
 
-def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
+def score_map(
+    scores: HeadScores, maps: HeadMaps | None = None, *, highlight: Heads | None = None
+) -> View:
     """The positional score of every head; a click tells about a head.
 
     Args:
         scores: what ``score_heads`` returned or ``HeadScores.load`` read.
         maps: of :func:`tl_posheads.head_maps`: those heads open with their attention and
             dominant-dimension map.
+        highlight: heads to outline in the map: ``"L6H6"``, ``(6, 6)`` or a list.
+
+    Raises:
+        PosheadsError: a head of ``highlight`` has no score.
 
     Example:
         >>> score_map(scores, head_maps(model, tokens[0], scores.top(4)))       # doctest: +SKIP
+        >>> score_map(scores, highlight=["L6H6", (7, 8)])                       # doctest: +SKIP
     """
+    marked = [] if highlight is None else as_heads(highlight)
+    for place in marked:
+        scores[place]  # refuses heads that it hasn't
     facts: list[list[str | None]] = [[None] * scores.rho.shape[1] for _ in scores.rho]
     for row in scores.to_pandas().to_dict("records"):
         if row["rho"] == row["rho"]:
@@ -91,10 +103,12 @@ def score_map(scores: HeadScores, maps: HeadMaps | None = None) -> View:
         f"Positional scores: {scores.provenance.get('model')}",
         "Spearman's correlation between token distance and dominant dimension: red above zero, "
         "white at it, blue below. Choose a head"
-        + (f"; {', '.join(maps.names)} open with their maps." if maps else "."),
+        + (f"; {', '.join(maps.names)} open with their maps." if maps else ".")
+        + (f" Outlined: {', '.join(f'L{layer}H{head}' for layer, head in marked)}." * bool(marked)),
         {
             "rho": scores.rho,
             "facts": facts,
+            "highlight": marked,
             "maps": opened,
             "tokens": maps.cell_tokens() if maps else [],
             "said": said_of_cells(maps) if maps else "",

@@ -132,7 +132,7 @@ class CLEX(FrequencyMethod):
             self._solved[key] = self.at(inv_freq, float(t))
         return Frequencies(self._solved[key], scale)
 
-    def at(self, inv_freq: Float[Tensor, "pair"], t: float) -> Float[Tensor, "pair"]:
+    def at(self, inv_freq: Float[Tensor, " pair"], t: float) -> Float[Tensor, " pair"]:
         """Frequencies at the factor ``t``, above 1; differentiable in the weights."""
         self._require_pairs(len(inv_freq))
         start = inv_freq.double().log()
@@ -143,7 +143,7 @@ class CLEX(FrequencyMethod):
         solution: Tensor = solved[-1].exp()
         return solution
 
-    def _slope(self, t: Tensor, x: Float[Tensor, "pair"]) -> Float[Tensor, "pair"]:
+    def _slope(self, t: Tensor, x: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
         n = len(x)
         pair = torch.arange(n, dtype=x.dtype, device=x.device)
         alpha = (2 * t - 1).clamp_min(1.0)

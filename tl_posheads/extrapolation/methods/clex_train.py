@@ -39,7 +39,7 @@ from tl_posheads.rotary.geometry import LayerGeometry
 
 def train_clex(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     max_factor: int,
     steps: int = 200,
@@ -121,7 +121,7 @@ def train_clex(
     return replace(start, up=up.detach(), down=down.detach())
 
 
-def spread_positions(n: int, t: int, random: torch.Generator) -> Int[Tensor, "pos"]:
+def spread_positions(n: int, t: int, random: torch.Generator) -> Int[Tensor, " pos"]:
     """``n`` ascending positions within ``n * t``, the first and the last among them."""
     inner = torch.randperm(n * t - 2, generator=random)[: n - 2].sort().values + 1
     return torch.cat([torch.tensor([0]), inner, torch.tensor([n * t - 1])])
@@ -129,7 +129,7 @@ def spread_positions(n: int, t: int, random: torch.Generator) -> Int[Tensor, "po
 
 def _solutions(
     method: CLEX, layers: dict[int, LayerGeometry], t: float
-) -> dict[int, Float[Tensor, "pair"]]:
+) -> dict[int, Float[Tensor, " pair"]]:
     """Each layer's frequencies; layers that turn alike share a solution, which is slow to get."""
     solved: dict[Any, Tensor] = {}
     for layer in layers.values():
@@ -142,8 +142,8 @@ def _solutions(
 def _hooks(
     model: LensModel,
     layers: dict[int, LayerGeometry],
-    inv_freq: dict[int, Float[Tensor, "pair"]],
-    positions: Int[Tensor, "pos"],
+    inv_freq: dict[int, Float[Tensor, " pair"]],
+    positions: Int[Tensor, " pos"],
 ) -> list[tuple[Any, Callable[..., Tensor]]]:
     def hook_of(layer: LayerGeometry) -> Callable[..., Tensor]:
         def hook(x: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:

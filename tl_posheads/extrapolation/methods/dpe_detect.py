@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tl_posheads.hooks.model import LensModel, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.contributions import expand_keys, split_pairs
 
-Texts = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]]
+Texts = Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]]
 # The largest distances that the paper's code tries, in halves of the training length.
 _TRIED = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16)
 
@@ -42,7 +42,7 @@ class EffectiveLengths:
 
     lengths: tuple[int, ...]
     candidates: tuple[int, ...]
-    loss: Float[Tensor, "group candidate"]
+    loss: Float[Tensor, "group candidate"] = field(repr=False)
     pairs: tuple[int, ...]
 
     def scales(self, target: int) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ def detect_effective_lengths(
     model: LensModel,
     tokens: Texts,
     *,
-    targets: Sequence[Int[Tensor, "target"]] | None = None,
+    targets: Sequence[Int[Tensor, " target"]] | None = None,
     trained: int | None = None,
     window: int | None = None,
     groups: int = 8,

@@ -17,7 +17,8 @@ from tl_posheads.io.corpora import corpus_provenance, load_corpus
 from tl_posheads.io.models import load_model
 from tl_posheads.rotary.contributions import Scale
 from tl_posheads.scoring.accumulator import ScoreAccumulator
-from tl_posheads.scoring.draws import Settings, Weighting
+from tl_posheads.scoring.all_pairs import Weighting
+from tl_posheads.scoring.draws import Settings
 from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.scoring.score import Units, empty_accumulator, facts_of, plan_of, sweep
 
@@ -32,7 +33,7 @@ class Job:
         model: name, hub id, folder or GGUF file.
         corpus: name or path, or the documents themselves.
         n_docs, length: documents to take of it and their tokens.
-        layers, pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
+        layers, qk_pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
         checkpoint: folder that all processes reach.
         model_options: of ``load_model``.
     """
@@ -42,7 +43,7 @@ class Job:
     n_docs: int
     length: int
     layers: Sequence[int] | None
-    pairs: Literal["auto", "all"] | int
+    qk_pairs: Literal["auto", "all"] | int
     weighting: Weighting
     scale: Scale
     target_se: float
@@ -53,7 +54,7 @@ class Job:
 
     def settings(self, n_documents: int) -> Settings:
         return Settings.of(
-            self.pairs,
+            self.qk_pairs,
             n_documents,
             target_se=self.target_se,
             weighting=self.weighting,
@@ -76,7 +77,7 @@ class Job:
         require_rotary(model)
         require_clean(model)
         tokens: Any = self.corpus
-        facts: dict[str, Any] = {"pairs": self.pairs}
+        facts: dict[str, Any] = {"qk_pairs": self.qk_pairs}
         if isinstance(self.corpus, str):
             tokens = load_corpus(
                 self.corpus, model, n_docs=self.n_docs, length=self.length, seed=self.seed

@@ -40,8 +40,8 @@ class Attribution:
 
 def attributed_effects(
     model: LensModel,
-    tokens: Int[Tensor, "pos"],
-    targets: Int[Tensor, "target"],
+    tokens: Int[Tensor, " pos"],
+    targets: Int[Tensor, " target"],
     replacement: Mapping[int, Tensor | None] | None = None,
 ) -> Attribution:
     """Estimate the effect of ablating each head: gradient times the change of ``hook_z``.

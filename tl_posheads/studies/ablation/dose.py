@@ -196,7 +196,7 @@ def _norms(
     prompts: Sequence[Prompt],
     heads: Sequence[Head],
     geometry: RotaryGeometry,
-) -> Float[np.ndarray, "pair"]:
+) -> Float[np.ndarray, " pair"]:
     """Kept, since another machine's rounding could draw other pairs for the rest of the prompts."""
     seen = kept.read("norms")
     if seen is None:

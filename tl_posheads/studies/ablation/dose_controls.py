@@ -90,7 +90,7 @@ def edited_sets(
     *,
     n_heads: int,
     others: Sequence[int],
-    norms: Float[np.ndarray, "pair"] | None,
+    norms: Float[np.ndarray, " pair"] | None,
     n: int,
     seed: int,
 ) -> list[EditedSet]:
@@ -142,7 +142,7 @@ def pair_draws(
     n: int,
     seed: int,
     *,
-    norms: Float[np.ndarray, "pair"] | None = None,
+    norms: Float[np.ndarray, " pair"] | None = None,
 ) -> list[list[int]]:
     """Different sets of as many others: any or, with ``norms``, some of like norm.
 
@@ -176,7 +176,7 @@ def pair_draws(
 def _of_like_norm(
     rotary_pairs: Sequence[int],
     others: Sequence[int],
-    log: Float[np.ndarray, "pair"],
+    log: Float[np.ndarray, " pair"],
     generator: np.random.Generator,
 ) -> list[int]:
     free, draw = np.asarray(others), []
@@ -190,7 +190,7 @@ def _of_like_norm(
 
 def pair_norms(
     model: LensModel, prompts: Sequence[Prompt], heads: Sequence[Head], geometry: RotaryGeometry
-) -> Float[Tensor, "pair"]:
+) -> Float[Tensor, " pair"]:
     """``E|q_m| E|k_m|`` of every rotary pair: what it can add to a score, in ``q . k``'s unit.
 
     Both means are over all tokens of the prompts, in a pass of each without an edit; the product

@@ -198,5 +198,5 @@ class DoseResponse(Result):
         )
 
 
-def _over_prompts(values: Float[np.ndarray, "prompt"]) -> Effect:
+def _over_prompts(values: Float[np.ndarray, " prompt"]) -> Effect:
     return paired_effect(values, np.zeros_like(values))

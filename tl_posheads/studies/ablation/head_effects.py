@@ -55,7 +55,7 @@ def head_effects(
     heads: Heads | None = None,
     method: Literal["ablation", "attribution"] = "ablation",
     short: bool = True,
-    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
+    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]] | None = None,
     per_position: bool = False,
     on: Literal["z", "pattern"] = "z",
     seed: int = 0,

@@ -44,7 +44,7 @@ def norms_over(
     return output_norms(model, [p for these in prompts.values() for p in these[:_N_PROMPTS]])
 
 
-def _norms(z: Tensor, attn: Any) -> Float[Tensor, "head"]:
+def _norms(z: Tensor, attn: Any) -> Float[Tensor, " head"]:
     """Length of ``z W_O`` without forming it, ``[pos, head, d_model]``: through ``W_O W_O^T``."""
     z = widened(z)
     with readable(attn):

@@ -59,7 +59,7 @@ def ablation_study(
     controls: Sequence[str] = CONTROLS,
     n_control: int = 32,
     mode: Mode = "zero",
-    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]] | None = None,
+    reference: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]] | None = None,
     per_position: bool = False,
     on: Literal["z", "pattern"] = "z",
     calibrated: bool = True,

@@ -58,7 +58,7 @@ class Trial:
 
     model: LensModel
     mode: Mode
-    documents: list[Int[Tensor, "pos"]]
+    documents: list[Int[Tensor, " pos"]]
     per_position: bool
     on: Literal["z", "pattern"]
     seed: int
@@ -277,6 +277,6 @@ def _no_pattern(places: Sequence[tuple[int, int]]) -> Callable[..., Tensor]:
     return hook
 
 
-def _summary(logprob: Float[Tensor, "target"], hit: Tensor) -> Float[Tensor, "3"]:
+def _summary(logprob: Float[Tensor, " target"], hit: Tensor) -> Float[Tensor, "3"]:
     share = hit.double().mean()
     return torch.stack([logprob.double().mean(), share, (share == 1).double()])

@@ -19,7 +19,7 @@ _FEWEST = 3  # bins of a correlation
 
 
 def curve_at(
-    product: Tensor, speed: Float[Tensor, "*batch pair"], distance: Float[Tensor, "distance"]
+    product: Tensor, speed: Float[Tensor, "*batch pair"], distance: Float[Tensor, " distance"]
 ) -> Float[Tensor, "*batch distance"]:
     """``Re sum_m product_m exp(i speed_m d)`` at every distance.
 
@@ -110,7 +110,7 @@ def preferred(atlas: RotaryAtlas) -> Float[Tensor, "layer head"]:
     return out
 
 
-def _slower(atlas: RotaryAtlas, length: Float[Tensor, "doc"]) -> Float[Tensor, "doc layer head"]:
+def _slower(atlas: RotaryAtlas, length: Float[Tensor, " doc"]) -> Float[Tensor, "doc layer head"]:
     slow = atlas.wavelengths > length[:, None, None]
     found = _summed(atlas.by_document("usage_share") * slow[:, :, None])
     return found.masked_fill(length.isnan()[:, None, None], float("nan"))

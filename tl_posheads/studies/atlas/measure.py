@@ -16,8 +16,8 @@ from tl_posheads.rotary.contributions import farthest, scale_factor
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.scoring.draws import (
     DocumentDraws,
-    Pairs,
     Product,
+    QKPairs,
     Settings,
     distances_met,
     draw_pairs,
@@ -44,7 +44,7 @@ _PER_OCTAVE = 2  # bins of distance
 _PER_BIN = 64  # pairs drawn in each
 
 
-def bin_edges(longest: int) -> Int[np.ndarray, "edge"]:
+def bin_edges(longest: int) -> Int[np.ndarray, " edge"]:
     """Distances at which bins of half an octave begin, and the one behind the last.
 
     Example:
@@ -81,21 +81,21 @@ class AtlasDraws:
     """
 
     def __init__(
-        self, document: str, n_pos: int, settings: Settings, edges: Int[np.ndarray, "edge"]
+        self, document: str, n_pos: int, settings: Settings, edges: Int[np.ndarray, " edge"]
     ) -> None:
         self.settings, self.n_pos, self.n_bins = settings, n_pos, len(edges) - 1
         self._of_scores = DocumentDraws(document, n_pos, settings)
         self._document, self._edges = document, edges
-        self._known: dict[tuple[int, torch.device], tuple[Pairs, Tensor]] = {}
+        self._known: dict[tuple[int, torch.device], tuple[QKPairs, Tensor]] = {}
 
-    def groups(self, window: int | None, device: torch.device) -> tuple[Pairs, Pairs, Pairs]:
+    def groups(self, window: int | None, device: torch.device) -> tuple[QKPairs, QKPairs, QKPairs]:
         """Pairs like all that the layer sees; 1 or 2 tokens apart; of the farthest octave."""
         draw = self._of_scores.within(window, device)
-        q_pos, k_pos = (x.split(draw.sizes) for x in draw.pairs)
-        some, near, far = (Pairs(*x) for x in zip(q_pos, k_pos, strict=True))
+        q_pos, k_pos = (x.split(draw.sizes) for x in draw.qk_pairs)
+        some, near, far = (QKPairs(*x) for x in zip(q_pos, k_pos, strict=True))
         return some, near, far
 
-    def binned(self, window: int | None, device: torch.device) -> tuple[Pairs, Int[Tensor, "n"]]:
+    def binned(self, window: int | None, device: torch.device) -> tuple[QKPairs, Int[Tensor, " n"]]:
         """Pairs of every bin that the layer sees, and each one's bin."""
         longest = farthest(self.n_pos, window)
         key = (longest, device)
@@ -111,7 +111,7 @@ class AtlasDraws:
                 found, _ = draw_pairs(self.n_pos, int(start), last, _PER_BIN, "pair", generator)
                 drawn.append(found)
                 bins += [number] * len(found.q_pos)
-            pairs = Pairs(*(torch.cat(x).to(device) for x in zip(*drawn, strict=True)))
+            pairs = QKPairs(*(torch.cat(x).to(device) for x in zip(*drawn, strict=True)))
             self._known[key] = pairs, torch.tensor(bins, device=device)
         return self._known[key]
 
@@ -138,7 +138,7 @@ def measure_layer(
     usage = queries.length * keys.length * factor
     some, near, far = draws.groups(window, device)
 
-    def looked_at(pairs: Pairs) -> Iterator[Product]:
+    def looked_at(pairs: QKPairs) -> Iterator[Product]:
         return (x for _, x in products(rot_q, rot_k, geometry, pairs, settings.scale))
 
     realised, change = torch.zeros_like(usage), []
@@ -167,7 +167,7 @@ def measure_layer(
 
 def _unrotated(part: Product) -> Float[Tensor, "n head pair"]:
     """What the contents would contribute if they met at distance 0, which is without rotation."""
-    factor = distances_met(part.pairs, part.geometry)[1]
+    factor = distances_met(part.qk_pairs, part.geometry)[1]
     nothing = torch.zeros(1, 1, 1, dtype=torch.float64, device=part.real.device)
     return part.turned_to(nothing, factor)
 
@@ -186,7 +186,7 @@ def _by_distance(
         len(BY_DISTANCE), draws.n_bins, n_heads, dtype=torch.float64, device=rot_q.device
     )
     for chunk, part in products(rot_q, rot_k, geometry, pairs, draws.settings.scale):
-        distance, factor = distances_met(part.pairs, geometry)
+        distance, factor = distances_met(part.qk_pairs, geometry)
         angle = distance * geometry.inv_freq.to(distance.device)
         cos, sin = angle.cos(), angle.sin()
         if factor is not None:
@@ -194,7 +194,7 @@ def _by_distance(
         curve = torch.einsum("nhm,hm->nh", cos, mean_product.real)
         curve -= torch.einsum("nhm,hm->nh", sin, mean_product.imag)
         found = part.contributions().sum(-1, dtype=torch.float64)
-        apart = part.pairs.distance[:, None].expand(-1, n_heads)
+        apart = part.qk_pairs.distance[:, None].expand(-1, n_heads)
         for row, value in zip(sums, (apart, curve, found), strict=True):
             row.index_add_(0, bins[chunk], value.double())
     count = torch.bincount(bins, minlength=draws.n_bins).double()

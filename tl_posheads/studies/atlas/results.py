@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +14,17 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head
+from tl_posheads.hooks.heads import Head, as_heads
 from tl_posheads.io.result import Files, Result
 from tl_posheads.rotary.contributions import Scale, farthest
 from tl_posheads.statistics.ranks import mean_over_documents
 from tl_posheads.studies.atlas import head_columns
 from tl_posheads.studies.atlas.measure import BY_DISTANCE, BY_HEAD, BY_PAIR
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tl_posheads.studies.profile.results import HeadProfile
 
 SCORES = ("rho", "rotation", "content")
 _PAIR_COLUMNS = (
@@ -32,6 +37,18 @@ _PAIR_COLUMNS = (
     "weight_far",
     "needed_rank",
     "needed_error",
+)
+# Of a head, in short.
+_SHORT = (
+    "rho",
+    "centroid",
+    "entropy",
+    "slow_text",
+    "slow_trained",
+    "preferred",
+    "curve_correlation",
+    "separation",
+    "pairs_needed",
 )
 
 
@@ -187,7 +204,14 @@ class RotaryAtlas(Result):
         columns["preferred"] = head_columns.preferred(self)[layer, head].numpy()
         return pd.DataFrame(columns)
 
-    def mean_curve(self, head: Head, distances: Sequence[int] | None = None) -> pd.DataFrame:
+    def ranked(self) -> pd.DataFrame:
+        """:meth:`heads` without intervals, by rho where it is given, else by ``slow_text``."""
+        table = self.heads()
+        by = "rho" if "rho" in table else "slow_text"
+        names = ["layer", "head", *(name for name in _SHORT if name in table)]
+        return table[names].sort_values(by, ascending=False, ignore_index=True)
+
+    def mean_curve(self, head: Head | str, distances: Sequence[int] | None = None) -> pd.DataFrame:
         """What a head's mean query and mean key give at every distance ("TriAttention").
 
         ``sum_m |E q_m| |E k_m| cos(theta_m d + phi_m)``, with the means taken before rotation and
@@ -216,7 +240,7 @@ class RotaryAtlas(Result):
         frame = {name: value.numpy() for name, value in columns.items()}
         return pd.DataFrame({"distance": at.long().numpy(), **frame})
 
-    def mean_scores(self, head: Head) -> pd.DataFrame:
+    def mean_scores(self, head: Head | str) -> pd.DataFrame:
         """A head's mean scores (of its rotary part), beside the mean curve at the same pairs.
 
         Returns:
@@ -234,9 +258,9 @@ class RotaryAtlas(Result):
             columns |= _with_interval(name, values[name][:, seen])
         return pd.DataFrame(columns)
 
-    def _place(self, head: Head) -> Head:
+    def _place(self, head: Head | str) -> Head:
         n_layers, n_heads = self.known.shape
-        layer, number = (int(x) for x in head)
+        layer, number = as_heads(head)[0]
         if not (0 <= layer < n_layers and 0 <= number < n_heads and self.known[layer, number]):
             raise PosheadsError(
                 f"head {head!r} was asked for, which was not measured; expected (layer, head) of "
@@ -245,12 +269,15 @@ class RotaryAtlas(Result):
             )
         return layer, number
 
-    def plot(self, *, sort: str = "layer", column: str = "usage_share") -> Any:
+    def plot(
+        self, *, sort: str = "layer", column: str = "usage_share", ax: Axes | None = None
+    ) -> Any:
         """Heads x pairs as a map, wavelengths on the axis, as a matplotlib figure.
 
         Args:
             sort: ``"layer"``, or a column of :meth:`heads`, highest first: ``"rho"``, with scores.
             column: of :meth:`to_pandas`.
+            ax: axes to draw into; they are then what is returned.
 
         Raises:
             PosheadsError: no such column.
@@ -264,9 +291,51 @@ class RotaryAtlas(Result):
                 f"{', '.join(heads.columns[2:])}, and one of {', '.join(table.columns[4:])}"
             )
         order = heads if sort == "layer" else heads.sort_values(sort, ascending=False)
-        return map_figure(table, order, sort, column, self.provenance.get("model", "the model"))
+        model = self.provenance.get("model", "the model")
+        return map_figure(table, order, sort, column, model, ax=ax)
 
-    def plot_head(self, head: Head) -> Any:
+    def plot_families(
+        self,
+        profile: HeadProfile,
+        k: int | float = 0.05,
+        measures: Sequence[str] | None = None,
+    ) -> Any:
+        """Where the families of ``profile_heads`` lie, by centroid and entropy of usage.
+
+        A panel a family, its heads before all others in grey.
+
+        Args:
+            profile: of the same model.
+            k, measures: which heads are a family's, as in ``HeadProfile.families``.
+
+        Raises:
+            PosheadsError: a profile of other layers and heads; no family with a head measured
+                here; what ``HeadProfile.families`` refuses.
+        """
+        from tl_posheads.figures.atlas import families_figure
+
+        n_layers, n_heads = self.known.shape
+        theirs = {(int(x), int(y)) for x, y in profile.table[["layer", "head"]].to_numpy()}
+        if theirs != {(x, y) for x in range(n_layers) for y in range(n_heads)}:
+            raise PosheadsError(
+                f"a profile of {len(theirs)} heads was given, of layers up to "
+                f"{max(theirs, default=(-1,))[0]}; the atlas's model has {n_layers} layers of "
+                f"{n_heads} heads; give a profile of the same model"
+            )
+        heads = self.heads().set_index(["layer", "head"])[["centroid", "entropy"]]
+        families = {
+            name: heads[heads.index.isin(places)]
+            for name, places in profile.families(k, measures).items()
+        }
+        families = {name: found for name, found in families.items() if len(found)}
+        if not families:
+            raise PosheadsError(
+                "no head of these families was measured here; give an atlas of all layers, or "
+                "other measures"
+            )
+        return families_figure(heads, families, self.provenance.get("model", "the model"))
+
+    def plot_head(self, head: Head | str) -> Any:
         """A head's spectrum, what of it is realised and needed, and below its mean curve.
 
         Raises:
@@ -281,7 +350,7 @@ class RotaryAtlas(Result):
         return head_figure(own, *curves, (layer, number), self.trained)
 
 
-def _with_interval(name: str, values: Float[Tensor, "doc *rest"]) -> dict[str, Any]:
+def _with_interval(name: str, values: Float[Tensor, " doc *rest"]) -> dict[str, Any]:
     test = mean_over_documents(values)
     return {
         name: test.mean.numpy(),

@@ -44,14 +44,14 @@ Found = dict[int, Measured]  # of one text, by layer
 
 def rotary_atlas(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     layers: Sequence[int] | None = None,
     needed: bool = False,
     scores: HeadScores | None = None,
     trained: int | None = None,
     scale: Scale = "none",
-    pairs: int = 1000,
+    qk_pairs: int = 1000,
     attention_mask: Int[Tensor, "doc pos"] | None = None,
     skip_first: int = 0,
     seed: int = 0,
@@ -98,11 +98,11 @@ def rotary_atlas(
             counts, with its own map of positions; the model is left as it was.
         tokens, layers, scale, attention_mask, skip_first, seed: as for ``score_heads``. Usage and
             curves are scaled like contributions.
-        needed: measure which pairs need their rotation; adds ``pairs * heads * rotary_pairs^2 / 2``
-            additions a layer and text.
+        needed: measure which rotary pairs need their rotation; adds
+            ``qk_pairs * heads * rotary_pairs^2 / 2`` additions a layer and text.
         scores: of this model's heads; their rho, rotation and content stand beside the columns.
         trained: tokens of a training text; the model's own by default, if it says so.
-        pairs: query-key pairs drawn in every document for ``realised`` and ``needed``.
+        qk_pairs: query-key pairs drawn in every document for ``realised`` and ``needed``.
         checkpoint: folder that keeps every finished document; the same call goes on from there.
         progress: show a bar.
         provenance: more facts to keep with the result.
@@ -112,10 +112,10 @@ def rotary_atlas(
         what needs the rotation undone.
 
     Memory: one layer of one document at a time, beyond the model's own forward pass some 10 MB on
-    a CPU. With ``needed``, ``4 * pairs * heads * rotary_pairs`` bytes more.
+    a CPU. With ``needed``, ``4 * qk_pairs * heads * rotary_pairs`` bytes more.
 
     Raises:
-        PosheadsError: scores of other heads; a ``trained`` or ``pairs`` that can't be; what
+        PosheadsError: scores of other heads; a ``trained`` or ``qk_pairs`` that can't be; what
             ``score_heads`` refuses.
 
     Example:
@@ -123,16 +123,16 @@ def rotary_atlas(
         >>> atlas.heads().sort_values("slow_text"); atlas.plot()        # doctest: +SKIP
     """
     require_rotary(model)
-    if isinstance(pairs, str):
-        raise PosheadsError(f"pairs={pairs!r} was given; expected a number of at least 3")
-    Settings.of(pairs, 1, scale=scale, seed=seed)
+    if isinstance(qk_pairs, str):
+        raise PosheadsError(f"qk_pairs={qk_pairs!r} was given; expected a number of at least 3")
+    Settings.of(qk_pairs, 1, scale=scale, seed=seed)
     require_clean(model)
     require_scores_of(model, scores)
     documents = documents_of(model, tokens, attention_mask, skip_first)
     wanted = layers_of(model, layers)
     units = by_content(documents)
     known = _trained(model, trained)
-    settings = Settings.of(pairs, len(units), scale=scale, skip_first=skip_first, seed=seed)
+    settings = Settings.of(qk_pairs, len(units), scale=scale, skip_first=skip_first, seed=seed)
     edges = bin_edges(max(len(document) for _, document in units) - skip_first - 1)
     with rotary_hook_points(model):
         empty = empty_accumulator(model, units, wanted, settings)
@@ -153,7 +153,7 @@ def rotary_atlas(
                     bar.update(len(empty.layers))
                 texts.append(found)
         wavelengths = [_wavelengths(sizes(len(text))) for _, text in units]
-    facts = {**facts_of(model, units), "pairs": pairs, "skip_first": skip_first, "seed": seed}
+    facts = {**facts_of(model, units), "qk_pairs": qk_pairs, "skip_first": skip_first, "seed": seed}
     facts |= {
         "layers": empty.layers,
         "needed": needed,
@@ -186,7 +186,7 @@ def _trained(model: LensModel, trained: int | None) -> int | None:
 
 def _measured(
     model: LensModel,
-    document: Int[Tensor, "pos"],
+    document: Int[Tensor, " pos"],
     geometry: RotaryGeometry,
     layers: Sequence[int],
     draws: AtlasDraws,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,11 +54,11 @@ class VectorMeans:
         spread: root of the mean squared distance of the rotated vectors from their mean.
     """
 
-    length: Float[Tensor, "head pair"]
-    centre: Tensor  # complex, [head, pair]
-    dimension_norms: Float[Tensor, "head d_head"]
-    rotated: Float[Tensor, "head d_head"]
-    spread: Float[Tensor, "head"]
+    length: Float[Tensor, "head pair"] = field(repr=False)
+    centre: Tensor = field(repr=False)  # complex, [head, pair]
+    dimension_norms: Float[Tensor, "head d_head"] = field(repr=False)
+    rotated: Float[Tensor, "head d_head"] = field(repr=False)
+    spread: Float[Tensor, " head"] = field(repr=False)
 
     @classmethod
     def of(
@@ -107,7 +107,7 @@ class VectorMeans:
         return VectorMeans(*(value[index] for value in vars(self).values()))
 
 
-def separation(queries: VectorMeans, keys: VectorMeans) -> Float[Tensor, "head"]:
+def separation(queries: VectorMeans, keys: VectorMeans) -> Float[Tensor, " head"]:
     """Distance between the mean rotated query and the mean rotated key, in spreads of their clouds.
 
     "Frayed RoPE and long inputs: a geometric perspective", arXiv 2603.18017, finds that queries
@@ -120,7 +120,7 @@ def separation(queries: VectorMeans, keys: VectorMeans) -> Float[Tensor, "head"]
     return apart / spread.masked_fill(spread == 0, float("nan"))
 
 
-def slow_dimensions(geometry: LayerGeometry, length: int) -> Bool[Tensor, "d_head"]:
+def slow_dimensions(geometry: LayerGeometry, length: int) -> Bool[Tensor, " d_head"]:
     """Dimensions that don't turn once in a text: their pair's wavelength exceeds ``length`` tokens.
 
     Coordinates that RoPE leaves alone never turn and are among them.
@@ -137,8 +137,8 @@ def slow_dimensions(geometry: LayerGeometry, length: int) -> Bool[Tensor, "d_hea
 
 
 def slow_share(
-    weight: Float[Tensor, "head d_head"], slow: Bool[Tensor, "d_head"]
-) -> Float[Tensor, "head"]:
+    weight: Float[Tensor, "head d_head"], slow: Bool[Tensor, " d_head"]
+) -> Float[Tensor, " head"]:
     """Share of a head's weight, norms for one, that lies in slow dimensions; NaN without weight.
 
     Example:

@@ -12,7 +12,7 @@ from tl_posheads.errors import PosheadsError
 
 
 def crossing(
-    steps: Float[np.ndarray, "step"], values: Float[np.ndarray, "... step"]
+    steps: Float[np.ndarray, " step"], values: Float[np.ndarray, "... step"]
 ) -> Float[np.ndarray, "..."]:
     """Step from which a quantity stays beyond half of the way to its last value.
 
@@ -44,7 +44,7 @@ def crossing(
 
 
 def lag_of(
-    steps: Float[np.ndarray, "step"],
+    steps: Float[np.ndarray, " step"],
     rising: Float[np.ndarray, "... step"],
     reference: Float[np.ndarray, "... step"],
 ) -> Float[np.ndarray, "..."]:

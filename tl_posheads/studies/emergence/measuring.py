@@ -51,7 +51,7 @@ class Moment:
     loss: Float[Tensor, "doc octave"]
 
 
-def octaves(longest: int) -> Int[np.ndarray, "edge"]:
+def octaves(longest: int) -> Int[np.ndarray, " edge"]:
     """Edges 1, 2, 4 ... of the octaves that hold 1 to ``longest - 1``.
 
     >>> octaves(256).tolist()
@@ -101,7 +101,7 @@ def measure_step(
 
             with rotary_consumer(model, consumer, accumulator.layers), fused_attention(model):
                 losses.append(_loss(model, document, edges))
-    scores = accumulator.scores({**facts_of(model, by_key), "pairs": "auto"})
+    scores = accumulator.scores({**facts_of(model, by_key), "qk_pairs": "auto"})
     moment = Moment(
         **{name: getattr(scores, name) for name in SCORES},
         doc_rho=scores.by_document("rho"),
@@ -128,7 +128,7 @@ def evaluating(model: LensModel) -> Iterator[None]:
 class _Curve:
     """The mean dominant dimension of every head by octave of distance, a text at a time."""
 
-    def __init__(self, geometry: RotaryGeometry, edges: Int[Tensor, "edge"], scale: Scale) -> None:
+    def __init__(self, geometry: RotaryGeometry, edges: Int[Tensor, " edge"], scale: Scale) -> None:
         self._edges, self._scale = edges, scale
         shape = (geometry.n_layers, geometry.n_heads, len(edges) - 1)
         self._total = torch.zeros(shape, dtype=torch.float64)
@@ -142,23 +142,23 @@ class _Curve:
         rot_k: Float[Tensor, "pos kv_head d_head"],
     ) -> None:
         heads = range(geometry.n_heads)
-        mean, n_pairs = mean_by_distance(rot_q, rot_k, geometry, heads, scale=self._scale)
-        octave = _octave_of(torch.arange(1, len(n_pairs) + 1), self._edges)
-        self._total[layer].index_add_(1, octave, mean.nan_to_num(0.0) * n_pairs)
-        self._count[layer].index_add_(1, octave, n_pairs[None].double())
+        mean, n_qk_pairs = mean_by_distance(rot_q, rot_k, geometry, heads, scale=self._scale)
+        octave = _octave_of(torch.arange(1, len(n_qk_pairs) + 1), self._edges)
+        self._total[layer].index_add_(1, octave, mean.nan_to_num(0.0) * n_qk_pairs)
+        self._count[layer].index_add_(1, octave, n_qk_pairs[None].double())
 
     def mean(self) -> Float[Tensor, "layer head octave"]:
         """NaN where there is no pair."""
         return self._total / self._count
 
 
-def _octave_of(numbers: Int[Tensor, "n"], edges: Int[Tensor, "edge"]) -> Int[Tensor, "n"]:
+def _octave_of(numbers: Int[Tensor, " n"], edges: Int[Tensor, " edge"]) -> Int[Tensor, " n"]:
     return torch.bucketize(numbers, edges, right=True) - 1
 
 
 def _loss(
-    model: LensModel, document: Int[Tensor, "pos"], edges: Int[Tensor, "edge"]
-) -> Float[Tensor, "octave"]:
+    model: LensModel, document: Int[Tensor, " pos"], edges: Int[Tensor, " edge"]
+) -> Float[Tensor, " octave"]:
     """Mean by octave of position; NaN in those beyond the text's end."""
     targets = torch.arange(1, len(document))
     loss = -target_logprobs(model, document, targets)[0].double()

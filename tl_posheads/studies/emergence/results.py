@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import count_of
+from tl_posheads.hooks.heads import Heads, as_heads, count_of
 from tl_posheads.io.result import Files, Result
 from tl_posheads.statistics.ranks import chance_overlap
 from tl_posheads.studies.emergence.lead_lag import crossing, lag_of
@@ -36,7 +35,7 @@ class Emergence(Result):
         provenance: how it came about.
     """
 
-    steps: Int[Tensor, "step"]
+    steps: Int[Tensor, " step"]
     rho: Float[Tensor, "step layer head"]
     ci_low: Float[Tensor, "step layer head"]
     ci_high: Float[Tensor, "step layer head"]
@@ -229,15 +228,25 @@ class Emergence(Result):
             rows.append(row)
         return pd.DataFrame(rows).sort_values("rise", ascending=False, ignore_index=True)
 
-    def plot(self, heads: Sequence[tuple[int, int]] | None = None) -> Any:
+    def plot(self, heads: Heads | None = None) -> Any:
         """Scores of some heads, loss by octave and the best head's curve over training.
 
         Args:
-            heads: those whose scores are told apart; the four of highest last score by default.
+            heads: those whose scores are told apart, ``"L6H6"``, ``(6, 6)`` or a list; the four of
+                highest last score by default.
+
+        Raises:
+            PosheadsError: no heads, or one that was not scored.
         """
         from tl_posheads.figures.emergence import emergence_figure
 
-        heads = self.top(4) if heads is None else list(heads)
-        layer, head = heads[0]
+        chosen, table = self.top(4) if heads is None else as_heads(heads), self.to_pandas()
+        scored = {*zip(table["layer"], table["head"], strict=True)}
+        if not chosen or not scored.issuperset(chosen):
+            raise PosheadsError(
+                f"heads={heads!r} were given; expected some of the {len(scored)} heads scored, as "
+                "to_pandas() has them"
+            )
+        layer, head = chosen[0]
         curve = self.curve[:, layer, head].numpy()
-        return emergence_figure(self.to_pandas(), self.losses(), curve, heads)
+        return emergence_figure(table, self.losses(), curve, chosen)

@@ -61,7 +61,7 @@ class EmergenceTracker:
     def __init__(
         self,
         model: LensModel,
-        tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+        tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
         *,
         every: int | Sequence[int] = 100,
         folder: str | os.PathLike[str] | None = None,
@@ -167,7 +167,7 @@ class EmergenceTracker:
 
 def track_emergence(
     models: Mapping[int, Any] | Iterable[tuple[int, Any]],
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     every: int | Sequence[int] = 1,
     folder: str | os.PathLike[str] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -45,10 +45,10 @@ class QKBasis:
         bias_speed: 1 / half-life of the bias on scores; None without one.
     """
 
-    vectors: Float[Tensor, "direction d_head"]
-    speeds: Float[Tensor, "direction"]
-    survival: Float[Tensor, "shift direction"]
-    shifts: Float[Tensor, "shift"]
+    vectors: Float[Tensor, "direction d_head"] = field(repr=False)
+    speeds: Float[Tensor, " direction"] = field(repr=False)
+    survival: Float[Tensor, "shift direction"] = field(repr=False)
+    shifts: Float[Tensor, " shift"] = field(repr=False)
     explained: float
     explained_change: float
     diagonal: float
@@ -56,12 +56,12 @@ class QKBasis:
     bias_speed: float | None = None
 
     @property
-    def plane_speeds(self) -> Float[Tensor, "plane"]:
+    def plane_speeds(self) -> Float[Tensor, " plane"]:
         """Mean speed of each plane's two directions, per token, descending."""
         return self.speeds.view(-1, 2).mean(1)
 
     @property
-    def moves(self) -> Bool[Tensor, "plane"]:
+    def moves(self) -> Bool[Tensor, " plane"]:
         """Planes that aren't still: partial rotary's unrotated coordinates are no dimensions."""
         return self.plane_speeds > 0
 
@@ -79,8 +79,8 @@ class QKBasis:
 
 
 def half_lives(
-    survival: Float[Tensor, "shift direction"], shifts: Float[Tensor, "shift"]
-) -> Float[Tensor, "direction"]:
+    survival: Float[Tensor, "shift direction"], shifts: Float[Tensor, " shift"]
+) -> Float[Tensor, " direction"]:
     """Tokens after which half of a direction is left.
 
     The first shift with ``r < 1/2``, interpolated linearly from the one before it (``r = 1`` at
@@ -110,7 +110,7 @@ def half_lives(
     return torch.where(below.any(0), crossed, far)
 
 
-def bias_speed(bias: Float[Tensor, "distance"]) -> float:
+def bias_speed(bias: Float[Tensor, " distance"]) -> float:
     """1 / half-life of a bias on scores, per token.
 
     A bias multiplies a token's odds of being looked at by ``exp(bias)``. It has survived d tokens
@@ -143,7 +143,7 @@ def ordered_planes(
     operators: Float[Tensor, "shift d_head d_head"] | Sequence[Transport],
     shifts: Sequence[int],
     *,
-    bias: Float[Tensor, "distance"] | None = None,
+    bias: Float[Tensor, " distance"] | None = None,
 ) -> QKBasis:
     """Planes of an encoding that moves queries and keys, ordered by how fast it moves them.
 
@@ -194,7 +194,7 @@ def ordered_planes(
 
 
 def planes_by_products(
-    products: DistanceProducts, head: int, *, bias: Float[Tensor, "distance"] | None = None
+    products: DistanceProducts, head: int, *, bias: Float[Tensor, " distance"] | None = None
 ) -> QKBasis:
     """Planes of an encoding that moves no vector (ALiBi, T5, none), ordered by data.
 

@@ -21,9 +21,9 @@ def plane_contributions(
     q: Float[Tensor, "q_pos d_head"],
     k: Float[Tensor, "k_pos d_head"],
     basis: QKBasis,
-    bias: Float[Tensor, "distance"] | None = None,
+    bias: Float[Tensor, " distance"] | None = None,
     *,
-    q_pos: Int[Tensor, "q_pos"] | None = None,
+    q_pos: Int[Tensor, " q_pos"] | None = None,
 ) -> Float[Tensor, "q_pos k_pos dimension"]:
     """What every dimension of one head adds to every query-key product, fastest first.
 
@@ -105,7 +105,7 @@ class PlaneVectors:
         used = torch.stack(
             [basis.moves | (unmoved == "last") for basis in bases], dim=1
         )  # [dimension, head]
-        self._bias_at: Int[Tensor, "head"] | None = None
+        self._bias_at: Int[Tensor, " head"] | None = None
         self._bias = None if bias is None else bias.detach().double().cpu()
         if bias is not None:
             self._bias_at = torch.tensor([basis.bias_at for basis in bases])
@@ -154,7 +154,7 @@ class PlaneVectors:
         return torch.where(gap, torch.full_like(out, fill), out)
 
     def contributions(
-        self, rows: Int[Tensor, "row"], q_pos: Int[Tensor, "row"], n_keys: int
+        self, rows: Int[Tensor, " row"], q_pos: Int[Tensor, " row"], n_keys: int
     ) -> Iterator[Float[Tensor, "head row key"]]:
         """One dimension after the other, of the queries at ``rows`` and the first keys; float64.
 
@@ -171,7 +171,7 @@ class PlaneVectors:
                 out += bias * (self._bias_at == m)[:, None, None]
             yield out.add_(self._absent[m, :, None, None])
 
-    def dominant(self, rows: Int[Tensor, "row"], n_keys: int) -> Float[Tensor, "head row key"]:
+    def dominant(self, rows: Int[Tensor, " row"], n_keys: int) -> Float[Tensor, "head row key"]:
         """D of the queries at ``rows`` and the first keys: ``sum_m m softmax_m(c)``; float64."""
         peak = torch.full((1,), -torch.inf, dtype=torch.float64)
         for contribution in self.contributions(rows, rows, n_keys):
@@ -187,7 +187,7 @@ class PlaneVectors:
 
 def dominant_by_distance(
     vectors: PlaneVectors, window: int | None = None
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "head n"]]:
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "head n"]]:
     """Distance and dominant dimension of every pair that attention sees, for rho.
 
     Args:

@@ -51,7 +51,7 @@ def position_table(model: LensModel, n: int) -> Float[Tensor, "pos d_model"]:
 
 def capture_moved(
     model: LensModel,
-    document: Int[Tensor, "pos"],
+    document: Int[Tensor, " pos"],
     consumer: Consumer,
     *,
     layers: Sequence[int],
@@ -102,7 +102,7 @@ def capture_moved(
 
 
 def attention_scales(
-    model: LensModel, document: Int[Tensor, "pos"], layers: Sequence[int]
+    model: LensModel, document: Int[Tensor, " pos"], layers: Sequence[int]
 ) -> dict[int, float]:
     """The factor of every layer's scores on ``q . k``, as a pass over the text's start shows it.
 
@@ -130,7 +130,7 @@ def attention_scales(
 
 def moved_bases(
     model: LensModel,
-    documents: Sequence[Int[Tensor, "pos"]],
+    documents: Sequence[Int[Tensor, " pos"]],
     layers: Sequence[int],
     bar: Any,
     kept: Checkpoint,
@@ -176,7 +176,7 @@ def moved_bases(
 
 def _add_moved(
     model: LensModel,
-    text: Int[Tensor, "pos"],
+    text: Int[Tensor, " pos"],
     shifts: Sequence[int],
     table: Float[Tensor, "pos d_model"],
     layers: Sequence[int],

@@ -10,7 +10,7 @@ causal attention tells about positions. So the planes are ordered by data:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -30,8 +30,8 @@ class DistanceProducts:
         distance: mean distance of each bin's pairs, in tokens; the first bin is distance 1.
     """
 
-    products: Float[Tensor, "doc bin head d_head d_head"]
-    distance: Float[Tensor, "bin"]
+    products: Float[Tensor, "doc bin head d_head d_head"] = field(repr=False)
+    distance: Float[Tensor, " bin"] = field(repr=False)
 
 
 def distance_products(

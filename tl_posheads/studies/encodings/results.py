@@ -83,7 +83,7 @@ class EncodingScores(HeadScores):
                     "explained_change": basis.explained_change,
                     "diagonal": basis.diagonal,
                     "source": basis.source,
-                    "n_pairs": int(self.n_pairs[layer, head]),
+                    "n_qk_pairs": int(self.n_qk_pairs[layer, head]),
                 }
             )
         return pd.DataFrame(rows)

@@ -38,7 +38,7 @@ Read = Callable[[Tensor, Callable[[int, Tensor, Tensor], None]], None]
 
 def score_encoding(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     layers: Sequence[int] | None = None,
     scale: Scale = "none",
@@ -57,8 +57,8 @@ def score_encoding(
     is the mean over documents.
 
     With RoPE the operators are the rotations that the layer really applies, the planes are the
-    rotary pairs, and rho is that of ``score_heads(..., pairs="all")``. With learned positions the
-    texts are run again with the position embeddings of later positions, and the operators are
+    rotary pairs, and rho is that of ``score_heads(..., qk_pairs="all")``. With learned positions
+    the texts are run again with the position embeddings of later positions, and the operators are
     regressions; ``explained_change`` says how much of the change they describe.
 
     Args:
@@ -110,7 +110,7 @@ def score_encoding(
             found = _learned(model, documents, wanted, scale, bar, kept)
         vectors = partial(PlaneVectors, unmoved=unmoved)
         values = _values(model, units, found, vectors, skip_first, bar, kept)
-    facts |= {"layers": list(found.bases), "n_documents": len(units), "pairs": "all"}
+    facts |= {"layers": list(found.bases), "n_documents": len(units), "qk_pairs": "all"}
     return _put_together(model, values, units, found, facts)
 
 
@@ -273,7 +273,7 @@ def _values(
                 # Head by head: ranking takes ten times the memory of what is ranked.
                 rho = torch.stack([correlation(midranks(head), ranks) for head in dominant])
                 row[MEASURES.index("rho"), layer] = rho
-                row[MEASURES.index("n_pairs"), layer] = len(distance)
+                row[MEASURES.index("n_qk_pairs"), layer] = len(distance)
 
             encoding.read(document, keep)
             found = {"values": row}

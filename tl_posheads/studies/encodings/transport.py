@@ -11,14 +11,15 @@ described by :mod:`tl_posheads.studies.encodings.products` instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.rotary.contributions import PairGeometry, rotate_by
+from tl_posheads.rotary.contributions import rotate_by
+from tl_posheads.rotary.geometry import LayerGeometry
 
 RIDGE = 1e-6  # of the mean variance of a coordinate
 
@@ -35,7 +36,7 @@ class Transport:
             this one says what the operator adds.
     """
 
-    operator: Float[Tensor, "d_head d_head"]
+    operator: Float[Tensor, "d_head d_head"] = field(repr=False)
     r2: float
     r2_change: float
 
@@ -177,7 +178,7 @@ def _described(left: float, whole: float) -> float:
 
 
 def rotation_operators(
-    geometry: PairGeometry, shifts: Sequence[int]
+    geometry: LayerGeometry, shifts: Sequence[int]
 ) -> Float[Tensor, "shift d_head d_head"]:
     """T_s of a layer with RoPE, which is known without any text: the rotation by s tokens.
 

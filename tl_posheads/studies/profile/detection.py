@@ -8,7 +8,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 
 
-def detection_patterns(tokens: Int[Tensor, "pos"]) -> dict[str, Float[Tensor, "q_pos k_pos"]]:
+def detection_patterns(tokens: Int[Tensor, " pos"]) -> dict[str, Float[Tensor, "q_pos k_pos"]]:
     """TransformerLens' own detection patterns of one text, ones where such a head looks.
 
     ``induction``: the token behind each earlier copy of the query's token. ``previous_token``: the

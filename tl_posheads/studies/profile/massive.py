@@ -8,7 +8,7 @@ from torch import Tensor
 
 def massive_share(
     norms: Float[Tensor, "head d_head"], *, factor: float = 5.0
-) -> Float[Tensor, "head"]:
+) -> Float[Tensor, " head"]:
     """Share of a head's dimensions that are massive: above ``factor`` times the head's mean norm.
 
     Jin et al. 2025, whose lambda the factor is. NaN for a head whose norms are all 0.

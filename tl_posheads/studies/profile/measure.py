@@ -80,7 +80,7 @@ def head_scores(
 
 def measure_text(
     model: LensModel,
-    document: Int[Tensor, "pos"],
+    document: Int[Tensor, " pos"],
     geometry: RotaryGeometry,
     measures: Sequence[str],
     settings: ProfileSettings,

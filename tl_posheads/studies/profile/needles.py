@@ -51,7 +51,7 @@ def needle_prompts(
 
 
 def most_attended(
-    model: LensModel, tokens: Int[Tensor, "pos"], rows: slice
+    model: LensModel, tokens: Int[Tensor, " pos"], rows: slice
 ) -> Int[Tensor, "layer head row"]:
     """The position that every head attends to most, for some queries; -1 where there is no head.
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tl_posheads.hooks.heads import count_of
+from tl_posheads.errors import PosheadsError
+from tl_posheads.hooks.heads import Head, count_of
 from tl_posheads.io.result import Files, Result
 from tl_posheads.statistics.ranks import benjamini_hochberg, chance_overlap
-from tl_posheads.studies.profile.settings import POSITIONAL
+from tl_posheads.studies.profile.settings import FAMILIES, POSITIONAL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PLACE = ("layer", "head")
 _FEWEST = 3  # heads of a correlation
@@ -122,11 +127,46 @@ class HeadProfile(Result):
         out["p_adjusted"] = benjamini_hochberg(out["p"].to_numpy(dtype=float))
         return out
 
-    def plot(self, *, within_layers: bool = False) -> Any:
+    def families(
+        self, k: int | float = 0.05, measures: Sequence[str] | None = None
+    ) -> dict[str, list[Head]]:
+        """The ``k`` highest heads of each measure, by layer and head.
+
+        Args:
+            k: as in :meth:`overlap`; heads that tie across the cut are left out.
+            measures: by default those that papers name heads after: positional, retrieval,
+                induction, previous-token, sink and long-context heads, as far as they are here.
+
+        Raises:
+            PosheadsError: a measure that is not here; a ``k`` that is no count and no share.
+
+        Example:
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"layer": 0, "head": range(4),
+            ...                       "positional": [0.1, 0.2, 0.3, 0.4], "sink": [4, 2, 3, 1.0]})
+            >>> HeadProfile(table, {}).families(2)
+            {'positional': [(0, 2), (0, 3)], 'sink': [(0, 0), (0, 2)]}
+        """
+        known = [name for name in FAMILIES if name in self.columns]
+        names = known if measures is None else list(measures)
+        if unknown := [name for name in names if name not in self.columns]:
+            raise PosheadsError(
+                f"measures={unknown} were asked for; expected some of {', '.join(self.columns)}"
+            )
+        out: dict[str, list[Head]] = {}
+        for name in names:
+            own = self.table[[*_PLACE, name]].dropna().sort_values([*_PLACE])
+            chosen = _highest(own[name].to_numpy(dtype=float), count_of(k, len(own)))
+            places = own[[*_PLACE]].to_numpy()
+            out[name] = [(int(places[i, 0]), int(places[i, 1])) for i in sorted(chosen)]
+        return out
+
+    def plot(self, *, within_layers: bool = False, ax: Axes | None = None) -> Any:
         """The correlations as a map, alike measures side by side, as a matplotlib figure.
 
         Args:
             within_layers: as in :meth:`correlation`.
+            ax: axes to draw into; they are then what is returned.
 
         Raises:
             PosheadsError: fewer than two measures can be correlated.
@@ -136,7 +176,7 @@ class HeadProfile(Result):
         kind = "within layers" if within_layers else f"over {len(self.table):,} heads"
         model = self.provenance.get("model", "the model")
         title = f"Spearman's rho between measures of {model}'s heads, {kind}"
-        return correlation_figure(self.correlation(within_layers=within_layers), title)
+        return correlation_figure(self.correlation(within_layers=within_layers), title, ax=ax)
 
 
 def _pairwise(values: pd.DataFrame, layer: pd.Series[Any], within: bool) -> pd.DataFrame:

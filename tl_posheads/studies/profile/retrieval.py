@@ -12,7 +12,7 @@ from tl_posheads.errors import PosheadsError
 
 
 def copies_of(
-    tokens: Int[Tensor, "pos"], answer: Int[Tensor, "answer"]
+    tokens: Int[Tensor, " pos"], answer: Int[Tensor, " answer"]
 ) -> Int[Tensor, "copy answer"]:
     """Positions of every place where the answer's tokens stand in a row.
 
@@ -31,8 +31,8 @@ def copies_of(
 
 def copied_share(
     attended: Int[Tensor, "head step"],
-    generated: Int[Tensor, "step"],
-    tokens: Int[Tensor, "pos"],
+    generated: Int[Tensor, " step"],
+    tokens: Int[Tensor, " pos"],
     needle: Int[Tensor, "copy answer"],
 ) -> Tensor:
     """Share of the needle's tokens that each head copied: the retrieval score for one needle.
@@ -80,7 +80,7 @@ def copied_share(
     return marks[..., :n].double().mean(-1)
 
 
-def recall(generated: Int[Tensor, "step"], answer: Int[Tensor, "answer"]) -> float:
+def recall(generated: Int[Tensor, " step"], answer: Int[Tensor, " answer"]) -> float:
     """Share of the answer's tokens that were written, in any order (ROUGE-1 recall, of tokens).
 
     Wu et al. count a needle only where it is above one half.

@@ -41,7 +41,7 @@ N_NEEDLES = 6
 
 def profile_heads(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     scores: HeadScores | None = None,
     needles: int | Task | Sequence[Prompt] = N_NEEDLES,

@@ -19,6 +19,15 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "utility": ("dimensions_used", "slow_utility"),
 }
 POSITIONAL = "positional"
+# Columns that papers name heads after.
+FAMILIES = (
+    POSITIONAL,
+    "retrieval",
+    "induction",
+    "previous_token",
+    "sink",
+    "long_context_oracle",
+)
 
 
 @dataclass(frozen=True)

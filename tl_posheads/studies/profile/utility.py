@@ -16,14 +16,14 @@ def dimension_utility(
     q: Float[Tensor, "row head d_head"],
     k: Float[Tensor, "pos head d_head"],
     v: Float[Tensor, "pos head d_v"],
-    q_pos: Int[Tensor, "row"],
+    q_pos: Int[Tensor, " row"],
     *,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
     penalty: float = 0.1,
     steps: int = 100,
-) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head"]]:
+) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, " head"]]:
     """What of every query-key dimension a head must keep so that its output stays, from 0 to 1.
 
     Chiang and Yogatama 2025, "The rotary position embedding may cause dimension inefficiency in

@@ -1,4 +1,4 @@
-"""``tl-posheads unseen``: why dominant dimensions change past the training length."""
+"""``tl-posheads ood-angles``: why dominant dimensions change past the training length."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tl_posheads.cli.command import Run, new_command
 from tl_posheads.cli.options import add_model_options, add_scale, add_texts, whole
 
 if TYPE_CHECKING:
-    from tl_posheads.studies.unseen.results import UnseenAngles
+    from tl_posheads.studies.ood_angles.results import OODAngles
 
 LIVE = ("pairs", "joint", "none")
 TABLES = ("summary", "by_pair", "losses", "pairs", "change")
 
 _TEXTS = dict(
-    help="ask whether unseen angles make the change past the training length",
+    help="ask whether out-of-distribution angles make the change past the training length",
     description="""\
 Read texts longer than MODEL was trained on, hold the angles of rotary pairs at what training saw,
 and write how much of the change in dominant dimension and loss goes with them to the folder --out.
@@ -24,17 +24,18 @@ The same command on the same folder goes on with a stopped run, and shows a fini
 """,
     epilog="""\
 examples:
-  tl-posheads unseen ./small-llama --trained 256 --corpus held-out.txt --out unseen
-  tl-posheads unseen smollm2-135m --trained 8192 --factor 2 --docs 4 --live joint --out unseen
+  tl-posheads ood-angles ./small-llama --trained 256 --corpus held-out.txt --out ood
+  tl-posheads ood-angles smollm2-135m --trained 8192 --factor 2 --docs 4 --live joint --out ood
 
-A pair with a wavelength above the training length has not turned once in training: it is unseen.
+A rotary pair with a wavelength above the training length has not turned once in training, so that
+longer texts turn it to angles out of the training distribution: an out-of-distribution pair.
 
 what comes out, in the folder --out:
-  summary.csv  change, and the parts of unseen and of other pairs, with 95 % intervals
+  summary.csv     change, and the parts of out-of-distribution and of other pairs, with 95 % intervals
   by_pair.csv, losses.csv, pairs.csv, change.csv   pair by pair, loss, wavelengths, head by head
-  unseen.png   curves bare and clamped, each pair's part, and the loss
-  unseen.*     everything, for UnseenAngles.load("FOLDER") in Python
-  run.json     what was asked for
+  ood_angles.png  curves bare and clamped, each pair's part, and the loss
+  ood_angles.*    everything, for OODAngles.load("FOLDER") in Python
+  run.json        what was asked for
 """,
 )
 
@@ -65,8 +66,8 @@ def above_one(text: str) -> float:
 
 
 def add_command(commands: Any) -> None:
-    """Add ``unseen`` to the parser's commands."""
-    add = new_command(commands, "unseen", _unseen, _lines, "UnseenAngles", _TEXTS)
+    """Add ``ood-angles`` to the parser's commands."""
+    add = new_command(commands, "ood-angles", _ood_angles, _lines, "OODAngles", _TEXTS)
     add_texts(add, docs=8)
     add(
         "--trained",
@@ -87,17 +88,17 @@ def add_command(commands: Any) -> None:
         "--live",
         choices=LIVE,
         default="pairs",
-        help="clamp as the model reads: sets of pairs and each unseen pair, sets alone, or nothing (pairs)",
+        help="clamp as the model reads: sets of pairs and each out-of-distribution pair, sets alone, or nothing (pairs)",
     )
     add_scale(add)
     add_model_options(add)
 
 
-def _unseen(run: Run) -> UnseenAngles:
+def _ood_angles(run: Run) -> OODAngles:
     from tl_posheads.extrapolation.methods.unchanged import Unchanged
     from tl_posheads.hooks.changes import trained_of
     from tl_posheads.hooks.model import require_rotary
-    from tl_posheads.studies.unseen.measure import unseen_angles
+    from tl_posheads.studies.ood_angles.measure import ood_angles
 
     args, model = run.args, run.model()
     require_rotary(model)
@@ -106,11 +107,11 @@ def _unseen(run: Run) -> UnseenAngles:
     with run.started() as checkpoint:
         options = run.options("trained", "heads", "factor", "scale", "live", "seed")
         options.update(n_queries=args.queries, checkpoint=checkpoint)
-        found = unseen_angles(model, tokens, **options)
+        found = ood_angles(model, tokens, **options)
         tables = {f"{name}.csv": getattr(found, name)() for name in TABLES}
-        run.save(found, {**tables, "unseen.png": found.plot()})
+        run.save(found, {**tables, "ood_angles.png": found.plot()})
     return found
 
 
-def _lines(found: UnseenAngles) -> list[str]:
+def _lines(found: OODAngles) -> list[str]:
     return found.sentences()

@@ -32,28 +32,28 @@ from tl_posheads.io.checkpoint import Checkpoint
 from tl_posheads.rotary.contributions import Scale, check_scale, evenly, farthest
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.scoring.score import Units, inputs_of
-from tl_posheads.studies.unseen.clamped_model import clamped, hiding, require_room
-from tl_posheads.studies.unseen.clamping import (
+from tl_posheads.studies.ood_angles.clamped_model import clamped, hiding, require_room
+from tl_posheads.studies.ood_angles.clamping import (
     JOINT,
     DistanceBins,
     bare_by_bin,
     clamp_by_bin,
-    unseen_pairs,
+    ood_pairs,
 )
-from tl_posheads.studies.unseen.results import UnseenAngles
+from tl_posheads.studies.ood_angles.results import OODAngles
 
 Live = Literal["pairs", "joint", "none"]
 # Of one text under one condition: loss and position of the scored tokens, and by layer, as NAME.3,
-# the sums of ClampSums in the bare model, and of D (live) where unseen pairs are clamped.
+# the sums of ClampSums in the bare model, and of D (live) with out-of-distribution pairs clamped.
 Pass = dict[str, Tensor]
 
 _SUMS = "bare", "paired", "joint", "single"
 _NEAREST = -3  # octave, from the training length, that has all nearer positions' losses
 
 
-def unseen_angles(
+def ood_angles(
     model: LensModel,
-    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, "pos"]],
+    tokens: Int[Tensor, "doc pos"] | Sequence[Int[Tensor, " pos"]],
     *,
     trained: int | None = None,
     heads: Heads | None = None,
@@ -67,14 +67,14 @@ def unseen_angles(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     provenance: Mapping[str, Any] | None = None,
-) -> UnseenAngles:
+) -> OODAngles:
     """How much of the change beyond the training length comes from angles never seen in training.
 
-    A pair whose wavelength is longer than the training length has seen angles up to
-    ``theta * (trained - 1)`` and no others. Beyond, its relative angle is held there,
-    ``theta * min(d, trained - 1)``, and the dominant dimension D (Hong et al. 2024,
-    arXiv 2410.08703) is taken again: pair by pair, all unseen pairs together, and, as a control,
-    all others together, whose angles are not new. What D changes by is that pair's part.
+    A rotary pair whose wavelength is longer than the training length has seen angles up to
+    ``theta * (trained - 1)`` and no others: an out-of-distribution pair. Beyond, its relative angle
+    is held there, ``theta * min(d, trained - 1)``, and the dominant dimension D (Hong et al. 2024,
+    arXiv 2410.08703) is taken again: pair by pair, all out-of-distribution pairs together, and, as
+    a control, all others together, whose angles are not new. What D changes by is that pair's part.
 
     Two levels. *Direct*: the bare model's own rotated queries and keys, with the angle of the pair
     in the score held; earlier layers stay as they are. *Through the model*: the clamp is in force
@@ -92,9 +92,10 @@ def unseen_angles(
         n_scored: tokens of a text whose loss is measured, evenly spread.
         per_octave: bins in a doubling of the distance; one begins at the training length.
         scale: of the contributions that D is taken of, as in ``score_heads``.
-        live: what is clamped through the model: all unseen pairs, all others and all pairs
-            (``"joint"``), each unseen pair by itself too (``"pairs"``), or nothing (``"none"``).
-            Beside them a pass in which the heads don't see keys as far away as that at all.
+        live: what is clamped through the model: all out-of-distribution pairs, all others and all
+            pairs (``"joint"``), each out-of-distribution pair by itself too (``"pairs"``), or
+            nothing (``"none"``). Beside them a pass in which the heads don't see keys as far away
+            as that at all.
         seed: of the bootstrap in the result's tables; nothing else is drawn.
         checkpoint: folder that keeps every finished pass over a text; the same call goes on from
             there.
@@ -102,7 +103,7 @@ def unseen_angles(
         provenance: more facts to keep with the result, the corpus' name for one.
 
     Returns:
-        :class:`UnseenAngles`.
+        :class:`OODAngles`.
 
     Memory: one text and layer at a time, ``12 * pair * head * pos`` doubles and chunks of 100 MB,
     beside what a forward pass needs: fused attention where the model allows it, else the lens's
@@ -115,7 +116,7 @@ def unseen_angles(
             checkpoint of another run.
 
     Example:
-        >>> found = unseen_angles(model, tokens, trained=256)           # doctest: +SKIP
+        >>> found = ood_angles(model, tokens, trained=256)           # doctest: +SKIP
         >>> found.summary(); found.by_pair(); found.losses(); found.plot()  # doctest: +SKIP
     """
     require_rotary(model)
@@ -155,7 +156,7 @@ def unseen_angles(
         kept = Checkpoint(checkpoint, plan)
         passes = list(_passes(reader, units, live, kept, progress))
     losses = [row for text, name, found in passes for row in _by_octave(found, name, text, known)]
-    return UnseenAngles(
+    return OODAngles(
         heads=list(chosen),
         trained=known,
         bin_start=bins.start,
@@ -186,7 +187,7 @@ def _passes(
     conditions = reader.conditions(live)
     bar = tqdm(
         total=len(units) * len(conditions),
-        desc="unseen angles",
+        desc="out-of-distribution angles",
         unit="pass",
         disable=not progress,
         dynamic_ncols=True,
@@ -206,10 +207,10 @@ def _passes(
 def _sums(passes: Sequence[tuple[int, str, Pass]], heads: Sequence[Head]) -> dict[str, Any]:
     """Sums of D by text, head and bin, of the bare model and under the clamp."""
     bare = [found for _, name, found in passes if name == "bare"]
-    through = [_by_layer(found, "live") for _, name, found in passes if name == "unseen"]
-    n_pairs = [torch.stack([found[f"n_pairs.{layer}"] for layer, _ in heads]) for found in bare]
+    through = [_by_layer(found, "live") for _, name, found in passes if name == "ood"]
+    counts = [torch.stack([found[f"n_qk_pairs.{layer}"] for layer, _ in heads]) for found in bare]
     return {
-        "n_pairs": torch.stack(n_pairs),
+        "n_qk_pairs": torch.stack(counts),
         **{name: _stacked([_by_layer(found, name) for found in bare], heads) for name in _SUMS},
         "live": _stacked(through, heads) if through else None,
     }
@@ -276,8 +277,8 @@ class _Reader:
     ) -> None:
         self.model, self.geometry, self.members, self.bins = model, geometry, members, bins
         self.n_queries, self.n_scored, self.scale = n_queries, n_scored, scale
-        self.unseen = {
-            layer: torch.nonzero(unseen_pairs(geometry[layer].inv_freq, bins.trained))
+        self.ood = {
+            layer: torch.nonzero(ood_pairs(geometry[layer].inv_freq, bins.trained))
             .flatten()
             .tolist()
             for layer in members
@@ -289,23 +290,25 @@ class _Reader:
         if live == "none":
             return out
         every = {layer: list(range(self.geometry[layer].n_pairs)) for layer in self.members}
-        seen = {i: [m for m in pairs if m not in self.unseen[i]] for i, pairs in every.items()}
-        out |= dict(zip(JOINT, (self.unseen, seen, every), strict=True))
+        other = {i: [m for m in pairs if m not in self.ood[i]] for i, pairs in every.items()}
+        out |= dict(zip(JOINT, (self.ood, other, every), strict=True))
         out["hidden"] = every
         if live == "pairs":
-            for pair in sorted({m for pairs in self.unseen.values() for m in pairs}):
-                mine = {i: [pair] for i, pairs in self.unseen.items() if pair in pairs}
+            for pair in sorted({m for pairs in self.ood.values() for m in pairs}):
+                mine = {i: [pair] for i, pairs in self.ood.items() if pair in pairs}
                 out[f"pair {pair}"] = mine
         return out
 
-    def read(self, document: Int[Tensor, "pos"], name: str, pairs: Mapping[int, list[int]]) -> Pass:
+    def read(
+        self, document: Int[Tensor, " pos"], name: str, pairs: Mapping[int, list[int]]
+    ) -> Pass:
         """One pass over one text."""
         layers: dict[int, LayerGeometry] = {
             layer: clamped(self.geometry[layer], self.members[layer], held, self.bins.trained)
             for layer, held in pairs.items()
             if held
         }
-        seen: Pass = {}
+        sums_of: Pass = {}
 
         def consumer(layer: int, rot_q: Tensor, rot_k: Tensor) -> None:
             here = layers.get(layer, self.geometry[layer])
@@ -317,7 +320,7 @@ class _Reader:
                 sums = vars(clamp_by_bin(*given))
             else:
                 sums = {"live": bare_by_bin(*given)[0]}
-            seen.update({f"{what}.{layer}": value for what, value in sums.items()})
+            sums_of.update({f"{what}.{layer}": value for what, value in sums.items()})
 
         targets = scored_positions(len(document), self.n_scored)
         with ExitStack() as stack:
@@ -325,12 +328,12 @@ class _Reader:
                 stack.enter_context(hiding(self.model, layers, self.bins.trained))
             elif layers:
                 stack.enter_context(remapped(self.model, layers, name=f"clamp of {name}"))
-            looks = name in ("bare", "unseen")
+            watched = name in ("bare", "ood")
             watch = rotary_consumer(self.model, consumer, list(self.members))
-            stack.enter_context(watch if looks else nullcontext())
+            stack.enter_context(watch if watched else nullcontext())
             stack.enter_context(fused_attention(self.model))
             logprob, _ = target_logprobs(self.model, document, targets)
-        return {**seen, "loss": -logprob.double().cpu(), "position": targets.cpu()}
+        return {**sums_of, "loss": -logprob.double().cpu(), "position": targets.cpu()}
 
 
 def _by_layer(found: Pass, name: str) -> dict[int, Tensor]:
@@ -359,7 +362,7 @@ def _by_octave(found: Pass, condition: str, text: int, trained: int) -> list[dic
 
 
 def _stacked(
-    texts: Sequence[Mapping[int, Float[Tensor, "head *rest"]]], heads: Sequence[Head]
+    texts: Sequence[Mapping[int, Float[Tensor, " head *rest"]]], heads: Sequence[Head]
 ) -> Float[Tensor, "doc head *rest"]:
     """By text and head; layers with fewer rotary pairs are filled up with NaN."""
     members = by_layer(heads)

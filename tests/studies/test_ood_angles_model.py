@@ -17,8 +17,8 @@ from tl_posheads import extrapolation as ex
 from tl_posheads.hooks.fused import fused_attention
 from tl_posheads.io import models
 from tl_posheads.rotary.remapping import pair_vectors
-from tl_posheads.studies.unseen import UnseenAngles, clamp_rotary, clamped_dominant, unseen_angles
-from tl_posheads.studies.unseen.clamped_model import clamped, hiding
+from tl_posheads.studies.ood_angles import OODAngles, clamp_rotary, clamped_dominant, ood_angles
+from tl_posheads.studies.ood_angles.clamped_model import clamped, hiding
 
 pytestmark = pytest.mark.lens
 
@@ -43,7 +43,7 @@ def llama(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(llama):
-    return unseen_angles(llama, TOKENS, heads=HEADS, **OPTIONS)
+    return ood_angles(llama, TOKENS, heads=HEADS, **OPTIONS)
 
 
 def logits(model, tokens=TOKENS):
@@ -53,7 +53,7 @@ def logits(model, tokens=TOKENS):
 
 def test_all_pairs_of_all_heads_is_rerope(llama):
     every = [(layer, head) for layer in range(2) for head in range(4)]
-    # ReRoPE holds far distances at its window; here the last distance seen is trained - 1.
+    # ReRoPE holds far distances at its window; here the last distance of training is trained - 1.
     with clamp_rotary(llama, every, range(4), trained=TRAINED):
         mine = logits(llama)
     with ex.ReRoPE(window=TRAINED - 1)(llama):
@@ -126,16 +126,16 @@ def mean_loss(model, first, last):
 
 def test_the_study_is_the_loop_over_public_functions(llama, found):
     pairs = found.pairs()
-    assert pairs.query("unseen")["pair"].unique().tolist() == [1, 2, 3]  # wavelengths 6, 63, 628
+    assert pairs.query("ood")["pair"].unique().tolist() == [1, 2, 3]  # wavelengths 6, 63, 628
     row = pairs.query("layer == 1 and head == 3 and pair == 1").iloc[0]
     assert row["wavelength"] == pytest.approx(2 * math.pi * 10, rel=1e-4)
     assert row["turns_in_training"] == pytest.approx(24 / (2 * math.pi * 10), rel=1e-4)
-    assert row["seen_max_angle"] == pytest.approx(2.3, rel=1e-4)
+    assert row["max_angle_in_training"] == pytest.approx(2.3, rel=1e-4)
 
     geometry = RotaryGeometry.from_model(llama)
     i, j = np.tril_indices(72, -1)
     q_pos, k_pos = torch.as_tensor(i), torch.as_tensor(j)
-    sets = {"bare": [], "unseen": [1, 2, 3], "seen": [0], "all": [0, 1, 2, 3], 2: [2]}
+    sets = {"bare": [], "ood": [1, 2, 3], "in_distribution": [0], "all": [0, 1, 2, 3], 2: [2]}
     dominant = {name: [] for name in sets}
     for text in TOKENS:
         q, k = rotated(llama, text[:72])[1]
@@ -152,13 +152,13 @@ def test_the_study_is_the_loop_over_public_functions(llama, found):
     assert table["end"].iloc[-1] == 72
     for _, row in table.iterrows():
         here = (i - j >= row["start"]) & (i - j < row["end"])
-        assert row["n_pairs"] == 5 * here.sum()
+        assert row["n_qk_pairs"] == 5 * here.sum()
         bare = mean["bare"][here].mean()
         assert row["d_bare"] == pytest.approx(bare, abs=1e-6)
         assert row["change"] == pytest.approx(bare - reference, abs=1e-6)
-        unseen, seen = bare - mean["unseen"][here].mean(), bare - mean["seen"][here].mean()
-        assert row["change_from_unseen"] == pytest.approx(unseen, abs=1e-6)
-        assert row["change_from_seen"] == pytest.approx(seen, abs=1e-6)
+        ood, other = bare - mean["ood"][here].mean(), bare - mean["in_distribution"][here].mean()
+        assert row["change_from_ood"] == pytest.approx(ood, abs=1e-6)
+        assert row["change_from_in_distribution"] == pytest.approx(other, abs=1e-6)
         assert row["other"] == pytest.approx(mean["all"][here].mean() - reference, abs=1e-6)
     single = found.attribution().query("layer == 1 and head == 3 and pair == 2")
     for _, row in single.iterrows():
@@ -169,15 +169,15 @@ def test_the_study_is_the_loop_over_public_functions(llama, found):
 
 def test_through_the_model_is_the_public_clamp(llama, found):
     table = found.losses().set_index(["condition", "start"])
-    names = ["bare", "unseen", "seen", "all", "hidden", "pair 1", "pair 2", "pair 3"]
+    names = ["bare", "ood", "in_distribution", "all", "hidden", "pair 1", "pair 2", "pair 3"]
     assert found.losses()["condition"].unique().tolist() == names
-    clamps = {"bare": [], "unseen": [1, 2, 3], "seen": [0], "all": range(4), "pair 2": [2]}
+    clamps = {"bare": [], "ood": [1, 2, 3], "in_distribution": [0], "all": range(4), "pair 2": [2]}
     for name, held in clamps.items():
         with clamp_rotary(llama, HEADS, held, trained=TRAINED):
             for start, end in ((12, 24), (24, 48), (48, 72)):
                 want = mean_loss(llama, start, end)
                 assert table["loss"][name, start] == pytest.approx(want, abs=1e-3)
-    row, inside = table.loc["unseen", 48], table["loss"]["bare", 12]
+    row, inside = table.loc["ood", 48], table["loss"]["bare", 12]
     bare = table["loss"]["bare", 48]
     assert row["change"] == pytest.approx(row["loss"] - bare)
     assert row["ci_low"] <= row["change"] <= row["ci_high"]
@@ -198,11 +198,11 @@ def test_through_the_model_is_the_public_clamp(llama, found):
     row = found.change().query("layer == 1 and head == 3 and start == 24").iloc[0]
     assert row["end"] == 29
     assert row["d_live"] == pytest.approx(float(torch.stack(values).mean()), abs=1e-4)
-    assert abs(row["d_live"] - (row["d_bare"] - row["change_from_unseen"])) > 1e-4
+    assert abs(row["d_live"] - (row["d_bare"] - row["change_from_ood"])) > 1e-4
 
 
 def test_direct_only_and_order_of_texts(llama, found):
-    direct = unseen_angles(llama, TOKENS.flip(0), heads=HEADS, live="none", **OPTIONS)
+    direct = ood_angles(llama, TOKENS.flip(0), heads=HEADS, live="none", **OPTIONS)
     assert torch.equal(direct.single, found.single)
     assert direct.live is None
     assert direct.losses()["condition"].unique().tolist() == ["bare"]
@@ -210,7 +210,7 @@ def test_direct_only_and_order_of_texts(llama, found):
 
 
 def test_the_attention_scale_is_that_of_every_d(llama, found):
-    scaled = unseen_angles(llama, TOKENS, heads=HEADS, live="joint", scale="attention", **OPTIONS)
+    scaled = ood_angles(llama, TOKENS, heads=HEADS, live="joint", scale="attention", **OPTIONS)
     assert (scaled.provenance["scale"], found.provenance["scale"]) == ("attention", "none")
     layer = RotaryGeometry.from_model(llama)[1]
     i, j = np.tril_indices(72, -1)
@@ -237,7 +237,7 @@ def test_the_attention_scale_is_that_of_every_d(llama, found):
 
 def test_saves_and_loads_bit_for_bit(found, tmp_path):
     found.save(tmp_path / "u")
-    again = UnseenAngles.load(tmp_path / "u")
+    again = OODAngles.load(tmp_path / "u")
     for field in fields(found):
         mine, theirs = getattr(again, field.name), getattr(found, field.name)
         if isinstance(theirs, torch.Tensor):
@@ -249,18 +249,18 @@ def test_saves_and_loads_bit_for_bit(found, tmp_path):
     for key in ("model", "trained", "tokens_sha256", "versions", "n_queries", "factor", "seed"):
         assert key in again.provenance
     pd.testing.assert_frame_equal(again.summary(n_boot=20), found.summary(n_boot=20))
-    (tmp_path / "u" / "unseen.safetensors").write_bytes(b"nothing")
+    (tmp_path / "u" / "ood_angles.safetensors").write_bytes(b"nothing")
     with pytest.raises(PosheadsError, match="damaged"):
-        UnseenAngles.load(tmp_path / "u")
+        OODAngles.load(tmp_path / "u")
 
 
 def test_figure_says_what_it_shows(found):
     curve, pair, loss = found.plot().axes
     assert [t.get_text() for t in curve.get_legend().get_texts()] == [
         "bare model",
-        "unseen pairs clamped",
+        "out-of-distribution pairs clamped",
         "other pairs clamped",
-        "unseen clamped as it reads",
+        "out-of-distribution pairs clamped as it reads",
     ]
     assert any("trained on 24" in text.get_text() for text in curve.texts)
     assert len(pair.patches) == 4
@@ -279,18 +279,18 @@ def test_other_layouts_and_windows(name):
     model = small_models.rotary_model(name)
     if name.startswith("Mistral"):
         with pytest.raises(PosheadsError, match="sliding window"):
-            unseen_angles(model, TOKENS, live="joint", **OPTIONS)
+            ood_angles(model, TOKENS, live="joint", **OPTIONS)
         return
-    found = unseen_angles(model, TOKENS[:2], live="joint", **OPTIONS)
+    found = ood_angles(model, TOKENS[:2], live="joint", **OPTIONS)
     if name == "Gemma 3":
         assert {layer for layer, _ in found.heads} == {1}
         assert found.pairs()["wavelength"].iloc[1] == pytest.approx(198.7, rel=1e-3)
         with pytest.raises(PosheadsError, match="layer 0 head 1"):
-            unseen_angles(model, TOKENS, heads=[(0, 1)], **OPTIONS)
+            ood_angles(model, TOKENS, heads=[(0, 1)], **OPTIONS)
     layer, head = found.heads[-1]
     geometry = RotaryGeometry.from_model(model)[layer]
     i, j = np.tril_indices(72, -1)
-    held = found.pairs().query(f"unseen and layer == {layer} and head == {head}")["pair"]
+    held = found.pairs().query(f"ood and layer == {layer} and head == {head}")["pair"]
     values = [
         clamped_dominant(
             *rotated(model, text[:72])[layer],
@@ -307,29 +307,29 @@ def test_other_layouts_and_windows(name):
     for _, row in table.iterrows():
         here = (i - j >= row["start"]) & (i - j < row["end"])
         want = row["d_bare"] - mean[here].mean()
-        assert row["change_from_unseen"] == pytest.approx(want, abs=1e-6)
+        assert row["change_from_ood"] == pytest.approx(want, abs=1e-6)
 
 
 def test_gptj_is_refused_by_name_unless_only_direct():
     model = small_models.rotary_model("GPT-J")
     with pytest.raises(PosheadsError, match="live='none'"):
-        unseen_angles(model, TOKENS, **OPTIONS)
-    assert len(unseen_angles(model, TOKENS[:1], live="none", **OPTIONS).heads) == 8
+        ood_angles(model, TOKENS, **OPTIONS)
+    assert len(ood_angles(model, TOKENS[:1], live="none", **OPTIONS).heads) == 8
 
 
 def test_refusals(llama):
     with pytest.raises(PosheadsError, match="24 tokens was given for a model trained on 24"):
-        unseen_angles(llama, TOKENS[:, :24], **OPTIONS)
+        ood_angles(llama, TOKENS[:, :24], **OPTIONS)
     with pytest.raises(PosheadsError, match="factor=1 was given"):
-        unseen_angles(llama, TOKENS, **{**OPTIONS, "factor": 1})
+        ood_angles(llama, TOKENS, **{**OPTIONS, "factor": 1})
     with pytest.raises(PosheadsError, match="live='all' was given"):
-        unseen_angles(llama, TOKENS, live="all", **OPTIONS)
+        ood_angles(llama, TOKENS, live="all", **OPTIONS)
     with pytest.raises(PosheadsError, match="n_queries=0 was given"):
-        unseen_angles(llama, TOKENS, **{**OPTIONS, "n_queries": 0})
+        ood_angles(llama, TOKENS, **{**OPTIONS, "n_queries": 0})
     with pytest.raises(PosheadsError, match="layer 7 head 0"):
-        unseen_angles(llama, TOKENS, heads=[(7, 0)], **OPTIONS)
+        ood_angles(llama, TOKENS, heads=[(7, 0)], **OPTIONS)
     with ex.Unchanged()(llama), pytest.raises(PosheadsError, match="call it outside"):
-        unseen_angles(llama, TOKENS, **OPTIONS)
+        ood_angles(llama, TOKENS, **OPTIONS)
     with pytest.raises(PosheadsError, match="pair 9 was given, but layer 0"):  # noqa: SIM117
         with clamp_rotary(llama, HEADS, [9], trained=TRAINED):
             pass

@@ -1,4 +1,4 @@
-"""The positions that look farthest back, with the words around them."""
+"""The positions that attend farthest back, with the words around them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ draw(view, "TopkSamples", data);
 """
 
 
-def far_samples(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
-    """The ``k`` farthest-looking positions of each head, each with the tokens before it.
+def farthest_tokens(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
+    """The ``k`` positions of each head that attend farthest back, each with the tokens before it.
 
-    Tokens are coloured by how far back each looks as a query, in tokens, or by which dimension,
+    Tokens are coloured by how far back each attends as a query, in tokens, or by which dimension,
     both weighted by attention.
     ``circuitsvis.topk_samples`` draws it.
 
@@ -27,7 +27,7 @@ def far_samples(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
         PosheadsError: ``k`` below 1 or ``around`` below 0.
 
     Example:
-        >>> far_samples(maps, k=5)                                      # doctest: +SKIP
+        >>> farthest_tokens(maps, k=5)                                  # doctest: +SKIP
     """
     if k < 1 or around < 0:
         raise PosheadsError(
@@ -45,9 +45,9 @@ def far_samples(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
         measures = (distance, dimension.nan_to_num(0.0))
         values.append([[of[stretch].tolist() for stretch in stretches] for of in measures])
     return page(
-        f"Where heads look farthest back: {maps.model}",
-        f"Of {len(maps.tokens):,} tokens those that look farthest back, with what stands around "
-        "them. Each token's value is how far back it looks itself, or by which dimension.",
+        f"Tokens that attend farthest back: {maps.model}",
+        f"Of {len(maps.tokens):,} tokens those that attend farthest back, with what stands around "
+        "them. Each token's value is how far back it attends itself, or by which dimension.",
         {
             "tokens": tokens,
             "activations": values,
@@ -62,7 +62,7 @@ def far_samples(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
 
 
 def _apart(distance: list[float], k: int, around: int) -> list[int]:
-    """The farthest-looking positions, none within another's stretch."""
+    """The positions that attend farthest back, none within another's stretch."""
     chosen: list[int] = []
     for position in sorted(range(len(distance)), key=lambda i: -distance[i]):
         if all(abs(position - other) > around for other in chosen):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from tl_posheads.statistics.log_bins import bootstrap_counts, interval_of
 
 if TYPE_CHECKING:
-    from tl_posheads.studies.unseen.results import UnseenAngles
+    from tl_posheads.studies.ood_angles.results import OODAngles
 
 _FEWEST = 4  # units, or their spread tells nothing of others
 
@@ -27,12 +27,12 @@ class Parts:
         d_reference: its mean in the last octave inside training.
         d_paired: the same of the bin's own queries.
         change: ``d_bare - d_reference``. change_paired: ``d_bare - d_paired``.
-        change_from_unseen, change_from_seen: what goes when those pairs are clamped.
-        share: of the change, that of unseen pairs.
-        remainder: ``change_from_unseen`` less the sum of its pairs' single parts.
+        change_from_ood, change_from_in_distribution: what goes when those pairs are clamped.
+        share: of the change, that of out-of-distribution pairs.
+        remainder: ``change_from_ood`` less the sum of its pairs' single parts.
         interaction: what goes when all are clamped, less both.
         other: the change that stays when all are clamped.
-        d_live, change_live: of the model that reads under the clamp of all unseen pairs.
+        d_live, change_live: of the model that reads with all out-of-distribution pairs clamped.
         single: what goes when each pair is clamped alone.
     """
 
@@ -41,8 +41,8 @@ class Parts:
     d_paired: Float[np.ndarray, "head bin"]
     change: Float[np.ndarray, "head bin"]
     change_paired: Float[np.ndarray, "head bin"]
-    change_from_unseen: Float[np.ndarray, "head bin"]
-    change_from_seen: Float[np.ndarray, "head bin"]
+    change_from_ood: Float[np.ndarray, "head bin"]
+    change_from_in_distribution: Float[np.ndarray, "head bin"]
     share: Float[np.ndarray, "head bin"]
     remainder: Float[np.ndarray, "head bin"]
     interaction: Float[np.ndarray, "head bin"]
@@ -52,7 +52,7 @@ class Parts:
     single: Float[np.ndarray, "head pair bin"]
 
     @classmethod
-    def of(cls, found: UnseenAngles, texts: Float[np.ndarray, "doc"]) -> Parts:
+    def of(cls, found: OODAngles, texts: Float[np.ndarray, " doc"]) -> Parts:
         """With every text counted so often."""
         octave = found.bin_octave.numpy()
         past, inside = octave >= 0, octave == -1
@@ -64,32 +64,32 @@ class Parts:
             mean: np.ndarray = total[:, inside].sum(1) / n[:, inside].sum(1)
             return mean
 
-        n = pooled("n_pairs")
+        n = pooled("n_qk_pairs")
         with np.errstate(invalid="ignore", divide="ignore"):
             over = np.where((n > 0) & past, 1 / n, np.nan)
             total = pooled("bare")
             bare, paired = total * over, pooled("paired") * over
             reference = np.broadcast_to(level(total)[:, None], bare.shape)
-            unseen, seen, both = np.moveaxis(pooled("joint") * over[:, None], 1, 0)
+            ood, other, both = np.moveaxis(pooled("joint") * over[:, None], 1, 0)
             single = bare[:, None] - pooled("single") * over[:, None]
             live = change_live = np.full_like(bare, np.nan)
             if found.live is not None:
                 total = pooled("live")
                 live = total * over
                 change_live = live - level(total)[:, None]
-            change, from_unseen, from_seen = bare - reference, bare - unseen, bare - seen
-            alone = np.where(found.unseen[..., None], single, 0.0).sum(1)
+            change, from_ood, from_other = bare - reference, bare - ood, bare - other
+            alone = np.where(found.ood[..., None], single, 0.0).sum(1)
             return cls(
                 d_bare=bare,
                 d_reference=reference,
                 d_paired=paired,
                 change=change,
                 change_paired=bare - paired,
-                change_from_unseen=from_unseen,
-                change_from_seen=from_seen,
-                share=from_unseen / change,
-                remainder=from_unseen - alone,
-                interaction=(bare - both) - from_unseen - from_seen,
+                change_from_ood=from_ood,
+                change_from_in_distribution=from_other,
+                share=from_ood / change,
+                remainder=from_ood - alone,
+                interaction=(bare - both) - from_ood - from_other,
                 other=both - reference,
                 d_live=live,
                 change_live=change_live,
@@ -99,8 +99,8 @@ class Parts:
 
 _MEANS = (
     "change",
-    "change_from_unseen",
-    "change_from_seen",
+    "change_from_ood",
+    "change_from_in_distribution",
     "interaction",
     "other",
     "remainder",
@@ -108,8 +108,8 @@ _MEANS = (
     "change_live",
 )
 _SLOPES = {
-    "head_share": "change_from_unseen",
-    "head_share_seen": "change_from_seen",
+    "head_share": "change_from_ood",
+    "head_share_in_distribution": "change_from_in_distribution",
     "head_share_interaction": "interaction",
     "head_share_other": "other",
     "head_share_live": "change_live",
@@ -119,7 +119,7 @@ _SLOPES = {
 class Bootstrap:
     """Means and shares of a result and of draws of its heads and texts."""
 
-    def __init__(self, found: UnseenAngles, n_boot: int) -> None:
+    def __init__(self, found: OODAngles, n_boot: int) -> None:
         self.found = found
         octave = found.bin_octave.numpy()
         past = [int(k) for k in np.unique(octave[octave >= 0])]
@@ -184,7 +184,7 @@ class Bootstrap:
             row = {
                 "pair": m,
                 "wavelength": wavelength[m],
-                "unseen": float(self.found.unseen[has, m].mean()),
+                "ood": float(self.found.ood[has, m].mean()),
             }
             for name, values in (("change_from_pair", means), ("head_share", slopes)):
                 low, high = self._interval(np.array([v[m] for v in values[1:]]))
@@ -209,14 +209,16 @@ def _summary(parts: Parts, heads: np.ndarray, bins: np.ndarray) -> dict[str, flo
     live = bool(np.isfinite(parts.change_live[:, bins]).any())
     with np.errstate(invalid="ignore", divide="ignore"):
         out = {name: float((weight * of(name)).sum() / weight.sum()) for name in _MEANS}
-        out["share"] = out["change_from_unseen"] / out["change"] if out["change"] else np.nan
-        out["share_seen"] = out["change_from_seen"] / out["change"] if out["change"] else np.nan
+        out["share"] = out["change_from_ood"] / out["change"] if out["change"] else np.nan
+        out["share_in_distribution"] = (
+            out["change_from_in_distribution"] / out["change"] if out["change"] else np.nan
+        )
         squares = float((weight * of("change") ** 2).sum())
         for name, part in _SLOPES.items():
             product = float((weight * of(part) * of("change")).sum())
             out[name] = product / squares if squares else np.nan
         squares = float((weight * of("change_paired") ** 2).sum())
-        product = float((weight * of("change_from_unseen") * of("change_paired")).sum())
+        product = float((weight * of("change_from_ood") * of("change_paired")).sum())
         out["head_share_paired"] = product / squares if squares else np.nan
     if not live:
         del out["change_live"], out["head_share_live"]

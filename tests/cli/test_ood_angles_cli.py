@@ -1,4 +1,4 @@
-"""``tl-posheads unseen`` as a person types it."""
+"""``tl-posheads ood-angles`` as a person types it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 
 from tl_posheads import PosheadsError
-from tl_posheads.cli.unseen import LIVE, TABLES, add_command
-from tl_posheads.studies.unseen import UnseenAngles
+from tl_posheads.cli.ood_angles import LIVE, TABLES, add_command
+from tl_posheads.studies.ood_angles import OODAngles
 
 pytestmark = pytest.mark.lens
 
-UNSEEN = (
-    "unseen",
+OOD_ANGLES = (
+    "ood-angles",
     "PLACE/llama",
     "--trained",
     24,
@@ -48,34 +48,35 @@ def run(place, tmp_path, monkeypatch, capsys):
 
 
 def test_writes_everything_and_shows_it_again(run, tmp_path):
-    out = run(*UNSEEN, "--out", "u")
-    found = UnseenAngles.load(tmp_path / "u")
+    out = run(*OOD_ANGLES, "--out", "u")
+    found = OODAngles.load(tmp_path / "u")
     assert all(sentence in out for sentence in found.sentences())
-    assert "8 heads, 4 texts, trained on 24 tokens; unseen pairs of a head: 3." in out
+    assert "8 heads, 4 texts, trained on 24 tokens; out-of-distribution pairs" in out
+    assert "(wavelength above training length): 3." in out
     names = {path.name for path in (tmp_path / "u").iterdir()}
     assert names == {
         *(f"{name}.csv" for name in TABLES),
-        "unseen.png",
-        "unseen.json",
-        "unseen.safetensors",
+        "ood_angles.png",
+        "ood_angles.json",
+        "ood_angles.safetensors",
         "loss.parquet",
         "run.json",
     }
-    assert (tmp_path / "u" / "unseen.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "u" / "ood_angles.png").read_bytes().startswith(b"\x89PNG")
     summary = pd.read_csv(tmp_path / "u" / "summary.csv")
     pd.testing.assert_frame_equal(summary, found.summary(), check_dtype=False)
     request = json.loads((tmp_path / "u" / "run.json").read_text())["request"]
     assert request["trained"] == 24
     assert found.provenance["request"] == request
     assert found.provenance["scale"] == request["scale"] == "attention"
-    again = run(*UNSEEN, "--out", "u")
+    again = run(*OOD_ANGLES, "--out", "u")
     assert "already holds this run" in again
     with pytest.raises(PosheadsError, match="differs in: seed"):
-        run(*UNSEEN, "--seed", 1, "--out", "u")
+        run(*OOD_ANGLES, "--seed", 1, "--out", "u")
     assert "layer" not in run(
-        *UNSEEN, "--seed", 1, "--heads", "0.1,1.2", "--out", "u", "--overwrite"
+        *OOD_ANGLES, "--seed", 1, "--heads", "0.1,1.2", "--out", "u", "--overwrite"
     )
-    assert UnseenAngles.load(tmp_path / "u").heads == [(0, 1), (1, 2)]
+    assert OODAngles.load(tmp_path / "u").heads == [(0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -88,13 +89,13 @@ def test_writes_everything_and_shows_it_again(run, tmp_path):
 )
 def test_bad_words(run, capsys, words, message):
     with pytest.raises(SystemExit):
-        run(*UNSEEN, *words, "--out", "u")
+        run(*OOD_ANGLES, *words, "--out", "u")
     assert message in capsys.readouterr().err.replace("'", "")
 
 
 def test_refusals_leave_nothing(run, tmp_path):
     with pytest.raises(PosheadsError, match="layer 9 head 0"):
-        run(*UNSEEN, "--heads", "9.0", "--out", "u")
+        run(*OOD_ANGLES, "--heads", "9.0", "--out", "u")
     with pytest.raises(PosheadsError, match="learned absolute positions"):
-        run("unseen", "PLACE/gpt2", *UNSEEN[2:], "--out", "u")
+        run("ood-angles", "PLACE/gpt2", *OOD_ANGLES[2:], "--out", "u")
     assert not (tmp_path / "u").exists()

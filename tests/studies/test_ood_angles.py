@@ -13,10 +13,10 @@ import torch
 from tl_posheads import LayerGeometry, PosheadsError
 from tl_posheads.rotary.contributions import dimension_contributions, dominant_dimension, rotate_by
 from tl_posheads.rotary.remapping import pair_vectors
-from tl_posheads.studies.unseen import UnseenAngles, clamped_dominant, unseen_pairs
-from tl_posheads.studies.unseen.clamped_model import clamped
-from tl_posheads.studies.unseen.clamping import DistanceBins, clamp_by_bin, one_replaced
-from tl_posheads.studies.unseen.measure import _stacked
+from tl_posheads.studies.ood_angles import OODAngles, clamped_dominant, ood_pairs
+from tl_posheads.studies.ood_angles.clamped_model import clamped
+from tl_posheads.studies.ood_angles.clamping import DistanceBins, clamp_by_bin, one_replaced
+from tl_posheads.studies.ood_angles.measure import _stacked
 
 TRAINED = 16
 # Wavelengths 7, 15, 45 and 628 tokens: the first two have turned in 16 tokens.
@@ -108,7 +108,7 @@ def test_sums_by_bin_are_the_loop(window):
                 want["joint"][:, s, b] += value(pairs, i, j)
             for m in range(4):
                 want["single"][:, m, b] += value([m], i, j)
-    np.testing.assert_array_equal(found.n_pairs, count)
+    np.testing.assert_array_equal(found.n_qk_pairs, count)
     for name, values in want.items():
         np.testing.assert_allclose(getattr(found, name), values, atol=1e-8, err_msg=name)
 
@@ -170,9 +170,9 @@ def test_one_replaced_also_where_one_pair_holds_all_the_weight():
             torch.testing.assert_close(found[:, m], dominant_dimension(c), atol=1e-10, rtol=1e-10)
 
 
-def test_which_pairs_are_unseen():
+def test_which_pairs_are_out_of_distribution():
     theta = 2 * math.pi / torch.tensor([3.0, 15.9, 16.1, 900.0, math.inf])
-    assert unseen_pairs(theta, 16).tolist() == [False, False, True, True, False]
+    assert ood_pairs(theta, 16).tolist() == [False, False, True, True, False]
 
 
 @pytest.mark.parametrize("trained", [16, 100, 7])
@@ -224,14 +224,14 @@ def planted(size, phase, n_docs=5, noise=0.0):
         turned = [rotate_by(x, at, PLANTED) for x in (q, k)]
         texts.append(clamp_by_bin(*turned, PLANTED, [0], bins, torch.arange(1, n_pos)))
     of = lambda name: _stacked([{0: getattr(s, name)} for s in texts], [(0, 0)])
-    return UnseenAngles(
+    return OODAngles(
         heads=[(0, 0)],
         trained=T,
         bin_start=bins.start,
         bin_end=bins.end,
         bin_octave=bins.octave,
         inv_freq=PLANTED.inv_freq[None],
-        n_pairs=torch.stack([s.n_pairs[None] for s in texts]),
+        n_qk_pairs=torch.stack([s.n_qk_pairs[None] for s in texts]),
         bare=of("bare"),
         paired=of("paired"),
         joint=of("joint"),
@@ -250,13 +250,15 @@ def value(found, quantity):
 
 def adds_up(found):
     table = found.change()
-    parts = table[["change_from_unseen", "change_from_seen", "interaction", "other"]].sum(axis=1)
+    parts = table[["change_from_ood", "change_from_in_distribution", "interaction", "other"]].sum(
+        axis=1
+    )
     np.testing.assert_allclose(table["change"], parts, atol=1e-12)
     np.testing.assert_allclose(table["change"], table["d_bare"] - table["d_reference"], atol=1e-12)
-    np.testing.assert_allclose(table["share"], table["change_from_unseen"] / table["change"])
-    single = found.attribution().query("unseen").groupby(["layer", "head", "start"])
+    np.testing.assert_allclose(table["share"], table["change_from_ood"] / table["change"])
+    single = found.attribution().query("ood").groupby(["layer", "head", "start"])
     single = single["change_from_pair"].sum().to_numpy()
-    np.testing.assert_allclose(table["change_from_unseen"], single + table["remainder"], atol=1e-12)
+    np.testing.assert_allclose(table["change_from_ood"], single + table["remainder"], atol=1e-12)
 
 
 def test_a_slow_pair_that_makes_the_change_gets_all_of_it():
@@ -264,14 +266,14 @@ def test_a_slow_pair_that_makes_the_change_gets_all_of_it():
     found = planted([0.0, 0.0, 0.0, 6.0], [0.0, 0.0, 0.0, -2 * math.pi * T / 512])
     adds_up(found)
     by_pair = found.by_pair(n_boot=20)
-    assert by_pair["unseen"].tolist() == [0, 0, 0, 1]
+    assert by_pair["ood"].tolist() == [0, 0, 0, 1]
     assert value(found, "change") < -0.4
     assert value(found, "head_share") == pytest.approx(1, abs=0.02)
     assert value(found, "share") == pytest.approx(1, abs=0.02)
     assert by_pair["head_share"][3] == pytest.approx(1, abs=0.02)
     np.testing.assert_allclose(by_pair["change_from_pair"][:3], 0, atol=1e-12)
     np.testing.assert_allclose(by_pair["head_share"][:3], 0, atol=1e-12)
-    assert value(found, "head_share_seen") == pytest.approx(0, abs=1e-12)
+    assert value(found, "head_share_in_distribution") == pytest.approx(0, abs=1e-12)
     assert value(found, "remainder") == pytest.approx(0, abs=1e-12)
 
 
@@ -281,12 +283,12 @@ def test_a_fast_pair_that_makes_the_change_gets_it_and_the_slow_ones_nothing():
     found = planted([0.0, 0.0, 100.0, 0.0], [0.0, 0.0, math.pi / 2, 0.0])
     adds_up(found)
     assert value(found, "change") < -0.2
-    for quantity in ("change_from_unseen", "head_share", "share", "remainder", "interaction"):
+    for quantity in ("change_from_ood", "head_share", "share", "remainder", "interaction"):
         assert value(found, quantity) == pytest.approx(0, abs=1e-12)
-    assert value(found, "share_seen") == pytest.approx(1, abs=0.06)
-    assert value(found, "head_share_seen") == pytest.approx(1, abs=0.06)
+    assert value(found, "share_in_distribution") == pytest.approx(1, abs=0.06)
+    assert value(found, "head_share_in_distribution") == pytest.approx(1, abs=0.06)
     by_pair = found.by_pair(n_boot=20)
-    assert by_pair["unseen"].tolist() == [0, 0, 0, 1]
+    assert by_pair["ood"].tolist() == [0, 0, 0, 1]
     np.testing.assert_allclose(by_pair["change_from_pair"][[0, 1, 3]], 0, atol=1e-12)
     assert by_pair["head_share"][2] == pytest.approx(1, abs=0.06)
 

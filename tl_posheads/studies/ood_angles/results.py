@@ -1,4 +1,4 @@
-"""What clamping unseen angles did to a model's dominant dimensions and loss: tables, files."""
+"""What clamping out-of-distribution angles did to dominant dimensions and loss: tables, files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tl_posheads.io.result import Files, Result
 from tl_posheads.statistics.log_bins import bootstrap_counts, interval_of
-from tl_posheads.studies.unseen.clamping import unseen_pairs
-from tl_posheads.studies.unseen.shares import Bootstrap, Parts
+from tl_posheads.studies.ood_angles.clamping import ood_pairs
+from tl_posheads.studies.ood_angles.shares import Bootstrap, Parts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class UnseenAngles(Result):
+class OODAngles(Result):
     """Dominant dimension past the training length, as it is and with angles held.
 
     ``bare``, ``paired``, ``joint``, ``single`` and ``live`` are sums over the query-key pairs of a
@@ -31,12 +31,13 @@ class UnseenAngles(Result):
         bin_start, bin_end: first distance of each bin, and the one after its last, tokens.
         bin_octave: octave of each bin from the training length; -1 is the last one inside.
         inv_freq: radians a token of each head's pairs; NaN where a layer has fewer.
-        n_pairs: query-key pairs.
+        n_qk_pairs: query-key pairs.
         bare: of D in the bare model.
         paired: past training, of the mean D that each pair's query has in the last octave inside.
-        joint: past training, of D with the unseen, the seen and all pairs clamped.
+        joint: past training, of D with the out-of-distribution, the other and all pairs clamped.
         single: past training, of D with each pair clamped.
-        live: of D where all unseen pairs are clamped in the model as it reads; None without.
+        live: of D where all out-of-distribution pairs are clamped in the model as it reads; None
+            without.
         loss: a row per condition, text and octave of the position: mean loss, nats a token.
         seed: of the bootstrap.
         provenance: how it came about.
@@ -44,11 +45,11 @@ class UnseenAngles(Result):
 
     heads: Annotated[list[tuple[int, int]], "head"]
     trained: int
-    bin_start: Int[Tensor, "bin"]
-    bin_end: Int[Tensor, "bin"]
-    bin_octave: Int[Tensor, "bin"]
+    bin_start: Int[Tensor, " bin"]
+    bin_end: Int[Tensor, " bin"]
+    bin_octave: Int[Tensor, " bin"]
     inv_freq: Float[Tensor, "head pair"]
-    n_pairs: Int[Tensor, "doc head bin"]
+    n_qk_pairs: Int[Tensor, "doc head bin"]
     bare: Float[Tensor, "doc head bin"]
     paired: Float[Tensor, "doc head bin"]
     joint: Float[Tensor, "doc head set=3 bin"]
@@ -60,7 +61,7 @@ class UnseenAngles(Result):
     seed: int
     provenance: dict[str, Any]
 
-    _files = Files("unseen", "results on unseen angles", "run it again", version=2)
+    _files = Files("ood_angles", "results on out-of-distribution angles", "run it again", version=2)
 
     def _check(self) -> None:
         if self.trained < 1 or self.seed < 0:
@@ -68,7 +69,7 @@ class UnseenAngles(Result):
         ascends = bool((self.bin_start.diff() > 0).all()) and bool((self.bin_start > 0).all())
         if not ascends or not bool((self.bin_end > self.bin_start).all()) or not self.heads:
             raise ValueError("bins that don't ascend, or no heads")
-        if bool((self.bin_octave.abs() > 63).any()) or bool((self.n_pairs < 0).any()):
+        if bool((self.bin_octave.abs() > 63).any()) or bool((self.n_qk_pairs < 0).any()):
             raise ValueError("octaves beyond all distances, or less than no pair")
         if len(self.loss):
             keys = ["condition", "octave", "text"]
@@ -79,9 +80,9 @@ class UnseenAngles(Result):
                 raise ValueError("losses of other texts, without the bare model's, or twice")
 
     @cached_property
-    def unseen(self) -> np.ndarray:
+    def ood(self) -> np.ndarray:
         """Which pairs of which heads saw less than a full turn in training, ``[head, pair]``."""
-        found: np.ndarray = unseen_pairs(self.inv_freq.nan_to_num(0.0), self.trained).numpy()
+        found: np.ndarray = ood_pairs(self.inv_freq.nan_to_num(0.0), self.trained).numpy()
         return found
 
     @cached_property
@@ -90,10 +91,10 @@ class UnseenAngles(Result):
         return Parts.of(self, np.ones(self.bare.shape[0]))
 
     def pairs(self) -> pd.DataFrame:
-        """A row per head and pair: wavelength in tokens, turns in training, largest angle seen.
+        """A row per head and pair: wavelength in tokens, turns in training, largest angle there.
 
-        ``seen_max_angle`` is ``theta * (trained - 1)``, radians; ``unseen`` says whether the pair
-        turned less than once.
+        ``max_angle_in_training`` is ``theta * (trained - 1)``, radians; ``ood`` says whether the
+        pair is out of distribution: it turned less than once.
         """
         rows = []
         for h, (layer, head) in enumerate(self.heads):
@@ -107,8 +108,8 @@ class UnseenAngles(Result):
                         "pair": m,
                         "wavelength": 2 * math.pi / theta if theta else math.inf,
                         "turns_in_training": theta * self.trained / (2 * math.pi),
-                        "seen_max_angle": theta * (self.trained - 1),
-                        "unseen": bool(self.unseen[h, m]),
+                        "max_angle_in_training": theta * (self.trained - 1),
+                        "ood": bool(self.ood[h, m]),
                     }
                 )
         return pd.DataFrame(rows)
@@ -117,13 +118,13 @@ class UnseenAngles(Result):
         """A row per head and bin of distance past training; texts pooled, rotary dimensions.
 
         ``change = d_bare - d_reference``, the level in the last octave inside training; it is
-        ``change_from_unseen + change_from_seen + interaction + other``. ``other`` is what is left
-        with the angles of all pairs held: content, the queries' places, and the level at the last
-        distance seen against the octave's mean. ``change_from_unseen`` is the sum of its pairs'
-        single parts (:meth:`attribution`) and ``remainder``. ``share`` is ``change_from_unseen /
-        change``, as good as the change is large. ``d_paired`` is the reference of the same queries
-        that the bin has, ``d_live`` D where the model reads under the clamp, ``change_live``
-        against that model's own reference.
+        ``change_from_ood + change_from_in_distribution + interaction + other``. ``other`` is what
+        is left with the angles of all pairs held: content, the queries' places, and the level at
+        the last distance of training against the octave's mean. ``change_from_ood`` is the sum of
+        its pairs' single parts (:meth:`attribution`) and ``remainder``. ``share`` is
+        ``change_from_ood / change``, as good as the change is large. ``d_paired`` is the
+        reference of the same queries that the bin has, ``d_live`` D where the model reads under the
+        clamp, ``change_live`` against that model's own reference.
         """
         return self._long(
             {name: values for name, values in vars(self.parts).items() if values.ndim == 2}
@@ -139,7 +140,7 @@ class UnseenAngles(Result):
             which = table.pop("_which").to_numpy()
             table.insert(4, "pair", m)
             table.insert(5, "wavelength", wavelength[which, m])
-            table.insert(6, "unseen", self.unseen[which, m])
+            table.insert(6, "ood", self.ood[which, m])
             frames.append(table.dropna(subset="wavelength"))
         return pd.concat(frames, ignore_index=True)
 
@@ -153,18 +154,18 @@ class UnseenAngles(Result):
         which = np.repeat(np.arange(len(self.heads)), len(past))
         at = np.tile(past, len(self.heads))
         heads = np.array(self.heads)
-        n_pairs = self.n_pairs.sum(0).numpy()[which, at]
+        n_qk_pairs = self.n_qk_pairs.sum(0).numpy()[which, at]
         table = pd.DataFrame(
             {
                 "layer": heads[which, 0],
                 "head": heads[which, 1],
                 "start": self.bin_start.numpy()[at],
                 "end": self.bin_end.numpy()[at],
-                "n_pairs": n_pairs,
+                "n_qk_pairs": n_qk_pairs,
                 **{name: values[which, at] for name, values in columns.items()},
             }
         )
-        return table[n_pairs > 0].reset_index(drop=True)
+        return table[n_qk_pairs > 0].reset_index(drop=True)
 
     def _about(self) -> str:
         return (
@@ -177,7 +178,8 @@ class UnseenAngles(Result):
         if table.empty:
             return []
         share = table.loc[table["quantity"] == "head_share", "value"]
-        return [f"unseen pairs: {share.iloc[-1]:.2f} of each head's change past training"]
+        share_ood = f"{share.iloc[-1]:.2f} of each head's change past training"
+        return [f"out-of-distribution pairs (wavelength above training length): {share_ood}"]
 
     def to_pandas(self) -> pd.DataFrame:
         """:meth:`by_pair`."""
@@ -198,25 +200,27 @@ class UnseenAngles(Result):
             shown = [form.format(x) for x in (value, low, high)]
             return f"{shown[0]} ({shown[1]} to {shown[2]})" if known else shown[0]
 
-        n_unseen = sorted(set(self.unseen.sum(1).tolist()))
+        n_ood = sorted(set(self.ood.sum(1).tolist()))
         out = [
             f"{len(self.heads)} heads, {self.bare.shape[0]} texts, trained on {self.trained} "
-            f"tokens; unseen pairs of a head: {', '.join(map(str, n_unseen))}.",
+            f"tokens; out-of-distribution pairs of a head (wavelength above training length): "
+            f"{', '.join(map(str, n_ood))}.",
             f"Change of the mean dominant dimension at distances {last['start']} to {last['end']}: "
             f"{said('change')}.",
-            f"Of it, unseen pairs: {said('change_from_unseen')}; other pairs: "
-            f"{said('change_from_seen')}; both together on top: {said('interaction')}; what stays "
-            f"with all angles held: {said('other')}.",
-            f"Share of each head's own change: unseen pairs {said('head_share', '{:.2f}')}, other "
-            f"pairs {said('head_share_seen', '{:.2f}')}.",
+            f"Of it, out-of-distribution pairs: {said('change_from_ood')}; other pairs: "
+            f"{said('change_from_in_distribution')}; both together on top: {said('interaction')}; "
+            f"what stays with all angles held: {said('other')}.",
+            f"Share of each head's own change: out-of-distribution pairs "
+            f"{said('head_share', '{:.2f}')}, other pairs "
+            f"{said('head_share_in_distribution', '{:.2f}')}.",
         ]
         losses = self.losses()
         past = losses[losses["start"] == losses["start"].max()].set_index("condition")
-        if "unseen" in past.index:
+        if "ood" in past.index:
             names = {
                 "bare": "bare",
-                "unseen": "unseen pairs clamped",
-                "seen": "other pairs clamped",
+                "ood": "out-of-distribution pairs clamped",
+                "in_distribution": "other pairs clamped",
                 "all": "all clamped",
                 "hidden": "far keys hidden",
             }
@@ -228,11 +232,11 @@ class UnseenAngles(Result):
         """Means over heads and bins past training, by octave and over all, with 95 % intervals.
 
         Every bin counts alike, and every head. ``share`` is of the mean curve: mean
-        ``change_from_unseen`` over mean ``change``; heads that move up and heads that move down
+        ``change_from_ood`` over mean ``change``; heads that move up and heads that move down
         cancel in it. ``head_share`` is how much of each head's own change it explains: the slope of
-        ``change_from_unseen`` on ``change`` through the origin, over heads and bins; ``_seen`` is
-        the control's, ``_other`` that of content, and with ``head_share_interaction`` they sum to
-        1. ``_paired`` is against each query's own reference.
+        ``change_from_ood`` on ``change`` through the origin, over heads and bins;
+        ``_in_distribution`` is the control's, ``_other`` that of content, and with
+        ``head_share_interaction`` they sum to 1. ``_paired`` is against each query's own reference.
 
         The interval is a percentile bootstrap over heads and texts at once; where there are fewer
         than four of one, only the other is drawn, and with fewer than four of both it is NaN.
@@ -247,17 +251,17 @@ class UnseenAngles(Result):
         """A row per pair: its part past training by single clamps, mean over heads and bins.
 
         ``change_from_pair`` in rotary dimensions, ``head_share`` as in :meth:`summary`, each with
-        its 95 % interval. ``wavelength`` is the mean over heads, ``unseen`` the share of heads
-        whose pair it is unseen in.
+        its 95 % interval. ``wavelength`` is the mean over heads, ``ood`` the share of heads in
+        which the pair is out of distribution.
         """
         return Bootstrap(self, n_boot).by_pair()
 
     def losses(self, *, n_boot: int = 1000) -> pd.DataFrame:
         """Loss by octave of the token's position, a row per condition, nats a token.
 
-        Conditions are ``bare``; ``unseen``, ``seen`` and ``all`` pairs clamped; ``hidden``, where
-        the heads see no key at a distance that training hadn't: what can be won by being spared
-        those keys, whatever their angles; and single pairs. Texts count by their tokens.
+        Conditions are ``bare``; ``ood``, ``in_distribution`` and ``all`` pairs clamped; ``hidden``,
+        where the heads see no key at a distance that training hadn't: what can be won by being
+        spared those keys, whatever their angles; and single pairs. Texts count by their tokens.
         ``change`` is against the bare model with its 95 % bootstrap interval over texts (NaN with
         fewer than four). ``recovered`` is the share of the bare model's rise since the last octave
         inside training that is taken back; NaN without a rise.
@@ -302,9 +306,9 @@ class UnseenAngles(Result):
 
     def plot(self) -> Any:
         """Mean curve bare and clamped, each pair's part, and the loss; a matplotlib figure."""
-        from tl_posheads.figures.unseen import unseen_figure
+        from tl_posheads.figures.ood_angles import ood_figure
 
-        return unseen_figure(
+        return ood_figure(
             self._mean_curves(),
             self.by_pair(n_boot=500),
             self.losses(n_boot=500),
@@ -314,7 +318,7 @@ class UnseenAngles(Result):
 
     def _mean_curves(self) -> pd.DataFrame:
         """Dominant dimension by distance, mean over heads, each alike; clamped past training."""
-        n = self.n_pairs.sum(0).numpy().astype(float)
+        n = self.n_qk_pairs.sum(0).numpy().astype(float)
         past = self.bin_octave.numpy() >= 0
 
         def mean(total: Tensor) -> np.ndarray:
@@ -322,13 +326,13 @@ class UnseenAngles(Result):
                 by_head = np.where(n > 0, total.numpy() / n, np.nan)
             return np.asarray(pd.DataFrame(by_head).mean())
 
-        unseen, seen, _ = self.joint.sum(0).unbind(1)
+        ood, other, _ = self.joint.sum(0).unbind(1)
         return pd.DataFrame(
             {
                 "distance": np.sqrt(self.bin_start.numpy() * (self.bin_end.numpy() - 1.0)),
                 "bare": mean(self.bare.sum(0)),
-                "unseen": np.where(past, mean(unseen), np.nan),
-                "seen": np.where(past, mean(seen), np.nan),
+                "ood": np.where(past, mean(ood), np.nan),
+                "in_distribution": np.where(past, mean(other), np.nan),
                 "live": np.nan if self.live is None else mean(self.live.sum(0)),
             }
         )

@@ -27,7 +27,7 @@ from tl_posheads.hooks.rescoring import remapped, require_scores
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.remapping import Region, Remapping, every_pair
-from tl_posheads.studies.unseen.clamping import check_pairs, unseen_pairs
+from tl_posheads.studies.ood_angles.clamping import check_pairs, ood_pairs
 
 
 def clamped(
@@ -111,7 +111,7 @@ def clamp_rotary(
                 )
             held = wanted
             if held is None:
-                held = torch.nonzero(unseen_pairs(here.inv_freq, known)).flatten().tolist()
+                held = torch.nonzero(ood_pairs(here.inv_freq, known)).flatten().tolist()
             layers[layer] = clamped(here, chosen, held, known)
         with remapped(model, layers, name=f"clamp_rotary(pairs={wanted}, trained={known})"):
             yield model

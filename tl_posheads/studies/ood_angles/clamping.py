@@ -20,21 +20,21 @@ from tl_posheads.rotary.geometry import LayerGeometry
 from tl_posheads.rotary.remapping import move_to, only_heads, pair_vectors
 
 _AT_ONCE = 1 << 20  # contributions at a time: 8 MB an array in float64
-JOINT = ("unseen", "seen", "all")
+JOINT = ("ood", "in_distribution", "all")
 """Sets of pairs that are clamped together."""
 
 
-def unseen_pairs(inv_freq: Float[Tensor, "pair"], trained: int) -> Bool[Tensor, "pair"]:
+def ood_pairs(inv_freq: Float[Tensor, " pair"], trained: int) -> Bool[Tensor, " pair"]:
     """Pairs that turn, but less than once in a text of ``trained`` tokens: wavelength > trained.
 
-    A pair that doesn't turn at all meets no new angle at any distance and counts as seen.
+    A pair that doesn't turn at all meets no new angle at any distance: it is in distribution.
 
     Args:
         inv_freq: radians per token. trained: tokens of a training text.
 
     Example:
         >>> import torch
-        >>> unseen_pairs(torch.tensor([1.0, 0.1, 0.01, 0.0]), trained=64).tolist()
+        >>> ood_pairs(torch.tensor([1.0, 0.1, 0.01, 0.0]), trained=64).tolist()
         [False, False, True, False]
     """
     turns = inv_freq.double().abs() * trained / (2 * math.pi)
@@ -46,17 +46,17 @@ class DistanceBins:
     """Bins of log distance with an edge at the training length.
 
     Attributes:
-        trained: tokens of a training text; distances up to ``trained - 1`` were seen.
+        trained: tokens of a training text; distances up to ``trained - 1`` were in training.
         start, end: first distance of each bin, and the one after its last.
         octave: of each bin, counted from the training length: -1 is the last one inside.
         of: the bin of every distance from 0; distance 0 is given to the first bin.
     """
 
     trained: int
-    start: Int[Tensor, "bin"]
-    end: Int[Tensor, "bin"]
-    octave: Int[Tensor, "bin"]
-    of: Int[Tensor, "distance"]
+    start: Int[Tensor, " bin"]
+    end: Int[Tensor, " bin"]
+    octave: Int[Tensor, " bin"]
+    of: Int[Tensor, " distance"]
 
     @classmethod
     def up_to(cls, longest: int, trained: int, per_octave: int) -> DistanceBins:
@@ -75,12 +75,12 @@ class DistanceBins:
         return cls(trained, end - size, end, octave, torch.cat([of[:1], of]))
 
     @property
-    def past(self) -> Bool[Tensor, "bin"]:
+    def past(self) -> Bool[Tensor, " bin"]:
         """Bins beyond the training length."""
         return self.octave >= 0
 
     @property
-    def reference(self) -> Bool[Tensor, "bin"]:
+    def reference(self) -> Bool[Tensor, " bin"]:
         """Bins of the last octave inside training."""
         return self.octave == -1
 
@@ -110,7 +110,7 @@ class ClampedVectors:
         self.held = PairVectors(to(trained - 1, q), to(0, k), geometry, scale=scale)
 
     def contributions(
-        self, q_pos: Int[Tensor, "n"], k_pos: Int[Tensor, "n"]
+        self, q_pos: Int[Tensor, " n"], k_pos: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "head n pair"], Float[Tensor, "head n pair"]]:
         """Contributions of query-key pairs, and those at the last distance that training saw."""
         both = [
@@ -127,8 +127,8 @@ def clamped_dominant(
     pairs: Iterable[int],
     *,
     trained: int,
-    q_pos: Int[Tensor, "n"],
-    k_pos: Int[Tensor, "n"],
+    q_pos: Int[Tensor, " n"],
+    k_pos: Int[Tensor, " n"],
     scale: Scale = "none",
 ) -> Float[Tensor, "head n"]:
     """D of query-key pairs with some rotary pairs' relative distance held at ``trained - 1``.
@@ -195,7 +195,7 @@ class ClampSums:
     """Sums over the query-key pairs of each bin, of one text and some heads of one layer.
 
     Attributes:
-        n_pairs: query-key pairs of one head.
+        n_qk_pairs: query-key pairs of one head.
         bare: of the bare D.
         paired: beyond training, of the mean bare D that the same query has in the last octave
             inside training.
@@ -203,7 +203,7 @@ class ClampSums:
         single: beyond training, of D with one pair clamped.
     """
 
-    n_pairs: Int[Tensor, "bin"]
+    n_qk_pairs: Int[Tensor, " bin"]
     bare: Float[Tensor, "head bin"]
     paired: Float[Tensor, "head bin"]
     joint: Float[Tensor, "head set bin"]
@@ -216,9 +216,9 @@ def bare_by_bin(
     geometry: LayerGeometry,
     heads: list[int],
     bins: DistanceBins,
-    rows: Int[Tensor, "row"],
+    rows: Int[Tensor, " row"],
     scale: Scale = "none",
-) -> tuple[Float[Tensor, "head bin"], Int[Tensor, "bin"], Float[Tensor, "head pos"]]:
+) -> tuple[Float[Tensor, "head bin"], Int[Tensor, " bin"], Float[Tensor, "head pos"]]:
     """Sums of D and numbers of pairs by bin, and each query's mean D in the last octave inside.
 
     Also of layers that see other distances (``geometry.remapping``).
@@ -250,7 +250,7 @@ def clamp_by_bin(
     geometry: LayerGeometry,
     heads: list[int],
     bins: DistanceBins,
-    rows: Int[Tensor, "row"],
+    rows: Int[Tensor, " row"],
     scale: Scale = "none",
 ) -> ClampSums:
     """Everything that one text and layer tell: D as it is and with pairs clamped, by bin.
@@ -262,7 +262,7 @@ def clamp_by_bin(
 
     Memory: ``12 * pair * head * pos`` doubles and chunks of 100 MB; linear in the text's length.
     """
-    bare, n_pairs, own = bare_by_bin(rot_q, rot_k, geometry, heads, bins, rows, scale)
+    bare, n_qk_pairs, own = bare_by_bin(rot_q, rot_k, geometry, heads, bins, rows, scale)
     alone, keys = only_heads(geometry, rot_k, heads)
     vectors = ClampedVectors(rot_q[:, heads], keys, alone, bins.trained, scale)
     device, n_heads, size = rot_q.device, len(heads), geometry.n_pairs
@@ -270,8 +270,8 @@ def clamp_by_bin(
     paired = torch.zeros(n_heads, n_bins, dtype=torch.float64, device=device)
     joint = torch.zeros(n_heads, len(JOINT), n_bins, dtype=torch.float64, device=device)
     single = torch.zeros(n_heads, size, n_bins, dtype=torch.float64, device=device)
-    unseen = unseen_pairs(geometry.inv_freq, bins.trained).to(device)
-    sets = (unseen, ~unseen, torch.ones_like(unseen))
+    ood = ood_pairs(geometry.inv_freq, bins.trained).to(device)
+    sets = (ood, ~ood, torch.ones_like(ood))
     q_pos, k_pos = _far(rows, bins.trained, len(of) - 1, geometry.window)
     step = max(1, _AT_ONCE // (n_heads * size))
     for i, j in zip(q_pos.split(step), k_pos.split(step), strict=True):
@@ -281,12 +281,12 @@ def clamp_by_bin(
         for s, chosen in enumerate(sets):
             joint[:, s].index_add_(1, number, dominant_dimension(torch.where(chosen, held, plain)))
         single.index_add_(2, number, one_replaced(plain, held).transpose(1, 2))
-    return ClampSums(n_pairs, bare, paired.cpu(), joint.cpu(), single.cpu())
+    return ClampSums(n_qk_pairs, bare, paired.cpu(), joint.cpu(), single.cpu())
 
 
 def _far(
-    rows: Int[Tensor, "row"], trained: int, longest: int, window: int | None
-) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    rows: Int[Tensor, " row"], trained: int, longest: int, window: int | None
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Positions of the queries at ``rows`` and of the keys that are ``trained`` or more away."""
     last = longest if window is None else min(longest, window - 1)
     lists = [

@@ -1,4 +1,4 @@
-"""The picture of unseen angles: curves bare and clamped, each pair's part, and the loss."""
+"""Out-of-distribution angles drawn: curves bare and clamped, each pair's part, and the loss."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from tl_posheads.figures.style import (
 _BARE: dict[str, Any] = {"color": "black", "linewidth": 2.2}
 _CURVES = {
     "bare": ("bare model", _BARE),
-    "unseen": ("unseen pairs clamped", {"color": COLOURS[0], "linestyle": DASHES[1]}),
-    "seen": ("other pairs clamped", {"color": COLOURS[1], "linestyle": DASHES[2]}),
-    "live": ("unseen clamped as it reads", {"color": COLOURS[2], "linestyle": DASHES[3]}),
+    "ood": ("out-of-distribution pairs clamped", {"color": COLOURS[0], "linestyle": DASHES[1]}),
+    "in_distribution": ("other pairs clamped", {"color": COLOURS[1], "linestyle": DASHES[2]}),
+    "live": (
+        "out-of-distribution pairs clamped as it reads",
+        {"color": COLOURS[2], "linestyle": DASHES[3]},
+    ),
 }
 _LOSSES = {
     "bare": ("bare model", _BARE),
-    "unseen": ("unseen pairs clamped", {"color": COLOURS[0]}),
-    "seen": ("other pairs clamped", {"color": COLOURS[1]}),
+    "ood": ("out-of-distribution pairs clamped", {"color": COLOURS[0]}),
+    "in_distribution": ("other pairs clamped", {"color": COLOURS[1]}),
     "all": ("all clamped", {"color": COLOURS[4]}),
     "hidden": ("far keys hidden", {"color": COLOURS[3]}),
 }
 
 
 @styled
-def unseen_figure(
+def ood_figure(
     curves: pd.DataFrame,
     pairs: pd.DataFrame,
     losses: pd.DataFrame,
@@ -46,10 +49,10 @@ def unseen_figure(
     """Right of the upright line the model sees distances and positions it was not trained on.
 
     Args:
-        curves: mean dominant dimension by ``distance``: ``bare``, ``unseen``, ``seen``, ``live``;
-            a column of NaN is not drawn.
-        pairs: a row per pair, as ``UnseenAngles.by_pair`` has it.
-        losses: a row per condition and octave of position, as ``UnseenAngles.losses`` has it.
+        curves: mean dominant dimension by ``distance``: ``bare``, ``ood``, ``in_distribution``,
+            ``live``; a column of NaN is not drawn.
+        pairs: a row per pair, as ``OODAngles.by_pair`` has it.
+        losses: a row per condition and octave of position, as ``OODAngles.losses`` has it.
         n_heads: that the curves are means of.
         trained: tokens of a training text.
     """
@@ -87,7 +90,7 @@ def _draw_pairs(ax: Any, table: pd.DataFrame) -> None:
     pair, low, high = (
         table[name] for name in ("pair", "change_from_pair_low", "change_from_pair_high")
     )
-    colours = [COLOURS[0] if unseen > 0.5 else COLOURS[1] for unseen in table["unseen"]]
+    colours = [COLOURS[0] if ood > 0.5 else COLOURS[1] for ood in table["ood"]]
     ax.bar(pair, table["change_from_pair"], color=colours, width=0.75)
     if np.isfinite(low).all():
         ax.vlines(pair, low, high, color="0.2", linewidth=1)

@@ -1,4 +1,4 @@
-"""Tokens coloured by how far back, and by which dimension, heads look."""
+"""Tokens coloured by how far back, and by which dimension, heads attend."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ draw(view, "ColoredTokensMulti", data.shown);
 _LONGEST = 2048  # tokens of a page
 
 
-def looks(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
+def attention_distance(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
     """Tokens of a stretch, coloured by what each one does as a query; a button for every measure.
 
-    Of each head how far back the token looks, in tokens, and by which dimension, both means
+    Of each head how far back the token attends, in tokens, and by which dimension, both means
     weighted by attention. Tokens back are divided by their largest in the stretch; dimensions are
     shades of the head's own range in it, its 2nd percentile white and 0, its 98th blue and 1, as
     the colour bar says. ``circuitsvis.tokens`` draws it.
@@ -35,7 +35,7 @@ def looks(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
         PosheadsError: the stretch holds no token.
 
     Example:
-        >>> looks(maps, start=1000)                                     # doctest: +SKIP
+        >>> attention_distance(maps, start=1000)                        # doctest: +SKIP
     """
     stop = min(start + length, len(maps.tokens))
     if not 0 <= start < stop:
@@ -55,19 +55,19 @@ def looks(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
     return page(
         f"How far back, and by which dimension: {maps.model}",
         ("" if whole else f"Tokens {start:,} to {stop - 1:,} of {len(maps.tokens):,}. ")
-        + "Each token is coloured by where it looks as a query; choose a head and a measure.",
+        + "Each token is coloured by what it attends to as a query; choose a head and a measure.",
         {"bars": bars, "shown": _shown(maps.tokens[start:stop], columns, labels)},
         _SCRIPT,
         height=600 + 60 * len(bars),
     )
 
 
-def looks_from(maps: HeadMaps, q_pos: int | None = None) -> View:
-    """Where one position looks: tokens coloured by its attention, and by the dimension it uses.
+def attention_from(maps: HeadMaps, q_pos: int | None = None) -> View:
+    """What one position attends to: tokens coloured by attention, and by the dimension it uses.
 
     ``circuitsvis.tokens`` draws it; a button for every head and measure. Attention is divided by
-    its largest; dimensions are shades of the head's own range there, as in :func:`looks`; tokens
-    that the position doesn't see are 0.
+    its largest; dimensions are shades of the head's own range there, as in
+    :func:`attention_distance`; tokens that the position doesn't see are 0.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
@@ -77,7 +77,7 @@ def looks_from(maps: HeadMaps, q_pos: int | None = None) -> View:
         PosheadsError: a position that was not kept.
 
     Example:
-        >>> looks_from(head_maps(model, tokens[0], heads, q_pos=[700]))         # doctest: +SKIP
+        >>> attention_from(head_maps(model, tokens[0], heads, q_pos=[700]))         # doctest: +SKIP
     """
     at = maps.q_pos[0] if q_pos is None and maps.q_pos else q_pos
     if at not in maps.q_pos:
@@ -95,7 +95,7 @@ def looks_from(maps: HeadMaps, q_pos: int | None = None) -> View:
         columns += [(pattern / top if top > 0 else pattern).tolist(), shaded]
         bars.append(bar)
     return page(
-        f"Where position {at:,} looks: {maps.model}",
+        f"What position {at:,} attends to: {maps.model}",
         f"Tokens {first:,} to {at:,}, coloured by what the last of them sees in each; choose a "
         "head and a measure.",
         {"bars": bars, "shown": _shown(maps.tokens[first : at + 1], columns, labels)},
@@ -105,7 +105,7 @@ def looks_from(maps: HeadMaps, q_pos: int | None = None) -> View:
 
 
 def _dimensions(
-    maps: HeadMaps, i: int, values: Float[Tensor, "pos"]
+    maps: HeadMaps, i: int, values: Float[Tensor, " pos"]
 ) -> tuple[list[float], dict[str, Any]]:
     """Dimensions of a head as shades of their own range, and the range's colour bar."""
     low, high = own_range(values)

@@ -1,0 +1,14 @@
+"""Why dominant dimensions change beyond the training length: out-of-distribution rotation angles.
+
+A rotary pair whose wavelength is longer than the training length has not turned once in training.
+Past it the pair meets angles that are new to the model: an out-of-distribution pair (the term of
+LongRoPE, Ding et al. 2024, arXiv 2402.13753, and others). Here each pair's relative angle is held
+at the last one of training, pair by pair and together, and what becomes of the change is measured.
+"""
+
+from tl_posheads.studies.ood_angles.clamped_model import clamp_rotary
+from tl_posheads.studies.ood_angles.clamping import clamped_dominant, ood_pairs
+from tl_posheads.studies.ood_angles.measure import ood_angles
+from tl_posheads.studies.ood_angles.results import OODAngles
+
+__all__ = ["OODAngles", "clamp_rotary", "clamped_dominant", "ood_angles", "ood_pairs"]
