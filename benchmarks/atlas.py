@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/atlas.py --documents 1 --length 8192 --rounds 1
     .venv/bin/python benchmarks/atlas.py --documents 2 --length 128 --rounds 1      # to try it
 
-*forward passes* reads the same texts with ``capture_rotary`` and throws away what it shows. Memory
+*forward passes* reads the same texts with ``capture_rotary`` and discards the result. Memory
 is that of one layer of one text: what measuring it grows the process by, the model not counted.
 """
 

@@ -1,4 +1,4 @@
-"""The same scores as a notebook of today's gets them, and as published, with time and memory.
+"""The same scores computed as in a typical notebook, and as published: time and memory.
 
     .venv/bin/python benchmarks/comparison.py
     .venv/bin/python benchmarks/comparison.py --tokens 128        # to try it

@@ -1,10 +1,10 @@
 """Do SmolLM2's Positional Heads matter? Single heads, sets and the positive control (an hour).
 
-    .venv/bin/python benchmarks/do_they_matter.py --out notebooks/smollm2-ablation
+    .venv/bin/python benchmarks/do_they_matter.py --out benchmarks/results/smollm2-ablation
 
 Calibrated tasks, 24 prompts each: every head ablated by itself, then the top heads beside random
-ones, ones of like output norm, the lowest, and the retrieval heads. The same command goes on with
-a run that was stopped. The notebook ``do_they_matter`` reads what it writes.
+ones, ones of similar output norm, the lowest, and the retrieval heads. The same command resumes a
+stopped run. The notebook ``07_do_they_matter`` reads what it writes.
 """
 
 from __future__ import annotations

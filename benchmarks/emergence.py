@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/emergence.py --out DIR
 
-Trains ``small_llama.py``'s model from three seeds and looks at it on the way: scores, curves and
-loss by position on held-out text. At the end every head is taken away by itself, to see what that
-does to passkeys. Stopped, the same command trains again without looking twice.
+Trains ``small_llama.py``'s model from three seeds and measures it on the way: scores, curves and
+loss by position on held-out text. At the end every head is ablated by itself, to measure its effect
+on passkeys. If stopped, the same command trains again without repeating measurements.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXTS, PASSKEY, PROMPTS = 16, 240, 40  # held-out texts; tokens of a prompt, and
 
 
 class Twin:
-    """A copy of the model in training as the lens sees it: a Bridge takes its model apart."""
+    """A copy of the model in training for the lens: a Bridge takes its model apart."""
 
     def __init__(self, tokenizer: Any, settings: dict[str, Any] = small_llama.MODEL) -> None:
         config = LlamaConfig(**settings, architectures=["LlamaForCausalLM"])
@@ -73,7 +73,7 @@ def watched(folder: Path, seed: int, steps: int) -> tuple[emergence.Emergence, P
 
 
 def harm(model: Any, corpus: Path) -> pd.DataFrame:
-    """What taking a head away does to passkeys: change in log-probability, nats a token."""
+    """Effect of ablating each head on passkeys: change in log-probability, nats per token."""
     task = ph.tasks.Passkey(length=PASSKEY, n=PROMPTS, corpus=str(corpus), short_length=100, seed=1)
     prompts = task.prompts(model)
 

@@ -26,7 +26,7 @@ def small(texts: int) -> tuple[Any, list[ex.Method], Any, list[Any], dict[str, A
     """Model, methods, texts, tasks and options of the model trained on 256 tokens."""
     from small_llama import HELD_OUT
 
-    folder = Path(__file__).parents[1] / "notebooks" / "small-llama"
+    folder = Path(__file__).parent / "results" / "small-llama"
     model = ph.load_model(str(folder))
     with ex.Unchanged()(model):
         tokens = ph.load_corpus(str(folder / HELD_OUT), model, n_docs=texts, length=2048)

@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/finetuning.py --out DIR
 
-Fine-tunes ``notebooks/small-llama``, trained on 256 tokens, on 512: with linear interpolation, with
-YaRN, and with nothing, and looks at heads, curves and loss before, during and after. Stopped, the
-same command goes on with the variants that are missing.
+Fine-tunes ``benchmarks/results/small-llama``, trained on 256 tokens, on 512: with linear
+interpolation, with YaRN, and with nothing, and measures heads, curves and loss before, during and
+after. If stopped, the same command computes the variants that are missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tl_posheads as ph
 from tl_posheads import emergence
 from tl_posheads import extrapolation as ex
 
-SMALL = Path(__file__).parents[1] / "notebooks" / "small-llama"
+SMALL = Path(__file__).parent / "results" / "small-llama"
 LENGTH, TEXTS, BEST = 512, 12, 4  # tokens of a sequence; held-out texts; heads compared
 ROPE = {
     "bare": dict(rope_type="default"),
@@ -88,7 +88,7 @@ def main() -> None:
         table = found.drift(before.rho[0], k=BEST)
         losses = found.losses().pivot(index="step", columns="start", values="loss")
         with pd.option_context("display.width", 200, "display.max_columns", None):
-            print(f"\n{variant}: heads beside those of the bare model before")
+            print(f"\n{variant}: heads compared with those of the unmodified model before")
             print(table.round(3).to_string(index=False))
             print(losses.round(3))
             print("best heads after:", found.top(BEST), "before:", before.top(BEST))

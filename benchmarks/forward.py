@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/forward.py        # at 2,048 tokens
 
-*transformers, SDPA, no head* is the bare model without its unembedding, the least that any capture
-can cost. *the lens, eager* is what ``run_with_hooks`` of the lens does.
+*transformers, SDPA, no head* is the unmodified model without its unembedding, the least that any
+capture can cost. *the lens, eager* is what ``run_with_hooks`` of the lens does.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Nothing is downloaded: the model is a Llama with random weights, of Llama-2-7B's
 that all its tokens share makes the dominant dimension follow distance, as in a trained model, so
 that scores differ. The CPU is compared in float32 on the first ``--agree`` tokens; the ratio to the
 bare forward pass and the memory are those of one text of ``--tokens``. *forward pass* is
-``capture_rotary``, throwing away what it shows; like the passes of ``score_heads`` it ends before
+``capture_rotary``, discarding the result; like the passes of ``score_heads`` it ends before
 the last layer's attention. Memory is what a call takes at its highest beyond the weights.
 """
 

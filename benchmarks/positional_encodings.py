@@ -4,8 +4,8 @@
 
 For every encoding and seed one decoder reads the texts, passkeys and repeats of
 ``small_llama.py``, on 256 tokens. Then: its loss by octave of position, the passkeys that it finds,
-its heads' scores (``ph.encodings``), and what ablating its two best heads does, beside every other
-two. The same command on the same folder goes on with what isn't there yet. Some four minutes a
+its heads' scores (``ph.encodings``), and the effect of ablating its two best heads, beside every
+other two. The same command on the same folder computes what is missing. Some four minutes a
 model.
 """
 

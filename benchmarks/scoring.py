@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/scoring.py time memory --documents 4 --length 8192
     .venv/bin/python benchmarks/scoring.py --documents 2 --length 128 --rounds 1      # to try it
 
-All parts, or those named. *forward passes* reads the same texts with ``capture_rotary`` and throws
-away what it shows; *score_heads* is all that it does: geometry, passes, and every measure. Memory
+All parts, or those named. *forward passes* reads the same texts with ``capture_rotary`` and
+discards the result; *score_heads* is all that it does: geometry, passes, and every measure. Memory
 is what a fresh process grows by at its highest, the loaded model not counted.
 """
 

@@ -4,7 +4,8 @@
 
 It reads English and retrieves a passkey within 256 tokens, and it has never seen a larger
 distance. Everything it learns from is on every machine with Python; nothing is downloaded. The
-same seed gives the same weights on one machine; those in ``notebooks/small-llama`` are of seed 0.
+same seed gives the same weights on one machine; those in ``benchmarks/results/small-llama`` are of
+seed 0.
 """
 
 from __future__ import annotations

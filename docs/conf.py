@@ -19,7 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "notebooks/smollm2-ablation", "notebooks/studies"]
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "tl_posheads"
 myst_enable_extensions = ["dollarmath", "colon_fence"]

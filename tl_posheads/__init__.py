@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tl_posheads import tasks as tasks
     from tl_posheads import views as views
     from tl_posheads.errors import PosheadsError as PosheadsError
-    from tl_posheads.extrapolation.allocation import AllocationStretch as AllocationStretch
-    from tl_posheads.extrapolation.allocation import allocation_stretch as allocation_stretch
     from tl_posheads.extrapolation.break_point import BreakPoint as BreakPoint
     from tl_posheads.extrapolation.break_point import break_point as break_point
     from tl_posheads.extrapolation.compare import compare_extrapolations as compare_extrapolations
@@ -105,8 +103,6 @@ _HOME = {
     "compare_extrapolations": "extrapolation.compare",
     "sweep_theta": "extrapolation.compare",
     "ExtrapolationComparison": "extrapolation.comparison",
-    "AllocationStretch": "extrapolation.allocation",
-    "allocation_stretch": "extrapolation.allocation",
     "BreakPoint": "extrapolation.break_point",
     "Stretch": "extrapolation.stretch",
     "break_point": "extrapolation.break_point",

@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on(run, monkeypatch):
         patch.setattr(atlas_run, "capture_rotary", stop)
         code, _, err = run(*ATLAS, "--out", "a")
         assert code == 130
-        assert "the same command goes on from there" in err
+        assert "the same command resumes from there" in err
     code, _, err = run(*ATLAS, "--out", "a")
     assert code == 0
-    assert "Going on with the run" in err
+    assert "Resuming the run" in err

@@ -213,13 +213,13 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(run, tmp_path, 
     monkeypatch.setattr(scoring, "capture_rotary", stop_in_the_third)
     code, _, err = run(*SCORE, "--out", "s")
     assert code == 130
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     code, _, err = run("show", "s")
     assert code == 2
     assert "stopped before it finished" in err
     code, _, err = run(*SCORE, "--out", "s")
     assert code == 0
-    assert "Going on" in err
+    assert "Resuming" in err
     assert len(passes) == 4  # two finished documents were not computed again
     one, two = (HeadScores.load(tmp_path / name) for name in ("whole", "s"))
     assert torch.equal(one.rho, two.rho)
@@ -281,7 +281,7 @@ def test_an_overwrite_that_fails_or_is_stopped_keeps_the_results_before(run, tmp
         assert run("show", "s")[0] == 0
     code, _, err = run(*other)
     assert code == 0, err
-    assert "Going on" in err
+    assert "Resuming" in err
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == sorted(p.name for p in before)
     assert json.loads((tmp_path / "s" / "run.json").read_text())["request"]["seed"] == 1
 

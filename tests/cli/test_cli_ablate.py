@@ -122,10 +122,10 @@ def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run.Trial, "run", stop)
     code, _, err = scored(*words)
     assert code == 130
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     code, out, err = scored(*words)
     assert code == 0, err
-    assert "Going on with the run that was stopped" in err
+    assert "Resuming the run that was stopped" in err
     assert len(started) == 5  # the third again and the fourth; two were kept
     assert AblationStudy.load(tmp_path / "a").provenance["mode"] == "mean"
 

@@ -106,11 +106,11 @@ def test_a_stopped_run_keeps_its_scores(call, tmp_path, monkeypatch):
     words = (*PROFILE, "--measures", "sink", "--out", "p")
     with monkeypatch.context() as patch:
         patch.setattr(run, "measure_text", stop)
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+        with pytest.raises(KeyboardInterrupt, match="the same command resumes from there"):
             call(*words)
     monkeypatch.setattr(scoring, "capture_rotary", stop)
     _, err = call(*words)
-    assert "Going on with the run" in err
+    assert "Resuming the run" in err
 
 
 def test_nothing_to_draw_is_told_and_the_table_is_there(call, tmp_path):

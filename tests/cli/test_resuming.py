@@ -66,10 +66,10 @@ def test_the_same_command_goes_on(run, tmp_path, monkeypatch, words, function, a
     whole, calls.calls, calls.at = calls.calls, 0, at
     code, _, err = run(*words, "--out", "out")
     assert code == 130
-    assert "what was done is in out, and the same command goes on from there" in err
+    assert "what was done is in out, and the same command resumes from there" in err
     code, _, err = run(*words, "--out", "out")
     assert code == 0, err
-    assert "Going on with the run" in err
+    assert "Resuming the run" in err
     assert calls.calls - at == whole - kept
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

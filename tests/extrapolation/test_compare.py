@@ -153,7 +153,7 @@ def test_which_pairs_are_slow_can_be_said(llama):
     assert none.slow_whole.isnan().all()
     table = none.to_pandas()
     assert table["allocation_stretch"].isna().all()
-    assert table["reason"].str.contains("no head has pairs that are slow").all()
+    assert table["reason"].str.contains("no head has slow pairs").all()
 
 
 def test_heads_kept_are_those_of_the_same_whole_texts(llama, found):
@@ -191,7 +191,7 @@ def test_verdict_says_what_the_table_says(found):
     loss = found.loss[found.loss["position"] >= TRAINED].groupby(["method", "document"])["loss"]
     means = loss.mean().unstack()
     lost = means.loc[found.methods[1]] - means.loc[found.methods[0]]
-    assert f"{lost.mean():+.2f} beside the bare model's" in said[found.methods[1]]
+    assert f"{lost.mean():+.2f} against the unmodified model" in said[found.methods[1]]
     assert "too few methods to say" in said["stretch and achievement"]
     assert set(found.achievement()["reason"].str.split(" methods").str[0]) == {"fewer than 4"}
 
@@ -367,7 +367,7 @@ def test_picture_shows_every_method(found):
     figure = found.plot()
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["bare model", "Linear(factor=3)", "SelfExtend(group=4, window=12)"]
+    assert labels == ["unmodified model", "Linear(factor=3)", "SelfExtend(group=4, window=12)"]
     assert figure._repr_png_().startswith(b"\x89PNG")
     for ax in figure.axes:
         assert "(" in ax.get_xlabel()
@@ -429,7 +429,7 @@ def test_names_leave_defaults_out():
 def test_the_report_shows_a_comparison(found, tmp_path):
     write_report(found.scores_whole[0], tmp_path / "index.html", extrapolation=found)
     page = (tmp_path / "index.html").read_text()
-    assert "Beyond the training length" in page
+    assert "Extrapolation beyond the training length" in page
     for method in found.methods:
         assert escape(method) in page
     assert page.count('<img class="figure"') == 2

@@ -67,6 +67,36 @@ def test_interval_covers_as_it_claims():
     assert 0.85 <= np.mean(covered) <= 1.0
 
 
+def slow_weight(scale, rng, d=D):
+    """Softmax weight of slow pairs: between 0 and 1, with the waves of single pairs in it."""
+    waves = sum(np.cos(2 * np.pi * d / scale / period) / 30 for period in (300, 700, 1900))
+    means = 0.3 + 0.04 * np.log2(d / scale) + waves
+    return means + noise(rng, (8, 3, len(d)), 0.02)
+
+
+def test_the_weight_of_slow_pairs_is_drawn_out_as_well():
+    """Not monotone, so that a weight is met at more than one distance."""
+    found, covered = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        extended, bare = slow_weight(4, rng), slow_weight(1, rng, D[:TRAINED])
+        fit = stretch(extended, bare, trained=TRAINED, factor=4, n_boot=200, seed=seed)
+        found.append(fit.scale)
+        covered.append(fit.ci_low <= 4 <= fit.ci_high)
+    assert np.median(found) == pytest.approx(4, rel=0.03)
+    assert np.mean(covered) >= 0.85
+
+
+def test_heads_without_values_take_no_part():
+    extended, bare = planted(4.0, np.random.default_rng(0))
+    alone = stretch(extended[:, 1:], bare[:, 1:], trained=TRAINED, n_boot=50)
+    extended[:, 0] = np.nan
+    found = stretch(extended, bare, trained=TRAINED, n_boot=50)
+    assert (found, found.n_heads) == (alone, 2)
+    none = stretch(extended * np.nan, bare, trained=TRAINED, n_boot=50)
+    assert (none.n_heads, none.identifiable) == (0, False)
+
+
 def test_flat_curves_tell_no_scale():
     rng = np.random.default_rng(0)
     flat = 7 + noise(rng, (8, 2, LONGEST), 0.1)

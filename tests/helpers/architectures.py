@@ -277,14 +277,14 @@ MORE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 
 # name -> (family, config, why, in words that the error has)
 NEVER = "TransformerLens does not offer them"
-SPARSE = "keys chosen by their content (sparse attention)"
+SPARSE = "keys chosen by content (sparse attention)"
 UNSEEN = "MRoPE (positions in time, height and width), not RoPE"
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "AFMoE": ("Afmoe", {**HEAD, **MOE, "num_dense_layers": 1, **WINDOWED}, NEVER),
     "CodeGen": (
         "CodeGen",
         {**GPT, "rotary_dim": 4},
-        "attention in TransformerLens keeps its rotated queries to itself",
+        "attention in TransformerLens does not expose its rotated queries",
     ),
     "DeepSeek-V4": ("DeepseekV4", {**BASE, **MLA}, SPARSE),
     "Gemma 4": ("Gemma4", {**HEAD, **WINDOWED}, NEVER),
@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         SPARSE,
     ),
     "GLM-4V": ("Glm4v", dict(text_config={**HEAD, **MROPE}, vision_config=TOWER), UNSEEN),
-    "HRM-Text": ("HrmText", BASE, "no single row of blocks in TransformerLens"),
+    "HRM-Text": ("HrmText", BASE, "no single stack of blocks in TransformerLens"),
     "HunYuan, dense": (
         "HunYuanDenseV1",
         HEAD,
@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Llama 4": (
         "Llama4",
         {**HEAD, "intermediate_size_mlp": 48, "attention_chunk_size": 16, "num_local_experts": 2},
-        "sees only keys of its own chunk of the text",
+        "attends only to keys of its own chunk of the text",
     ),
     "ModernBERT decoder": ("ModernBertDecoder", {**BASE, "num_key_value_heads": None}, NEVER),
     "Muse Glimmer": ("MuseGlimmer", dict(text_config=HEAD, vision_config=VISION), NEVER),

@@ -11,7 +11,7 @@ import torch
 import tl_posheads as ph
 from helpers import small_models
 from tl_posheads import PosheadsError
-from tl_posheads.hooks.heads import as_heads, heads_of
+from tl_posheads.hooks.heads import as_head, as_heads, heads_of
 from tl_posheads.hooks.inputs import documents_of, layers_of
 
 
@@ -46,6 +46,17 @@ def test_forms_of_heads(given, found):
 def test_what_is_no_head(given):
     with pytest.raises(PosheadsError, match="expected pairs like"):
         as_heads(given)
+
+
+@pytest.mark.parametrize("given", ["L1H2", (1, 2), [(1, 2)], np.array([[1, 2]])])
+def test_one_head(given):
+    assert as_head(given) == (1, 2)
+
+
+@pytest.mark.parametrize("given", [["L1H2", (0, 3)], [], Best()])
+def test_one_head_where_none_or_more_are_given(given):
+    with pytest.raises(PosheadsError, match=r"(0|2) heads were given; expected one"):
+        as_head(given)
 
 
 def test_named_heads_are_the_pairs_everywhere():

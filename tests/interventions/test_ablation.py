@@ -133,7 +133,7 @@ def test_positions_are_those_asked_for(llama, start, width, step, as_list):
 @torch.no_grad()
 def test_masked_pattern_is_zero_z(family):
     if type(family.blocks[0].attn).__name__ == "AttentionBridge":
-        with pytest.raises(PosheadsError, match="pattern only afterwards"):
+        with pytest.raises(PosheadsError, match="pattern only after use"):
             ablation_hooks(family, HEADS, on="pattern")
         return
     with ablate(family, HEADS):
@@ -366,7 +366,7 @@ def test_a_text_longer_than_the_reference_is_refused_in_the_first_layer(llama, h
 
 def test_positions_with_native_attention_are_refused():
     model = small_models.rotary_model("GPT-J")
-    with pytest.raises(PosheadsError, match="shows its pattern only afterwards"):
+    with pytest.raises(PosheadsError, match="exposes its pattern only after use"):
         ablation_hooks(model, [(0, 1)], positions=slice(0, 3))
 
 

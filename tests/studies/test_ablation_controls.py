@@ -96,7 +96,7 @@ def test_without_harm_by_retrieval_heads_nothing_could_have_been_found(model, mo
     monkeypatch.setattr(run, "retrieval_heads", lambda *args: (IDLE[:1], {}))
     found = study(model, IDLE[1])
     said = found.verdict()["copies"]
-    assert "this study could not have found that these heads matter, for the 1 best" in said
+    assert "this study could not have detected harm from these heads, as the 1 best" in said
     assert "no evidence" not in said
     assert "best retrieval heads show no harm either" in repr(found)
 
@@ -143,7 +143,7 @@ def test_a_task_at_its_ceiling_taken_as_it_is(model):
         found = study(model, IDLE[0], calibrated=False)
         said = found.verdict()["copies"]
         assert (
-            "could not have found that these heads matter, for the task is at its ceiling" in said
+            "could not have detected harm from these heads, as the task is at its ceiling" in said
         )
         with pytest.raises(PosheadsError, match="at its ceiling on every rung"):
             study(model, IDLE[0])

@@ -210,7 +210,7 @@ def test_plot_shows_every_draw(study):
         len(points.get_offsets()) for points in left.collections if len(points.get_offsets())
     )
     assert drawn >= 2 * (24 + 1 + 24)
-    assert left.get_ylabel() == "change (nats a token)"
+    assert left.get_ylabel() == "change (nats per token)"
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
 
 

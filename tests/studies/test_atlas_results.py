@@ -134,7 +134,7 @@ def test_pictures_say_what_they_show():
     assert "error left" in str([text.get_text() for text in parts.get_legend().get_texts()])
     lines = {line.get_label(): line for line in below.lines}
     assert list(lines["mean curve"].get_ydata()) == list(found.mean_curve((0, 1))["curve"])
-    assert list(lines["scores found"].get_ydata()) == list(found.mean_scores((0, 1))["score"])
+    assert list(lines["measured scores"].get_ydata()) == list(found.mean_scores((0, 1))["score"])
     assert "trained" not in str([t.get_text() for t in below.texts])
     marked = by_hand(trained=5).plot_head((0, 1)).axes[2]
     assert "trained on 5" in str([t.get_text() for t in marked.texts])

@@ -190,7 +190,7 @@ def test_checkpoints_training_and_folders_give_the_same(tmp_path):
     assert found.top(3, step=0) == ph.score_heads(by_step[0], texts, progress=False).top(3)
     with pytest.raises(ph.PosheadsError, match="none of the steps"):
         emergence.track_emergence(by_step, texts, every=[7], progress=False)
-    with pytest.raises(ph.PosheadsError, match="looked at were"):
+    with pytest.raises(ph.PosheadsError, match="measured steps are"):
         found.top(1, step=9)
 
 

@@ -257,10 +257,10 @@ def test_saves_and_loads_bit_for_bit(found, tmp_path):
 def test_figure_says_what_it_shows(found):
     curve, pair, loss = found.plot().axes
     assert [t.get_text() for t in curve.get_legend().get_texts()] == [
-        "bare model",
+        "unmodified model",
         "out-of-distribution pairs clamped",
         "other pairs clamped",
-        "out-of-distribution pairs clamped as it reads",
+        "out-of-distribution pairs clamped in the pass",
     ]
     assert any("trained on 24" in text.get_text() for text in curve.texts)
     assert len(pair.patches) == 4

@@ -101,7 +101,7 @@ def test_found_and_of_long_context():
 def test_found_but_at_short_range_too():
     said = verdict(table(near=-1.9, p_gap=0.3), "passkey")
     assert ": evidence" in said
-    assert "at short range it changes by -1.90, so that long context is not told from any" in said
+    assert "changes by -1.90, so that harm to long context can't be told from general harm" in said
 
 
 def test_found_without_a_short_control():
@@ -139,7 +139,7 @@ def test_a_positive_control_says_that_harm_can_be_found():
 def test_without_harm_in_the_positive_control_nothing_could_have_been_found(effect):
     rows = positive(effect, p=0.6 if effect < 0 else 0.01)
     said = verdict(table(p_far=0.2), "passkey", rows)
-    assert "this study could not have found that these heads matter, for the 5 best" in said
+    assert "this study could not have detected harm from these heads, as the 5 best" in said
     assert f"retrieval heads show no harm either ({effect:+.2f}, 95 % interval" in said
     assert "no evidence" not in said
     # what was found was found
@@ -165,7 +165,7 @@ def test_why_there_is_no_positive_control(facts, why):
 )
 def test_a_task_at_its_ceiling_or_floor_could_show_nothing(clean, side):
     said = verdict(table(p_far=0.2), "passkey", clean=clean, calibrated=False)
-    assert "this study could not have found that these heads matter, for the task is at its" in said
+    assert "this study could not have detected harm from these heads, as the task is at its" in said
     assert f"at its {side} a token without ablation)" in said
     for options in (dict(calibrated=True), dict(calibrated=False, rungs=0)):
         assert "no evidence" in verdict(table(p_far=0.2), "passkey", clean=clean, **options)

@@ -138,7 +138,7 @@ def test_chromium_shows_the_page_without_a_word_on_its_console(tmp_path, name):
     assert dom.count('tabindex="-1"') == 19
 
 
-STUDY = Path(__file__).parents[2] / "notebooks" / "smollm2-ablation" / "sets"
+STUDY = Path(__file__).parents[2] / "benchmarks" / "results" / "smollm2-ablation" / "sets"
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_long_texts_are_put_together_and_say_so(llama):
     assert maps.step == 3
     assert maps.pattern.shape == (1, 17, 17)
     torch.testing.assert_close(maps.pattern.sum(-1), torch.ones(1, 17).double(), atol=1e-5, rtol=0)
-    assert "50 tokens, 3 a side put together" in views.attention(maps).html
+    assert "50 tokens; each cell merges 3 by 3 of them" in views.attention(maps).html
 
 
 @pytest.mark.parametrize(

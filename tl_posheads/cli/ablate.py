@@ -27,11 +27,11 @@ TASKS = (
 CONTROLS = ("random", "layer_matched", "lowest", "norm_matched")
 
 _TEXTS = dict(
-    help="ablate the top heads, and others beside them",
+    help="ablate the top heads and control heads",
     description="""\
 Ablate the top heads of SCORES in MODEL, other heads for comparison, and retrieval heads as a
 positive control, and write what each does to long-context tasks to the folder --out. Each task is
-first made as hard as the model can still do. The same command on the same folder goes on with a
+first made as hard as the model can still do. The same command on the same folder resumes a
 stopped run, and shows a finished one.
 """,
     epilog=f"""\
@@ -70,9 +70,9 @@ def add_command(commands: Any) -> None:
         metavar="N",
         type=whole(16),
         default=1024,
-        help="tokens a prompt, at most (1024)",
+        help="tokens per prompt, at most (1024)",
     )
-    add("--prompts", metavar="N", type=whole(1), default=20, help="prompts a task, at most (20)")
+    add("--prompts", metavar="N", type=whole(1), default=20, help="prompts per task, at most (20)")
     _add_sets(add)
     add("--budget", metavar="TIME", help="like 60min or 2h: prompts and draws are chosen to fit")
     add(
@@ -111,7 +111,7 @@ def _add_sets(add: Callable[..., Any]) -> None:
         "--mode",
         choices=("zero", "mean", "resample"),
         default="zero",
-        help="what replaces a head's output; the mean and the other texts are the corpus's (zero)",
+        help="what replaces a head's output; mean and resample take it from the corpus (zero)",
     )
     add(
         "--on",
@@ -123,14 +123,14 @@ def _add_sets(add: Callable[..., Any]) -> None:
         "--as-they-are",
         dest="calibrated",
         action="store_false",
-        help="take the tasks as they are, without choosing their difficulty",
+        help="use the tasks as they are, without calibrating their difficulty",
     )
     add(
         "--needles",
         metavar="N",
         type=whole(0),
         default=12,
-        help="questions that tell the retrieval heads; 0 goes without positive control (12)",
+        help="questions used to find the retrieval heads; 0 skips the positive control (12)",
     )
 
 
@@ -201,5 +201,5 @@ def table_lines(study: AblationStudy) -> list[str]:
     lines = shown.to_string(index=False).splitlines()
     n = sorted(set(table["n_prompts"]))
     counts = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
-    about = "Change of the answers' log-probability, nats a token, and its rank among the controls'"
-    return [f"{about} ({counts} prompts a task):", *lines]
+    about = "Change in the answers' log-probability (nats per token), its rank among the controls"
+    return [f"{about} ({counts} prompts per task):", *lines]

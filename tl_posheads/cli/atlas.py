@@ -1,4 +1,4 @@
-"""``tl-posheads atlas``: what every head does with every rotary frequency."""
+"""``tl-posheads atlas``: how every head uses every rotary frequency."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from tl_posheads.studies.atlas.results import RotaryAtlas
 
 _TEXTS = dict(
-    help="what every head does with every rotary frequency",
+    help="how every head uses every rotary frequency",
     description="""\
-Measure in one pass a document how every head of MODEL uses every rotary pair, what distance its mean
-query and key prefer, and write it to the folder --out. The same command on the same folder goes on
-with a stopped run, and shows a finished one.
+Measure, in one pass per document, how every head of MODEL uses every rotary pair and which distance
+its mean query and key prefer, and write the results to the folder --out. The same command on the
+same folder resumes a stopped run, and shows a finished one.
 """,
     epilog="""\
 examples:
@@ -32,10 +32,10 @@ examples:
   tl-posheads atlas ./my-model --scores scores --needed --layers 0-9 --out atlas
 
 what comes out, in the folder --out:
-  pairs.csv    a row a head and rotary pair: wavelength, usage, concentration, weights, ...
-  heads.csv    a row a head: centroid, entropy, share of slow pairs, preferred distance, ...
+  pairs.csv    a row per head and rotary pair: wavelength, usage, concentration, weights, ...
+  heads.csv    a row per head: centroid, entropy, share of slow pairs, preferred distance, ...
   atlas.png    heads x pairs, by layer; with --scores by_score.png, by positional score
-  head.png     spectrum and mean curve of the head that the printed table begins with
+  head.png     spectrum and mean curve of the first head in the printed table
   atlas.*      everything, for RotaryAtlas.load("FOLDER") in Python
   run.json     what was asked for
 """,
@@ -47,10 +47,10 @@ def add_command(commands: Any) -> None:
     add = new_command(commands, "atlas", _atlas, table_lines, "RotaryAtlas", _TEXTS)
     add_texts(add, docs=8, length=1024)
     add("--layers", metavar="LIST", type=layers, help="like 0-9 or 0,3,5-7 (all)")
-    text = "find the pairs that need their rotation, too"
+    text = "also find the pairs that need their rotation"
     add("--needed", action="store_true", help=text)
-    add("--trained", metavar="N", type=whole(2), help="tokens of a training text (the model's own)")
-    text = "a folder that score wrote, whose scores stand beside the columns"
+    add("--trained", metavar="N", type=whole(2), help="training length in tokens (the model's own)")
+    text = "a folder that score wrote; adds its scores to the columns"
     add("--scores", metavar="DIR", type=Path, help=text)
     add_scale(add)
     add_skip_first(add)
@@ -80,7 +80,7 @@ def _atlas(run: Run) -> RotaryAtlas:
 
 
 def table_lines(found: RotaryAtlas, top: int) -> list[str]:
-    """The first heads with their columns, as lines of text; ``-`` stands for what isn't known."""
+    """The first heads with their columns, as lines of text; ``-`` for unknown values."""
     table = found.ranked()
     names = list(table.columns[2:])
     cells = [["head", *names]]
@@ -90,4 +90,4 @@ def table_lines(found: RotaryAtlas, top: int) -> list[str]:
         values = (number(row[name], form) for name, form in zip(names, forms, strict=True))
         cells.append([place, *values])
     by = "rho" if "rho" in table else "slow_text"
-    return [repr(found), f"Of {len(table)} heads those with the highest {by}:", *aligned(cells, 1)]
+    return [repr(found), f"The heads with the highest {by}, of {len(table)}:", *aligned(cells, 1)]

@@ -1,4 +1,4 @@
-"""A command that fills a folder: what it asks for, how it goes on, what it shows again."""
+"""A command that writes to a folder: its request, how it resumes, how it shows a finished run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tl_posheads.hooks.model import LensModel
 
 _SHOWN = ".csv", ".txt", ".png", ".html"  # files that a person opens
-# Options that decide no number. Of --scores the folder's content does, and not its name.
+# Options that change no number. Of --scores the folder's content counts, not its name.
 _UNASKED = "action", "command", "out", "overwrite", "device", "top", "best", "scores"
 
 
@@ -42,7 +42,7 @@ def aligned(cells: Sequence[Sequence[str]], left: int = 0) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """What was typed, and the run in the folder ``args.out`` that it asks for."""
+    """The command's arguments, and the run in the folder ``args.out`` that they ask for."""
 
     args: argparse.Namespace
     request: dict[str, Any]
@@ -75,20 +75,20 @@ class Run:
 
     @contextmanager
     def started(self) -> Iterator[Path]:
-        """:func:`run_folder.running`; gives the checkpoint that what is computed goes on from.
+        """:func:`run_folder.running`; gives the checkpoint that the computation resumes from.
 
-        Tells of a run gone on with, and how to go on when stopped.
+        Says when a run is resumed, and how to resume one that was stopped.
         """
         out, hint = self.args.out, " without --overwrite" if self.args.overwrite else ""
         if self.state == "resume":
-            print(f"Going on with the run that was stopped in {out}.", file=sys.stderr)
+            print(f"Resuming the run that was stopped in {out}.", file=sys.stderr)
         try:
             with run_folder.running(out, self.request, self.state) as folder:
                 yield folder / run_folder.CHECKPOINT
         except KeyboardInterrupt:
             if not self.folder.exists():
                 raise
-            said = f"what was done is in {out}, and the same command{hint} goes on from there"
+            said = f"what was done is in {out}, and the same command{hint} resumes from there"
             raise KeyboardInterrupt(f"stopped; {said}") from None
 
     def save(self, found: Any, files: Mapping[str, Any]) -> None:
@@ -117,14 +117,14 @@ def new_command(
     """Add a command with the parser's ``texts``; returns what adds its options.
 
     ``run`` computes, saves and returns a ``tl_posheads.<result>``; its ``lines`` are printed.
-    ``more`` is what the request holds in place of what the options say, or beside it.
+    ``more`` overrides or extends what the options put into the request.
     """
 
     def action(args: argparse.Namespace) -> None:
         request = _request(name, args) | {key: value(args) for key, value in more.items()}
         with ExitStack() as held:
-            # What is finished is only read, by as many as like. Before the lock is had, another
-            # process may finish the run.
+            # A finished run is only read, by any number of processes. Another process may finish
+            # the run before this one gets the lock.
             if run_folder.state_of(args.out, request, overwrite=args.overwrite) != "finished":
                 held.enter_context(run_folder.locked(args.out))
             state = run_folder.state_of(args.out, request, overwrite=args.overwrite)

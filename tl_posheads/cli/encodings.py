@@ -1,4 +1,4 @@
-"""``tl-posheads encodings``: positional scores under other positional encodings than RoPE, too."""
+"""``tl-posheads encodings``: positional scores under RoPE or learned positions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from tl_posheads.studies.encodings.results import EncodingScores
 
 _TEXTS = dict(
-    help="score heads under learned positions, too",
+    help="score heads under RoPE or learned positions",
     description="""\
 Score the heads of MODEL, with RoPE or with learned positions, by planes of their query-key space
 that are ordered by how fast they change with distance. With RoPE these are the rotary pairs, and
-the scores are those of `score --qk-pairs all`. The same command on the same folder goes on with a
+the scores are those of `score --qk-pairs all`. The same command on the same folder resumes a
 stopped run, and shows a finished one.
 """,
     epilog="""\

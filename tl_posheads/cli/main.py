@@ -19,10 +19,10 @@ _ABOUT = """\
 Find the Positional Heads of a transformer with rotary position embedding (RoPE).
 
 RoPE turns each pair of coordinates of a head's queries and keys by an angle that grows with the
-position: the first pairs fast, the last ones slowly. In a Positional Head the pair that weighs most
-in query times key moves, with the distance between two tokens, from the fast pairs to the slow
-ones, so that the head can tell far from near. A head's positional score is Spearman's rho between
-that distance and the head's dominant dimension, over the query-key pairs that attention sees:
+position: the first pairs fast, the last ones slowly. In a Positional Head the dominant rotary pair,
+the one that contributes most to the query-key product, shifts from fast to slow as token distance
+grows, so that the head can tell far from near. A head's positional score is Spearman's rho between
+token distance and the head's dominant dimension, over the query-key pairs that attention allows:
 the mean over documents, whose spread gives its interval and p-value.
 Hong et al., Findings of EMNLP 2024, https://arxiv.org/abs/2410.08703
 """
@@ -39,20 +39,20 @@ examples:
       whether the heads that scored highest matter
 
 what comes out, in the folder --out:
-  run.json     what was asked for; tells this run's results from another's
+  run.json     what was asked for; identifies the run
   scores.*     the scores, for HeadScores.load("FOLDER") in Python
   table.csv    one row per head, for a spreadsheet
-  curve/       what the best heads rest on by distance, for DominantDimensionCurve.load
-  maps/        what they attend to in the first text's beginning, for HeadMaps.load
+  curve/       dominant dimension of the best heads by distance, for DominantDimensionCurve.load
+  maps/        their attention at the beginning of the first text, for HeadMaps.load
   index.html   a page with all of this; needs no network
 
-Stopped by Ctrl-C, the same command goes on from there.
+After Ctrl-C, the same command resumes the run.
 "Positional" is not "important": ablate the heads before you claim that.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other refusal of the command does."""
+    """Reports an error in one line, like every other error of the command."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)

@@ -16,24 +16,24 @@ LIVE = ("pairs", "joint", "none")
 TABLES = ("summary", "by_pair", "losses", "pairs", "change")
 
 _TEXTS = dict(
-    help="ask whether out-of-distribution angles make the change past the training length",
+    help="test whether out-of-distribution angles cause the change past the training length",
     description="""\
-Read texts longer than MODEL was trained on, hold the angles of rotary pairs at what training saw,
-and write how much of the change in dominant dimension and loss goes with them to the folder --out.
-The same command on the same folder goes on with a stopped run, and shows a finished one.
+Read texts longer than MODEL was trained on, clamp the angles of rotary pairs to those of training,
+and write how much of the change in dominant dimension and loss they explain to the folder --out.
+The same command on the same folder resumes a stopped run, and shows a finished one.
 """,
     epilog="""\
 examples:
   tl-posheads ood-angles ./small-llama --trained 256 --corpus held-out.txt --out ood
   tl-posheads ood-angles smollm2-135m --trained 8192 --factor 2 --docs 4 --live joint --out ood
 
-A rotary pair with a wavelength above the training length has not turned once in training, so that
-longer texts turn it to angles out of the training distribution: an out-of-distribution pair.
+A rotary pair with a wavelength above the training length never completed a turn in training. Longer
+texts rotate it to angles outside the training distribution: it is an out-of-distribution pair.
 
 what comes out, in the folder --out:
   summary.csv     change, and the parts of out-of-distribution and of other pairs, with 95 % intervals
   by_pair.csv, losses.csv, pairs.csv, change.csv   pair by pair, loss, wavelengths, head by head
-  ood_angles.png  curves bare and clamped, each pair's part, and the loss
+  ood_angles.png  curves with and without clamps, each pair's part, and the loss
   ood_angles.*    everything, for OODAngles.load("FOLDER") in Python
   run.json        what was asked for
 """,
@@ -61,7 +61,7 @@ def above_one(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 1 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 1")
     return value
 
 
@@ -73,17 +73,17 @@ def add_command(commands: Any) -> None:
         "--trained",
         metavar="N",
         type=whole(2),
-        help="tokens of a training text (as the model's configuration says)",
+        help="training length in tokens (from the model's configuration)",
     )
     add(
         "--factor",
         metavar="X",
         type=above_one,
         default=4.0,
-        help="texts of so many times the training length (4)",
+        help="length of the texts, in training lengths (4)",
     )
     add("--heads", metavar="LIST", type=heads, help="layer.head, like 0.1,3.2 (every head)")
-    add("--queries", metavar="N", type=whole(1), default=256, help="queries of a text (256)")
+    add("--queries", metavar="N", type=whole(1), default=256, help="queries per text (256)")
     add(
         "--live",
         choices=LIVE,

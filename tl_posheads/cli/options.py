@@ -17,7 +17,7 @@ def whole(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
 
     return parse
@@ -35,7 +35,7 @@ def names(known: Sequence[str]) -> Callable[[str], list[str]]:
         wrong = [part for part in parts if part not in known]
         if wrong or len(set(parts)) < len(parts):
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no list of some of {', '.join(known)}, each once"
+                f"{text!r} is not a list of some of {', '.join(known)}, each once"
             )
         return parts
 
@@ -55,7 +55,7 @@ def shares(text: str) -> list[float]:
     fits = values and all(0 < value <= 1 for value in values)
     if not fits or any(b <= a for a, b in pairwise(values)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of ascending shares above 0 and at most 1, like 0.02,0.05"
+            f"{text!r} is not a list of ascending shares above 0 and at most 1, like 0.02,0.05"
         )
     return values
 
@@ -108,20 +108,20 @@ def ranges(numbers: Sequence[int]) -> str:
 def add_texts(
     add: Callable[..., object], docs: int, length: int = 0, least: int = 2, model: str = _MODEL
 ) -> None:
-    """The model and what it reads, with the defaults; without a length, the command knows it."""
+    """Options for the model and its texts, with defaults; no ``--length`` without one."""
     add("model", metavar="MODEL", help=model)
     text = "a name, a text file, a folder of them, or a hub data set's id (python-docs)"
     add("--corpus", metavar="NAME-OR-PATH", default="python-docs", help=text)
     if length:
-        text = f"tokens a document ({length})"
+        text = f"tokens per document ({length})"
         add("--length", metavar="N", type=whole(least), default=length, help=text)
-    text = f"number of documents, over which means and intervals are ({docs})"
+    text = f"number of documents; means and intervals are over documents ({docs})"
     add("--docs", metavar="N", type=whole(1), default=docs, help=text)
 
 
 def add_model_options(add: Callable[..., object], *, cls: bool = True) -> None:
     """Seed, and how the model is loaded."""
-    add("--seed", metavar="N", type=whole(0), default=0, help="for everything drawn (0)")
+    add("--seed", metavar="N", type=whole(0), default=0, help="seed of all random draws (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
     add("--dtype", help="float32, bfloat16 or float16 (the loader's choice)")
     if cls:
@@ -135,13 +135,13 @@ def add_scale(add: Callable[..., object]) -> None:
         "--scale",
         choices=("none", "attention"),
         default="none",
-        help="contributions as they are, or times the factor on the model's scores (none)",
+        help="contributions unscaled, or times the model's attention scale (none)",
     )
 
 
 def add_skip_first(add: Callable[..., object]) -> None:
     """``--skip-first``, as the library's ``skip_first=``."""
-    text = "leave out the first N positions, the attention sink for one (0)"
+    text = "leave out the first N positions, for example the attention sink (0)"
     add("--skip-first", metavar="N", type=whole(0), default=0, help=text)
 
 
@@ -151,19 +151,19 @@ def add_top(add: Callable[..., object], text: str = "heads to print") -> None:
 
 
 def add_qk_pairs(add: Callable[..., object]) -> None:
-    """Which query-key pairs a score is taken over, and what they weigh."""
+    """Options for the query-key pairs that a score is computed over, and their weights."""
     add(
         "--qk-pairs",
         metavar="auto|all|N",
         type=qk_pairs,
         default="auto",
-        help="query-key pairs that rho is ranked over: in every document N drawn ones, all, or so many that drawing adds at most 0.005 to a mean rho's standard error (auto)",
+        help="query-key pairs per document that rho is computed over: N drawn at random, all, or enough that drawing adds at most 0.005 to a mean rho's standard error (auto)",
     )
     add(
         "--weighting",
         choices=("pair", "distance"),
         default="pair",
-        help="every pair weighs the same, or every distance (pair)",
+        help="equal weight for every query-key pair, or for every distance (pair)",
     )
     add_scale(add)
 

@@ -29,8 +29,8 @@ MEASURES = (
 _TEXTS = dict(
     help="positional heads beside retrieval, induction and other heads",
     description="""\
-Measure every head of MODEL in other ways than the positional score, on the same texts, and write
-how these go together to the folder --out. The same command on the same folder goes on with a
+Measure every head of MODEL by other measures than the positional score, on the same texts, and
+write how they correlate with it to the folder --out. The same command on the same folder resumes a
 stopped run, and shows a finished one.
 """,
     epilog=f"""\
@@ -66,7 +66,7 @@ def add_command(commands: Any) -> None:
         metavar="N",
         type=whole(0),
         default=6,
-        help="questions whose answers the model has to find, for retrieval (6)",
+        help="needle questions for the retrieval score (6)",
     )
     text = "a folder that score wrote, with the scale it has, instead of scoring these texts"
     add("--scores", metavar="DIR", type=Path, help=text)
@@ -76,7 +76,7 @@ def add_command(commands: Any) -> None:
 
 
 def _scale(args: argparse.Namespace) -> Any:
-    """What is in force: scores that are given have theirs."""
+    """The scale in force: given scores come with their own."""
     if args.scores is None:
         return args.scale
     from tl_posheads.scoring.head_scores import HeadScores
@@ -98,7 +98,7 @@ def _profile(run: Run) -> HeadProfile:
         files = {"table.csv": found.to_pandas()}
         try:
             files["profile.png"] = found.plot()
-        except PosheadsError as problem:  # nothing to draw; the table is there all the same
+        except PosheadsError as problem:  # nothing to draw; the table is written all the same
             print(f"no picture: {problem}", file=sys.stderr)
         run.save(found, files)
     return found
@@ -107,7 +107,7 @@ def _profile(run: Run) -> HeadProfile:
 def table_lines(profile: HeadProfile, top: int) -> list[str]:
     """Every measure's correlation and overlap with the positional score, as lines of text.
 
-    ``-`` stands for what isn't known; the reasons follow.
+    ``-`` stands for unknown values; the reasons follow.
     """
     overlap = profile.overlap(top)
     everywhere = profile.correlation()["positional"]
@@ -129,7 +129,7 @@ def table_lines(profile: HeadProfile, top: int) -> list[str]:
             ]
         )
     out = [
-        f"Kin of the positional score over {len(profile.table)} heads, and overlap of the {top} highest:",
+        f"Correlation with the positional score over {len(profile.table)} heads, and overlap of the {top} highest:",
         *aligned(cells, left=1),
     ]
     if needles.get("n_prompts"):

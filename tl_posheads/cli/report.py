@@ -1,4 +1,4 @@
-"""``tl-posheads report``: the page about a scoring run, alone or with what else was found."""
+"""``tl-posheads report``: the page about a scoring run, alone or with other results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE, CURVE, MAPS = "index.html", "curve", "maps"
 def add_command(commands: Any) -> None:
     """Add ``report`` to the parser's commands."""
     report = commands.add_parser(
-        "report", help="make a run's index.html again", description="Make DIR/index.html again."
+        "report", help="rebuild a run's index.html", description="Make DIR/index.html again."
     )
     report.add_argument("dir", metavar="DIR", type=Path, help="a folder that score wrote")
     report.add_argument(

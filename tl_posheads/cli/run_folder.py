@@ -1,9 +1,9 @@
-"""The folder that a ``tl-posheads`` run fills: whose it is, who may write there, what goes on.
+"""The folder that a ``tl-posheads`` run writes to: who owns it, who may write there, resuming.
 
-A run fills ``.unfinished`` in its folder and is moved out of it when it is finished. Until then the
-results that are there stay. ``run.json`` is the label of both: there before anything is computed,
-so that a run that was stopped can be told from another's, and nothing is removed without it. A
-finished run's lists the files that the run wrote: these are what --overwrite takes away.
+A run writes to ``.unfinished`` in its folder and is moved out of it when finished. Until then, old
+results stay. ``run.json`` labels both. It is written before anything is computed, so that a stopped
+run can be told from another run's, and nothing is removed without it. That of a finished run lists
+the files that the run wrote: --overwrite removes these.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def folder_begun(out: Path) -> Path:
 
 
 def was_stopped(out: Path) -> bool:
-    """Whether ``out`` holds a run that was begun and no finished one."""
+    """Whether ``out`` holds an unfinished run and no finished one."""
     return read_run(out) is None and read_run(out / _UNFINISHED) is not None
 
 
@@ -98,7 +98,7 @@ def state_of(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> 
         return "new"
     if overwrite:
         return "new"
-    # What is begun again beside finished results is gone on with.
+    # An unfinished run beside finished results is resumed.
     if begun is not None and begun["request"] == request:
         return "resume"
     if finished is not None and finished["request"] == request:
@@ -112,7 +112,7 @@ def state_of(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> 
 
 
 def _not_ours(out: Path) -> list[Path]:
-    """What is in a folder without a label and can't be what a kill left."""
+    """Files in a folder without a label that a killed run can't have left."""
     begun = out / _UNFINISHED
     left = [path for path in out.iterdir() if path.name != _LOCK] if out.exists() else []
     if begun.is_dir() and not begun.is_symlink():  # without a label, too: nothing is in it yet
@@ -123,9 +123,9 @@ def _not_ours(out: Path) -> list[Path]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other processes out of ``out``; finish moving results where a kill cut that off.
+    """Keep other processes out of ``out``; finish moving results if a kill interrupted that.
 
-    Leaves no folder behind that it made and nothing was put in.
+    Removes the folder again if it made it and nothing was put in.
 
     Raises:
         PosheadsError: another process is at work there.
@@ -162,7 +162,7 @@ def _remove(path: Path) -> None:
 
 
 def _discard(begun: Path) -> None:
-    """Remove a begun run; a kill in between leaves no part of it under its name."""
+    """Remove an unfinished run; a kill in between leaves no part of it under its name."""
     left = begun.with_name(f"{_UNFINISHED}.part")
     _remove(left)
     if begun.exists():
@@ -171,7 +171,7 @@ def _discard(begun: Path) -> None:
 
 
 def _move(begun: Path, out: Path) -> None:
-    """Put a finished run in the place of another; cut off, it can be called again.
+    """Replace another run by a finished one; if interrupted, it can be called again.
 
     The label goes last both times: while ``out`` has one, what it holds is the old run's.
 
@@ -211,7 +211,7 @@ def _require_free(place: Path, *, ours: bool) -> None:
 
 
 def _label(folder: Path, request: dict[str, Any], files: list[str] | None = None) -> None:
-    """Name the run, and of a finished one its files."""
+    """Write the run's label, and for a finished run its files."""
     run = {"program": _PROGRAM, "finished": files is not None, "request": request}
     listed = {} if files is None else {"files": files}
     write_text(folder / RUN_FILE, json.dumps(run | listed, indent=2) + "\n")
@@ -228,9 +228,9 @@ def _written(begun: Path) -> list[str]:
 def running(out: Path, request: dict[str, Any], state: State) -> Iterator[Path]:
     """Run the body, which fills the folder it gets, and put what it made into ``out``.
 
-    Results that are in ``out`` stay until then. What was computed before a failure or a stop
-    stays in ``.unfinished``, to be gone on with; a run that computed nothing leaves nothing. The
-    caller holds the lock.
+    Results in ``out`` stay until then. What was computed before a failure or a stop stays in
+    ``.unfinished``, to be resumed; a run that computed nothing leaves nothing. The caller holds the
+    lock.
     """
     begun = out / _UNFINISHED
     checkpoint = begun / CHECKPOINT

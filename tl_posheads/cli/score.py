@@ -34,7 +34,7 @@ _TEXTS = dict(
     help="score the heads of a model",
     description="""\
 Score the heads of MODEL on a corpus and write the results to the folder --out.
-The same command on the same folder goes on with a stopped run, and shows a finished one.
+The same command on the same folder resumes a stopped run, and shows a finished one.
 """,
     epilog="""\
 examples:
@@ -47,12 +47,12 @@ columns of the table:
                dominant dimension D, over queries and the keys before them; the mean over documents
   ci           95 % interval of that mean (Student's t over the n documents; give 8 or more)
   p_adj        p-value of a mean of zero (t test over documents), corrected for the number of heads
-  rotation     what the rotation alone does: rho of the same contents put at other positions, with
-               the distance that they are put at
-  content      what contents alone do: rho of the same D with the distance that they came from
-  D near->far  mean D of tokens 1 or 2 apart, and in the farthest octave of distances: rho says in
-               which order D goes, not how far
-  window       the layer's sliding window, - where it sees everything before it
+  rotation     rho of the rotation alone: of the same contents at other positions, with the distance
+               between these
+  content      rho of the content alone: of the same D with the distance that the contents came from
+  D near->far  mean D of tokens 1 or 2 apart, and in the farthest octave of distances: rho
+               measures the order of D, not how far it moves
+  window       the layer's sliding window, - without one
 Below zero, faster pairs take over as distance grows. With one document there is no ci and no p.
 """,
 )
@@ -71,7 +71,7 @@ def add_command(commands: Any) -> None:
         metavar="N",
         type=whole(0),
         default=3,
-        help="best heads whose curves and attention the page shows; two more passes (3)",
+        help="best heads whose curves and attention the page shows; adds two passes (3)",
     )
     add_top(add)
 
@@ -119,7 +119,7 @@ def _score(run: Run) -> HeadScores:
 
 
 def _save_best(run: Run, model: LensModel, tokens: Any, heads: list[tuple[int, int]]) -> None:
-    """What the page shows of the best heads: curves over all texts, attention in the first one."""
+    """Details of the best heads for the page: curves over all texts, attention in the first one."""
     from tl_posheads import dominant_dimension_curve, head_maps
 
     options = run.options("scale", "skip_first")

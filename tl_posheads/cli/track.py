@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _TEXTS = dict(
     help="score a training run's checkpoints",
     description="""\
-Score every head at each checkpoint of a training run, and tell when scores rise and when the loss
-on far tokens falls. The same command on the same folder goes on with a stopped run, and shows a
-finished one.
+Score every head at each checkpoint of a training run, and report when scores rise and when the loss
+on far tokens falls. The same command on the same folder resumes a stopped run, and shows a finished
+one.
 """,
     epilog="""\
 examples:
@@ -35,7 +35,7 @@ what comes out, in the folder --out:
   training.png   scores, losses and the best head's curve over training
   run.json       what was asked for
 
-The text that is read must not be in the training data, or its loss says little.
+Use a text that is not in the training data, or its loss says little.
 """,
 )
 
@@ -48,7 +48,7 @@ def steps(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,12}", part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps like 0,16,128")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of steps like 0,16,128")
     return sorted({int(part) for part in parts})
 
 

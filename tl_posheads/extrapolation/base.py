@@ -45,20 +45,20 @@ class Frequencies(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A way to let a model read longer texts than it was trained on, reversible and unlearned.
+    """A reversible way, without training, to let a model read longer texts than in training.
 
     Call it with a model to get a context manager: inside, forward passes, ``generate`` with a KV
     cache, ``run_with_cache`` and everything of this package see the extended model, and texts may
-    be longer than ``cfg.n_ctx``. Hooks set inside see the changed queries, keys and scores. On
-    leaving, whatever was raised, the model is as it was; its weights were never touched. Where a
-    model's own frequencies depend on the text's length, passes inside have those of their own
+    be longer than ``cfg.n_ctx``. Hooks set inside see the changed queries, keys and scores. When
+    the block ends, even by an exception, the model is as it was; its weights are never touched. If
+    a model's own frequencies depend on the text's length, each pass inside uses those of its own
     length, whatever was read before.
 
-    Layers with a sliding window are left alone in models that have others too: they never see a
-    distance that is new to them.
+    In models that mix layers with and without a sliding window, those with one are left alone: they
+    never see a new distance.
 
     Raises:
-        PosheadsError: a setting that can't be; on entering: no RoPE, another method in force, a
+        PosheadsError: an invalid setting; on entering: no RoPE, another method in force, a
             model whose own frequencies depend on the length.
     """
 
@@ -66,7 +66,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """The method with the settings that aren't its defaults, for tables and legends."""
+        """The method with its non-default settings, for tables and legends."""
         given = [(f, getattr(self, f.name)) for f in fields(self) if f.repr]
         shown = [
             f"{f.name}={value.name if isinstance(value, Method) else repr(value)}"
@@ -95,7 +95,7 @@ class Method:
         return layer
 
     def border(self, trained: int) -> int | None:
-        """Tokens past which the frequencies are others at once, if there is such a length."""
+        """Length past which the frequencies switch to another set, if there is one."""
         return None
 
 
@@ -120,7 +120,7 @@ class FrequencyMethod(Method):
     ) -> tuple[Float[Tensor, "*batch pos head pair"], Float[Tensor, "*batch pos head pair"]]:
         """Cosine and sine, times the scale, of the further rotation at each position.
 
-        The axis of heads may be 1.
+        The head axis may have length 1.
         """
         new = self.frequencies(layer.inv_freq, trained, length)
         by = (new.inv_freq - layer.inv_freq).to(position.device)
@@ -136,10 +136,10 @@ class FrequencyMethod(Method):
 
 @dataclass(frozen=True)
 class DistanceMethod(Method):
-    """A method that treats pairs by their distance: the scores are computed again."""
+    """A method that treats query-key pairs by their token distance: it recomputes the scores."""
 
     def remapping(self, layer: LayerGeometry, trained: int) -> Remapping:
-        """Regions of query-key pairs, and where the pairs of each meet."""
+        """Regions of query-key pairs, and the positions of queries and keys in each."""
         raise NotImplementedError
 
     def layer_geometry(self, layer: LayerGeometry, trained: int, length: int) -> LayerGeometry:
@@ -155,8 +155,8 @@ def require_factor(method: str, factor: Any, name: str = "factor") -> None:
     known = isinstance(factor, int | float) and not isinstance(factor, bool)
     if not known or not 1 <= factor < float("inf"):
         raise PosheadsError(
-            f"{method}({name}={factor!r}) was given; expected a number of 1 or more: by how much "
-            "the texts are longer than those of training"
+            f"{method}({name}={factor!r}) was given; expected a number of 1 or more: how many "
+            "times longer the texts are than in training"
         )
 
 
@@ -217,8 +217,8 @@ def require_longer(documents: Sequence[Tensor], trained: int) -> None:
     shortest = min(len(document) for document in documents)
     if shortest <= trained:
         raise PosheadsError(
-            f"a text of {shortest} tokens was given for a model trained on {trained}; give texts "
-            "that are longer, or set trained="
+            f"a text of {shortest} tokens was given for a model trained on {trained}; give "
+            "longer texts, or set trained="
         )
 
 
@@ -265,7 +265,7 @@ def _extended(model: LensModel, method: Method, trained: int | None) -> Iterator
 
 
 def extended_layers(geometry: RotaryGeometry) -> dict[int, LayerGeometry]:
-    """The layers that methods change: those without a window, or all where every one has one."""
+    """The layers that methods change: those without a window, or all if every one has a window."""
     rotary = [layer for layer in geometry.layers if layer.n_pairs]
     whole = [layer for layer in rotary if layer.window is None]
     return {layer.layer: layer for layer in whole or rotary}

@@ -1,4 +1,4 @@
-"""Where the bare model's curves leave their trend."""
+"""The distance at which the unmodified model's curves break from their trend."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _KNOTS = (0, 1, 2, 3, 4, 6, 8, 11, 14)
 
 @dataclass(frozen=True, repr=False)
 class BreakPoint:
-    """Where curves leave their trend, if they do.
+    """The distance at which curves break from their trend, if they do.
 
     Attributes:
         distance: of the break, in tokens; NaN where there is none.
         ci_low, ci_high: 95 % bootstrap interval over the units and a bin on either side, since a
             break inside a bin may be put at either of its ends; NaN with fewer than four.
-        error_ratio: mean squared error on half octaves that are left out, with the break over the
-            best without one. From 0.5 on there is no break, and nothing is said of its distance.
+        error_ratio: held-out mean squared error over half octaves, of the best fit with a break
+            over that of the best one without. From 0.5 on there is no break and no distance.
             In simulations (power laws, lines and saturating curves over the logarithm; 1 to 12
             documents of 1,024 tokens, 3 to 12 heads; noise of 0.05 and 0.3 dimensions) smooth
             curves lay around 1, and at most 3 % below 0.5; clear jumps lie below 0.3. Sigmoids
@@ -61,9 +61,8 @@ class BreakPoint:
         if self.error_ratio < _BREAK:
             return None
         return (
-            f"no break: with one at its best place left-out half octaves are missed by "
-            f"{self.error_ratio:.2f} times the error without (error_ratio); a break has less than "
-            f"{_BREAK}"
+            f"no break: the best one leaves {self.error_ratio:.2f} of the held-out error of a fit "
+            f"without a break (error_ratio); a break leaves less than {_BREAK}"
         )
 
     def __repr__(self) -> str:
@@ -92,18 +91,18 @@ def break_point(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> BreakPoint:
-    """The distance at which curves of mean dominant dimension leave their trend.
+    """The distance at which curves of mean dominant dimension break from their trend.
 
-    Over bins of log distance every head has a trend of its own, a cubic spline, and from the break
-    on another level and another slope; the break is the same for all heads, and lies anywhere in
-    its bin. It is where least squares put it (segmented regression: Bai and Perron 1998,
-    Econometrica 66, 47). Every bin counts alike. The spline has as many knots as predict half
-    octaves that are left out best: a bend is no break, nor are wiggles, such as the waves of single
-    rotary pairs. Heads that see less far than others, through a window, take no part.
+    Over bins of log distance each head has its own trend, a cubic spline, whose level and slope
+    change at the break. All heads share the break, which may lie anywhere in its bin. Least squares
+    places it (segmented regression: Bai and Perron 1998, Econometrica 66, 47), with equal weight
+    for every bin. The number of knots is the one that best predicts held-out half octaves: a bend
+    is no break, nor are wiggles, such as the waves of single rotary pairs. Heads that a sliding
+    window keeps from seeing as far as the others are left out.
 
-    The interval is a percentile bootstrap over documents, or over heads of a single document, that
-    keeps the knots. There is no p-value: it would need to know how sharply an unbroken curve may
-    bend. ``error_ratio`` tells instead whether a break helps; where not, no distance is given.
+    The interval is a percentile bootstrap over documents, or over heads of a single document, with
+    the knots fixed. There is no p-value: it would need to know how sharply an unbroken curve may
+    bend. ``error_ratio`` says instead whether a break helps; if not, no distance is given.
 
     Args:
         curves: mean dominant dimension at distances 1, 2, ..., in rotary dimensions; NaN where
@@ -115,7 +114,7 @@ def break_point(
         seed: of the bootstrap.
 
     Returns:
-        :class:`BreakPoint`, whose ``reason`` says where there is no break.
+        :class:`BreakPoint`, whose ``reason`` is set where there is no break.
 
     Raises:
         PosheadsError: curves of another shape, fewer than a dozen bins, ``n_boot`` below 1.
@@ -145,7 +144,7 @@ def break_point(
     found = [np.nan] * 6
     if error_ratio < _BREAK:
         place = _EDGE + int(bases.gain(given)[0].argmax())
-        # A document without pairs in a far bin leaves it empty in some draws; they say nothing.
+        # A document without pairs in a far bin leaves it empty in some draws; ignore those.
         drawn = binned.drawn(counts, unit)[..., held]
         drawn = np.where(np.isfinite(drawn), drawn, given)
         places = x[_EDGE + bases.gain(drawn).argmax(1)]
@@ -170,7 +169,7 @@ def break_point(
 
 
 class _Bases:
-    """Orthonormal columns of the trend, and for every possible break of what it adds to it."""
+    """Orthonormal columns of the trend, and of what each possible break adds to it."""
 
     def __init__(self, x: np.ndarray, n_knots: int) -> None:
         self.x, self.n_knots, self.columns = x, n_knots, _spline(x, n_knots)
@@ -188,7 +187,7 @@ class _Bases:
         return left
 
     def gain(self, curves: np.ndarray) -> np.ndarray:
-        """Squares that each break explains over squares left, ``[draw, break]``."""
+        """Sum of squares that each break explains over the residual sum, ``[draw, break]``."""
         rest = self.rest(curves)
         total = (rest**2).sum((1, 2))[:, None]
         told = (np.einsum("dhb,kbc->dkhc", rest, self.added, optimize=True) ** 2).sum((2, 3))
@@ -210,7 +209,7 @@ class _Bases:
 
 
 def _knots(x: np.ndarray, n_knots: int) -> np.ndarray:
-    """Of a cubic spline: its ends, and inner ones between which lie as many bins each."""
+    """Knots of a cubic spline: its ends, and inner ones with equally many bins between them."""
     inner = np.quantile(x, np.linspace(0, 1, n_knots + 2)[1:-1])
     return np.concatenate([[x[0]] * 4, inner, [x[-1]] * 4])
 
@@ -221,7 +220,7 @@ def _spline(x: np.ndarray, n_knots: int) -> np.ndarray:
 
 
 def _chosen(curves: np.ndarray, x: np.ndarray) -> tuple[_Bases, float]:
-    """The trend that predicts half octaves best that are left out, and how much the break helps."""
+    """The trend that best predicts held-out half octaves, and how much the break helps."""
     # A spline needs more bins than columns, or it follows every one of them.
     candidates = [_Bases(x, n) for n in _KNOTS if 2 * (n + 4) <= len(x)] or [_Bases(x, 0)]
     broken, unbroken = [], []
@@ -239,7 +238,7 @@ def _half_octaves(x: np.ndarray) -> np.ndarray:
 
 
 def _left_out(columns: np.ndarray, curves: np.ndarray, x: np.ndarray, place: int) -> float:
-    """Mean square by which half octaves are missed that had no part in the fit."""
+    """Mean squared error on half octaves left out of the fit."""
     missed, which = np.zeros_like(curves), _half_octaves(x)
     for one in np.unique(which):
         out = which == one

@@ -70,31 +70,31 @@ def compare_extrapolations(
 
     The third finding of Hong et al. 2024 (arXiv 2410.08703, section 4.3): methods that extend the
     context stretch the pattern of the dominant dimension, and "the high-dimensional attention
-    allocation" with it; the bare model's breaks.
+    allocation" with it; that of the unmodified model breaks.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
-        methods: of :mod:`tl_posheads.extrapolation`; the bare model, ``Unchanged()``, is put first
-            if it isn't among them.
+        methods: of :mod:`tl_posheads.extrapolation`; the unmodified model, ``Unchanged()``, is put
+            first if it isn't among them.
         tokens: texts longer than the training length. ``load_corpus`` makes them inside
             ``with Unchanged()(model):``.
-        heads: those whose curves are drawn; a number is as in ``scores.top``, of the bare model's
-            scores within the training length.
+        heads: those whose curves are measured; a number is as in ``scores.top``, of the unmodified
+            model's scores within the training length.
         trained: positions that the model was trained on; its checkpoint's own by default. A
-            shorter one is warned of, and noted in ``provenance`` and ``verdict()``.
-        slower_than: rotary pairs are slow, those of the paper's high dimensions, whose full turn
-            takes the bare model more than so many tokens. By default more than the training length:
-            they never turned once in training, so that past it they meet new angles, and they are
-            what methods are made to change. The same pairs are looked at under every method.
+            shorter one gives a warning, and a note in ``provenance`` and ``verdict()``.
+        slower_than: rotary pairs (the paper's high dimensions) are slow if their wavelength in the
+            unmodified model exceeds this many tokens. By default the training length: such pairs
+            never completed a turn in training, so they meet new angles past it, and methods are
+            designed to change them. The same pairs are used under every method.
         tasks: run under every method; give lengths on both sides of the training length.
         layers: those whose heads are scored; all by default.
         qk_pairs, weighting: of the scores, as in ``score_heads``.
         scale: of the contributions, for curves and scores, as in ``score_heads``.
         skip_first: positions at every text's start left out of curves and scores.
-        n_queries: of a text that a curve is made of, evenly spread.
-        n_scored: tokens of a text whose loss is measured, evenly spread.
+        n_queries: queries per text that a curve is computed from, evenly spaced.
+        n_scored: tokens per text whose loss is measured, evenly spaced.
         seed: of everything drawn.
-        checkpoint: folder that keeps every finished text; the same call goes on from there.
+        checkpoint: folder that keeps every finished text; the same call resumes from it.
         progress: show a bar.
 
     Returns:
@@ -187,8 +187,8 @@ def sweep_theta(
 ) -> ExtrapolationComparison:
     """Curves, scores and loss against the base of the frequencies, the paper's open question.
 
-    The bare model comes first, then the model with each base in the place of its own; nothing is
-    trained again.
+    The unmodified model comes first, then the model with each base in place of its own; nothing is
+    retrained.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
@@ -196,7 +196,7 @@ def sweep_theta(
             ``python-docs``, twice as long.
         bases: above 1.
         trained: as in :func:`compare_extrapolations`.
-        options: its others.
+        options: other arguments of :func:`compare_extrapolations`.
 
     Returns:
         :class:`ExtrapolationComparison`, with a column ``base`` in ``to_pandas()``.
@@ -250,7 +250,7 @@ def _heads(
     layers: list[int],
     settings: Settings,
 ) -> list[Head]:
-    """Those asked for; for a number, the best of the bare model on texts within training."""
+    """The heads given; for a number, the unmodified model's best within the training length."""
     if not isinstance(heads, int | float):
         return heads_of(model, heads)
     bare = empty_accumulator(model, near, layers, settings)
@@ -267,7 +267,7 @@ def _text_facts(by_key: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
 
 
 def _limit(slower_than: float | Literal["trained"], trained: int) -> float:
-    """Tokens of a full turn from which on a pair is slow."""
+    """Wavelength, in tokens, above which a pair is slow."""
     if slower_than == "trained":
         return trained
     require_positive("compare_extrapolations", slower_than=slower_than or 0)
@@ -277,7 +277,7 @@ def _limit(slower_than: float | Literal["trained"], trained: int) -> float:
 def _slow_pairs(
     model: LensModel, heads: Sequence[Head], trained: int, limit: float
 ) -> tuple[tuple[int, ...], ...]:
-    """Rotary pairs of each head whose full turn takes the bare model more than ``limit`` tokens."""
+    """Rotary pairs of each head with a wavelength above ``limit`` in the unmodified model."""
     layers = sorted({layer for layer, _ in heads})
     geometry = RotaryGeometry.from_model(model, length=trained, layers=layers)
     return tuple(
@@ -287,21 +287,21 @@ def _slow_pairs(
 
 
 def _note(model: LensModel, trained: int) -> dict[str, str]:
-    """Says so where the training length given is shorter than the model's own context."""
+    """Warn if the given training length is shorter than the model's own context."""
     own = checkpoint_length(model)
     if own is None or trained >= own:
         return {}
     note = (
-        f"trained={trained:,} is shorter than the model's own context of {own:,} tokens: distances "
-        "between them may have been in its training, and what is said of lengths past training may "
-        "be of lengths that it knew"
+        f"trained={trained:,} is shorter than the model's own context of {own:,} tokens: it may "
+        "have seen distances between the two in training, so results past that length may be about "
+        "lengths that it knows"
     )
     warnings.warn(note, stacklevel=3)
     return {"note": note}
 
 
 def _settings(method: Method) -> dict[str, Any]:
-    """Numbers and words of a method, for columns of a table."""
+    """A method's settings as numbers and words, for table columns."""
     fields = asdict(method) if is_dataclass(method) else {}
     plain = {k: v for k, v in fields.items() if isinstance(v, int | float | str)}
     return {"name": type(method).__name__, **plain}
@@ -315,7 +315,7 @@ def _texts(
     number: int,
     bar: Any,
 ) -> tuple[list[TextUnder], HeadScores, HeadScores]:
-    """Every text under the method in force: what each showed, and the scores of both kinds."""
+    """Measure every text under the method in force; also its scores within training and whole."""
     longest = max(len(document) for _, document in by_key)
     geometry = RotaryGeometry.from_model(model, length=longest)
     geometry_of = geometry_by_length(model, geometry, range(len(geometry)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.extrapolation import summary
-from tl_posheads.extrapolation.allocation import AllocationStretch, allocation_stretch
 from tl_posheads.extrapolation.break_point import BreakPoint, break_point
 from tl_posheads.extrapolation.observing import TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
@@ -30,8 +29,8 @@ from tl_posheads.statistics.ranks import mean_over_documents
 class ExtrapolationComparison(Result):
     """Curves, scores, losses and answers of the same texts under several methods.
 
-    ``within`` is what a text showed while query and key stood within the training length,
-    ``whole`` all of it. The bare model is method 0.
+    ``within`` covers query-key pairs inside the training length, ``whole`` the whole text. The
+    unmodified model is method 0.
 
     Attributes:
         methods: each with its settings, as text.
@@ -94,7 +93,7 @@ class ExtrapolationComparison(Result):
             if bool((weight < -1e-6).any()) or bool((weight > 1 + 1e-6).any()):
                 raise ValueError("softmax weights outside of 0 to 1")
         if bool((self.n_whole < 0).any()) or bool((self.n_within < 0).any()):
-            raise ValueError("less than no pair")
+            raise ValueError("negative numbers of pairs")
 
     def _about(self) -> str:
         return (
@@ -107,7 +106,8 @@ class ExtrapolationComparison(Result):
         if loss.empty:
             return []
         best, bare = loss.idxmin(), loss.get(self.methods[0], float("nan"))
-        return [f"loss past training: lowest under {best}, {loss[best]:.2f} nats; bare {bare:.2f}"]
+        lowest = f"lowest under {best}, {loss[best]:.2f} nats"
+        return [f"loss past training: {lowest}; unmodified model {bare:.2f}"]
 
     @classmethod
     def of(
@@ -124,7 +124,7 @@ class ExtrapolationComparison(Result):
         tasks: pd.DataFrame,
         provenance: Mapping[str, Any],
     ) -> ExtrapolationComparison:
-        """From what each text showed under each method; texts of unequal length are padded."""
+        """From the measurements of each text under each method; pads texts of unequal length."""
         losses = [
             pd.DataFrame(
                 {
@@ -169,15 +169,31 @@ class ExtrapolationComparison(Result):
         return named[0]
 
     def stretch(self, method: str | int, *, seed: int = 0) -> Stretch:
-        """By how much a method draws the bare model's curves within training out.
+        """How far a method stretches the unmodified model's curves within training.
 
         Args:
             method: its name, its text or its number. seed: of the bootstrap.
         """
         m = self._number(method)
+        return self._stretch(m, self.whole[m], self.within[0], seed)
+
+    def allocation_stretch(self, method: str | int, *, seed: int = 0) -> Stretch:
+        """How far a method stretches the slow pairs' softmax weight over distance.
+
+        "The extension of the high-dimensional attention allocation" (Hong et al. 2024, arXiv
+        2410.08703, section 4.3), as a number: :func:`stretch` of the slow pairs' softmax weight.
+
+        Args:
+            method: its name, its text or its number. seed: of the bootstrap.
+        """
+        m = self._number(method)
+        found = self._stretch(m, self.slow_whole[m], self.slow_within[0], seed)
+        return found if found.n_heads else replace(found, reason="no head has slow pairs")
+
+    def _stretch(self, m: int, extended: Tensor, bare: Tensor, seed: int) -> Stretch:
         return stretch(
-            self.whole[m].numpy(),
-            self.within[0].numpy(),
+            extended.numpy(),
+            bare.numpy(),
             n_extended=self.n_whole.numpy(),
             n_bare=self.n_within.numpy(),
             trained=self.trained,
@@ -185,23 +201,8 @@ class ExtrapolationComparison(Result):
             seed=seed,
         )
 
-    def allocation_stretch(self, method: str | int, *, seed: int = 0) -> AllocationStretch:
-        """By how much the distance grew at which slow pairs have the bare model's weight.
-
-        Args:
-            method: its name, its text or its number. seed: of the bootstrap.
-        """
-        return allocation_stretch(
-            self.slow_whole[self._number(method)].numpy(),
-            self.slow_within[0].numpy(),
-            n_extended=self.n_whole.numpy(),
-            n_bare=self.n_within.numpy(),
-            trained=self.trained,
-            seed=seed,
-        )
-
     def break_point(self, *, seed: int = 0) -> BreakPoint:
-        """The distance at which the bare model's curves leave their trend, if they do."""
+        """The distance at which the unmodified model's curves break from their trend, if any."""
         return break_point(self.whole[0].numpy(), n_qk_pairs=self.n_whole.numpy(), seed=seed)
 
     def overlap(
@@ -211,15 +212,16 @@ class ExtrapolationComparison(Result):
         k: int | float = 0.05,
         reference: Literal["within", "whole"] = "within",
     ) -> Comparison:
-        """Positional Heads of the bare model, and the method's on whole texts.
+        """Compare the Positional Heads of the unmodified model with the method's on whole texts.
 
         ``by_head`` says by how much each head's score differs, with a paired t test over texts.
 
         Args:
-            method: its name, its text or its number; the bare model's own are 0.
+            method: its name, its text or its number; 0 is the unmodified model.
             k: best heads compared, as in ``scores.top``.
-            reference: the bare model's heads within training, on each text's beginning, or on the
-                same whole texts, which leaves the texts alike and the method alone to differ.
+            reference: ``"within"`` takes the unmodified model's heads on each text's beginning,
+                inside the training length; ``"whole"`` those on the same whole texts, so that only
+                the method differs.
 
         Raises:
             PosheadsError: another ``reference``, an unknown method, a ``k`` that ``top`` refuses.
@@ -317,33 +319,34 @@ class ExtrapolationComparison(Result):
 
         Columns: ``factor`` asked for (``base`` of :func:`~tl_posheads.sweep_theta`); ``stretch``
         with its 95 % interval, ``misfit`` (dimensions) and ``r2`` of its fit;
-        ``allocation_stretch`` with its interval; mean score of ``heads`` within training and on
-        whole texts; ``rank_correlation`` and ``overlap`` of the best ``k`` heads on whole texts,
-        the bare model's too, with the bare model's within training, beside ``chance`` and
-        ``p_chance``, and ``overlap_whole`` with the bare model's on the same whole texts; mean loss
-        of tokens within and past the training length, nats; for every task the share of prompts
-        answered exactly, and the answers' mean log-probability past training; ``reason``, why
-        numbers are missing.
+        ``allocation_stretch`` with its interval and ``r2``; mean score of ``heads`` within training
+        and on whole texts; ``rank_correlation`` and ``overlap`` of each method's best ``k`` heads
+        on whole texts with the unmodified model's within training, with ``chance`` and
+        ``p_chance``, and ``overlap_whole`` with the unmodified model's on the same whole texts;
+        mean loss of tokens within and past the training length, nats; for every task the share of
+        prompts answered exactly, and the answers' mean log-probability past training; ``reason``,
+        why numbers are missing.
         """
         return self._summary.copy()
 
     def achievement(self) -> pd.DataFrame:
-        """Does stretch go with what a method achieves? Spearman's rho over methods.
+        """Do methods that stretch more achieve more? Spearman's rho over methods.
 
-        The paper reads its finding so (Hong et al. 2024, section 4.3). A row per kind of
+        So the paper interprets its finding (Hong et al. 2024, section 4.3). A row per kind of
         ``stretch`` (of the mean curve, of the slow pairs' allocation) and measure (loss past
         training, log-probability of each task past training): ``rho`` over methods, ``p`` (exact
-        up to eight methods) and ``n``; NaN, with the ``reason``, with fewer than four methods whose
-        stretch can be told. Few methods, chosen by hand, are no random sample.
+        up to eight methods) and ``n``; NaN, with the ``reason``, with fewer than four methods with
+        a known stretch. A few methods chosen by hand are not a random sample.
         """
         return summary.achievement(self.to_pandas())
 
     def verdict(self) -> dict[str, str]:
-        """What each method does, in sentences, and whether stretch goes with what is achieved.
+        """What each method does, in sentences, and whether more stretch comes with better results.
 
-        By method; ``"stretch and achievement"``; and ``"note"``, if there is one. In each: by how
-        much the mean curve and the slow pairs' allocation are drawn out, how many of the best heads
-        are kept and how many by chance, loss within and past training beside the bare model's.
+        By method; ``"stretch and achievement"``; and ``"note"``, if there is one. For each method:
+        how far the mean curve and the slow pairs' allocation are stretched, how many of the best
+        heads are kept and how many by chance, loss within and past training relative to the
+        unmodified model.
         """
         from tl_posheads.extrapolation.verdict import verdict
 

@@ -25,7 +25,7 @@ from tl_posheads.scoring.head_scores import HeadScores
 
 @dataclass(eq=False)
 class TextUnder:
-    """What one text showed.
+    """Measurements of one text.
 
     Attributes:
         whole: mean dominant dimension of the chosen heads by distance from 1, ``[head, distance]``.
@@ -53,16 +53,16 @@ class TextUnder:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is looked at in every text.
+    """What to measure in every text.
 
     Attributes:
-        heads: those whose curves are drawn.
+        heads: those whose curves are measured.
         slow: rotary pairs of each of these heads whose softmax weight is summed.
         layers: those whose heads are scored.
         trained: positions of training.
         settings: of the scores; curves leave the same positions out, and have the same scale.
-        n_queries: queries of a text that curves are made of.
-        n_scored: tokens of a text whose loss is measured.
+        n_queries: queries per text that curves are computed from.
+        n_scored: tokens per text whose loss is measured.
     """
 
     heads: tuple[Head, ...]
@@ -151,7 +151,7 @@ def observe_once(
     kept: Checkpoint,
     name: str,
 ) -> TextUnder:
-    """:func:`observe`, or what a checkpoint has of it."""
+    """:func:`observe`, or its result in a checkpoint."""
     seen = kept.read(name)
     if seen is None:
         seen = dict(vars(observe(model, document, unit, geometry, plan)))

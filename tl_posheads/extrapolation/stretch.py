@@ -1,4 +1,4 @@
-"""How far a method draws out the curves of Positional Heads.
+"""How far a method stretches the curves of Positional Heads.
 
 Curves are mean dominant dimensions by token distance, document by document. Everything here works
 on arrays; nothing needs a model.
@@ -7,6 +7,7 @@ on arrays; nothing needs a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,26 +15,26 @@ from jaxtyping import Float
 from tl_posheads.errors import PosheadsError
 from tl_posheads.statistics.log_bins import BinnedCurves, bootstrap_counts, interval_of
 
-# Share of the bare curve's octaves that have to be seen in the extended one, whatever the scale.
+# Share of the bare curve's octaves that the extended one must cover at any scale.
 _OVERLAP = 0.5
 _ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """The scale by which one set of curves is another one drawn out.
+    """The scale by which one set of curves is a stretched copy of another.
 
     Attributes:
-        scale: ``extended(d)`` fits ``bare(d / scale)`` best; NaN where it can't be told.
+        scale: ``extended(d)`` fits ``bare(d / scale)`` best; NaN where it can't be determined.
         ci_low, ci_high: 95 % bootstrap interval over the units; NaN with fewer than four.
-        factor: what the method was set to, to be read beside the scale.
-        misfit: root mean square difference at that scale, in rotary dimensions.
+        factor: the method's setting, to compare with the scale.
+        misfit: root mean square difference at that scale, in the curves' unit.
         misfit_unscaled: the same at scale 1.
-        r2: share of the extended curves' variance along distance that the drawn-out bare curves
+        r2: share of the extended curves' variance along distance that the stretched bare curves
             explain.
-        n_heads, n_docs: what was fitted.
+        n_heads, n_docs: what was fitted; heads without values take no part.
         unit: ``"documents"`` or ``"heads"``, what the bootstrap draws.
-        reason: why the scale can't be told; None where it can.
+        reason: why there is no scale; None where there is one.
     """
 
     scale: float
@@ -50,7 +51,7 @@ class Stretch:
 
     @property
     def identifiable(self) -> bool:
-        """Whether the curves tell a scale."""
+        """Whether the curves determine a scale."""
         return self.reason is None
 
 
@@ -112,33 +113,33 @@ def stretch(
 ) -> Stretch:
     """The scale ``s`` at which ``extended(d)`` is nearest to ``bare(d / s)``.
 
-    One scale for all heads, by least squares over bins of equal width in log distance, in which a
-    scale is a shift; every bin and head counts alike, since neighbouring query-key
-    pairs repeat each other and counting them would leave the last octave alone. The bare curve is
+    One scale for all heads, by least squares over bins of equal width in log distance, where a
+    scale is a shift. Every bin and head has the same weight: neighbouring query-key pairs repeat
+    each other, and weighting by them would leave only the last octave. The bare curve is
     used up to ``trained``, both where a distance has a tenth of the best-filled one's query-key
     pairs, and scales are searched from 1/4 to four times the factor (or the longest distance over
     ``trained``, if that is more) where half of the bare curve's octaves find a counterpart.
 
-    Heads have no offset of their own: of a curve straight in log distance an offset can't be told
-    from a stretch, and of others it would hide that the content changed. ``misfit`` and ``r2``
-    show that instead.
+    Heads get no offset of their own: for a curve that is straight in log distance, an offset can't
+    be told from a stretch; for others it would hide a change in content, which ``misfit`` and
+    ``r2`` show.
 
     The interval is a percentile bootstrap over documents, the same in both curves, so that what
     a text does to both cancels; with a single document over heads, for this text alone.
 
-    The scale can't be told (NaN, with the reason) if the bare curves vary along distance no more
+    There is no scale (NaN, with the reason) if the bare curves vary along distance no more
     than 19 in 20 resamples of the documents do about their mean, if the best scale lies at an end
     of those searched or leaves the curves further off than their means, or if the interval covers
     half of the scales on a log scale.
 
     Args:
-        extended: mean dominant dimension at distances 1, 2, ... under the method, in rotary
-            dimensions; NaN where there is no pair.
-        bare: the same documents' and heads' without it.
+        extended: mean dominant dimension (or another mean, such as the softmax weight of the slow
+            pairs) at distances 1, 2, ... under the method; NaN where there is no query-key pair.
+        bare: the same for these documents and heads without the method.
         trained: positions that the model was trained on.
         n_extended, n_bare: query-key pairs of each document (or document and head) at each
-            distance; all alike by default.
-        factor: what the method was set to; it widens the search and is handed on.
+            distance; all equal by default.
+        factor: the method's setting; it widens the search and is kept in the result.
         first: nearer distances are left out of both curves.
         per_octave: bins in a doubling of the distance.
         n_boot: bootstrap draws.
@@ -166,11 +167,18 @@ def stretch(
             f"trained={trained} and factor={factor} were given; expected the same documents and "
             "heads in both, and a training length and a factor of at least 1"
         )
+    n_docs, unit = shapes[0][0], "documents" if shapes[0][0] > 1 else "heads"
+    held = np.isfinite(extended).any((0, 2)) & np.isfinite(bare).any((0, 2))
+    if not held.any():
+        nan = float("nan")
+        why = "no head has values"
+        return Stretch(nan, nan, nan, factor, nan, nan, nan, 0, n_docs, unit, why)
+    extended, n_extended = _of_heads(extended, held), _of_heads(n_extended, held)
+    bare, n_bare = _of_heads(bare, held), _of_heads(n_bare, held)
+    n_heads = int(held.sum())
     long = BinnedCurves.of(extended, n_extended, first, np.inf, per_octave)
     short = BinnedCurves.of(bare, n_bare, first, trained, per_octave)
     bounds = _bounds(long.octave, short.octave, max(factor or 1.0, np.shape(extended)[2] / trained))
-    n_docs, n_heads = shapes[0]
-    unit = "documents" if n_docs > 1 else "heads"
     counts = bootstrap_counts(n_docs if n_docs > 1 else n_heads, n_boot, seed)
     drawn = (long.octave, long.drawn(counts, unit), short.octave, short.drawn(counts, unit))
     once = np.ones_like(counts[:1])
@@ -194,7 +202,7 @@ def stretch(
     with np.errstate(invalid="ignore", divide="ignore"):
         r2 = 1 - np.nansum(at_best**2) / _spread(seen)[0]
     if reason is None and not r2 > 0:
-        reason = "no scale fits: the bare curves drawn out are further off than each curve's mean"
+        reason = "no scale fits: the stretched bare curves fit worse than each curve's own mean"
     told = np.array([1.0 if reason is None else np.nan])
     scale, ci_low, ci_high = 2 ** (told * [shift[0], low, high])
     misfit = float(told[0] * np.sqrt(np.nanmean(at_best**2)))
@@ -211,6 +219,11 @@ def stretch(
         unit,
         reason,
     )
+
+
+def _of_heads(values: np.ndarray | None, held: np.ndarray) -> Any:
+    """Only these heads of ``[doc, head, distance]``; counts of a document alone are all heads'."""
+    return np.asarray(values)[:, held] if np.ndim(values) == 3 else values
 
 
 def _bounds(x: np.ndarray, x_bare: np.ndarray, factor: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Tables of a comparison: a row per method, mean curves, what goes with stretch over methods."""
+"""Tables of a comparison: a row per method, mean curves, correlations with stretch."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def of_method(found: ExtrapolationComparison, m: int) -> dict[str, Any]:
         "allocation_stretch": allocated.scale,
         "allocation_low": allocated.ci_low,
         "allocation_high": allocated.ci_high,
+        "allocation_r2": allocated.r2,
         "rho_within": _mean_rho(found, found.scores_within[m]),
         "rho_whole": _mean_rho(found, found.scores_whole[m]),
         "rank_correlation": alike.rank_correlation,
@@ -79,7 +80,7 @@ def achievement(table: pd.DataFrame) -> pd.DataFrame:
             rho = p = float("nan")
             reason = ""
             if len(known) < FEWEST_METHODS:
-                reason = f"fewer than {FEWEST_METHODS} methods whose {kind} can be told"
+                reason = f"fewer than {FEWEST_METHODS} methods with a known {kind}"
             elif known.nunique().min() == 1:
                 reason = "the same for all methods"
             else:

@@ -34,7 +34,9 @@ def _method(found: ExtrapolationComparison, row: dict[Any, Any]) -> str:
     method, bare = row["method"], found.methods[0]
     m = found.methods.index(method)
     drawn, allocated = found.stretch(m), found.allocation_stretch(m)
-    kept = f"{row['overlap']} of the bare model's best {row['k']} heads within training are kept"
+    kept = (
+        f"{row['overlap']} of the unmodified model's best {row['k']} heads within training are kept"
+    )
     if m == 0:
         kept = (
             f"{row['overlap']} of the best {row['k']} heads within training are still among the "
@@ -52,23 +54,23 @@ def _method(found: ExtrapolationComparison, row: dict[Any, Any]) -> str:
 
 
 def _drawn(fit: Any) -> str:
-    """By how much a curve is drawn out, or why that can't be told."""
+    """How far a curve is stretched, or why that is unknown."""
     if fit.reason is not None:
-        return f"drawn out by a factor that can't be told ({fit.reason})"
+        return f"stretched by an unknown factor ({fit.reason})"
     if fit.ci_low != fit.ci_low:
-        return f"drawn out by {fit.scale:.2f} (fewer than four {fit.unit}: no interval)"
-    return f"drawn out by {fit.scale:.2f} ({fit.ci_low:.2f} to {fit.ci_high:.2f} over {fit.unit})"
+        return f"stretched by {fit.scale:.2f} (fewer than four {fit.unit}: no interval)"
+    return f"stretched by {fit.scale:.2f} ({fit.ci_low:.2f} to {fit.ci_high:.2f} over {fit.unit})"
 
 
 def _beside(found: ExtrapolationComparison, method: str, bare: str, side: str) -> str:
-    """The loss less the bare model's on the same texts, with its interval."""
+    """Difference from the unmodified model's loss on the same texts, with its interval."""
     past = found.loss["position"] >= found.trained
     rows: pd.DataFrame = found.loss[past if side == "past" else ~past]
     by_text = rows.pivot_table("loss", "document", "method")
     if by_text.empty:
         return ""
     test = mean_over_documents(torch.tensor((by_text[method] - by_text[bare]).to_numpy()))
-    said = f", {float(test.mean):+.2f} beside the bare model's"
+    said = f", {float(test.mean):+.2f} against the unmodified model"
     if bool(test.ci_low.isfinite()):
         said += (
             f" ({float(test.ci_low):+.2f} to {float(test.ci_high):+.2f} over {int(test.n)} texts)"
@@ -83,16 +85,16 @@ def _achievement(row: dict[Any, Any]) -> str:
     if n < FEWEST_METHODS:
         methods = "method" if n == 1 else "methods"
         return (
-            f"{asked}: too few methods to say, {n} {methods} with a stretch that can be told, and "
+            f"{asked}: too few methods to say, {n} {methods} with a known stretch, and "
             f"at least {FEWEST_METHODS} are needed."
         )
     if row["reason"]:
         return f"{asked}: nothing to correlate, {row['reason']}."
     said = f"{asked}: Spearman's rho {row['rho']:+.2f} over {n} methods (p {_p(row['p'])}), "
     if row["p"] > _ALPHA:
-        return said + "no evidence that one goes with the other."
+        return said + "no evidence that they are correlated."
     better = (row["rho"] < 0) == (measure == "loss")
-    return said + f"more stretch goes with {'more' if better else 'less'} achieved."
+    return said + f"more stretch comes with {'better' if better else 'worse'} results."
 
 
 def _p(p: float) -> str:

@@ -1,4 +1,4 @@
-"""The picture of an ablation study: the top heads' effects over the controls' draws."""
+"""Figures of an ablation study: the effect of ablating the top heads against controls."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TOP = "#000000"
 
 @styled
 def ablation_figure(table: pd.DataFrame, draws: pd.DataFrame) -> Any:
-    """A row per task; on the left the long prompts, on the right their short controls.
+    """One row per task: long prompts on the left, their short controls on the right.
 
-    Every small mark is one draw of a control, or the retrieval heads; the black point is the top
-    heads with their 95 % interval; at zero nothing was lost.
+    Every small mark is one draw of a control, or the retrieval heads. The black point is the top
+    heads with their 95 % confidence interval. Zero means no effect.
 
     Args:
-        table: a row per task, variant, fraction and control, as ``AblationStudy`` makes it.
-        draws: a row per task, variant and draw of a control (``kind``, ``fraction``): ``effect``.
+        table: one row per task, variant, fraction and control, as in ``AblationStudy``.
+        draws: ``effect`` with one row per task, variant and control draw (``kind``, ``fraction``).
     """
     tasks = list(dict.fromkeys(table["task"]))
     controls = list(dict.fromkeys([*table["control"], *draws["kind"]]))
@@ -39,7 +39,7 @@ def ablation_figure(table: pd.DataFrame, draws: pd.DataFrame) -> Any:
     fig = picture(figsize=(9.0, 0.9 + 2.3 * len(tasks)))
     axes = fig.subplots(len(tasks), 2, squeeze=False, sharex=True, sharey="row")
     for row, task in enumerate(tasks):
-        axes[row, 0].set_ylabel("change (nats a token)")
+        axes[row, 0].set_ylabel("change (nats per token)")
         for ax, variant in zip(axes[row], ("long", "short"), strict=True):
             top, drawn = (
                 t[(t["task"] == task) & (t["variant"] == variant)] for t in (table, draws)
@@ -61,7 +61,7 @@ def ablation_figure(table: pd.DataFrame, draws: pd.DataFrame) -> Any:
 
 @styled
 def head_effects_figure(effects: Mapping[str, Float[np.ndarray, "layer head"]]) -> Any:
-    """Mean effect of ablating each head, a map for every task; white is no effect, red is harm.
+    """Heatmaps of the mean effect of ablating each head, one per task; white: none, red: harm.
 
     Args:
         effects: by task, NaN where a head wasn't ablated.
@@ -71,13 +71,13 @@ def head_effects_figure(effects: Mapping[str, Float[np.ndarray, "layer head"]]) 
     fig = picture(figsize=(1.5 + n * max(2.2, 0.22 * heads), max(2.8, 1.2 + 0.15 * layers)))
     axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
     for ax, (task, values) in zip(axes, effects.items(), strict=True):
-        # The largest effect would leave all others white.
+        # Scaled to the largest effect, all others would be white.
         size = float(np.nanquantile(np.abs(values), 0.98)) or 1.0
         image = ax.imshow(values, cmap="RdBu", vmin=-size, vmax=size, aspect="auto", origin="lower")
         ax.grid(False)
         ax.set_title(task)
         ax.set_xlabel("head")
-        fig.colorbar(image, ax=ax, extend="both", label="change of the answers' log-probability")
+        fig.colorbar(image, ax=ax, extend="both", label="change in the answers' log-probability")
     axes[0].set_ylabel("layer")
     return fig
 
@@ -85,13 +85,13 @@ def head_effects_figure(effects: Mapping[str, Float[np.ndarray, "layer head"]]) 
 def _draw_fraction(
     ax: Any, place: int, top: pd.Series[Any], draws: pd.DataFrame, controls: Sequence[str]
 ) -> None:
-    """The top heads' point and beside it each control's draws."""
+    """The top heads' point, with each control's draws next to it."""
     width = 0.8 / (len(controls) + 1)
     left = place - 0.4
     for i, control in enumerate(controls):
         effects = draws.loc[draws["kind"] == control, "effect"]
         x = left + width * (i + 1.5)
-        # A fixed fan instead of random jitter: the same study gives the same picture.
+        # Fixed offsets instead of random jitter: the same study gives the same figure.
         fan = [x + width * 0.35 * ((7 * k) % 11 / 5 - 1) for k in range(len(effects))]
         colour, marker = _STYLE.get(control, _OTHER)
         at = fan if len(effects) > 1 else [x]
@@ -103,7 +103,7 @@ def _draw_fraction(
 def _handles(controls: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    entries = [("top heads, 95 % interval", _TOP, "o")]
+    entries = [("top heads, 95 % confidence interval", _TOP, "o")]
     entries += [(name, *_STYLE.get(name, _OTHER)) for name in controls]
     return [
         Line2D([], [], color=colour, marker=marker, linestyle="", label=name.replace("_", "-"))

@@ -1,4 +1,4 @@
-"""Pictures of a rotary atlas: all heads' use of every rotary pair, and one head closely."""
+"""Figures of a rotary atlas: all heads' use of every rotary pair, and a close-up of one head."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tl_posheads.figures.style import (
 )
 
 _TICKS = 10
-_ROWS = 400  # of the picture that get their height in inches
+_ROWS = 400  # rows that add to the figure's height
 
 
 def _wavelength_axis(ax: Any, wavelengths: np.ndarray) -> None:
-    """Pairs along x, some with their wavelengths."""
+    """Pairs along x, some labelled with their wavelengths."""
     n = len(wavelengths)
     shown = np.arange(0, n, max(1, -(-n // _TICKS)))
     ax.set_xticks(shown, [_tokens(wavelengths[m]) for m in shown])
@@ -45,14 +45,14 @@ def map_figure(
     *,
     ax: Any,
 ) -> Any:
-    """Heads x pairs as a map.
+    """A map of heads x pairs.
 
     Args:
-        table: a row a head and pair: ``layer``, ``head``, ``pair``, ``wavelength`` and ``column``.
-        order: the heads, a row each, as they stand from top to bottom.
+        table: one row per head and pair: ``layer``, ``head``, ``pair``, ``wavelength``, ``column``.
+        order: the heads from top to bottom, one row each.
         sort: what they are sorted by.
-        column: what is shown.
-        model: its name.
+        column: the column shown.
+        model: the model's name.
         ax: axes to draw into.
     """
     from matplotlib.colors import PowerNorm
@@ -65,7 +65,7 @@ def map_figure(
     masked = np.ma.masked_invalid(values)
     image = ax.imshow(masked, norm=norm, aspect="auto", interpolation="nearest")
     ax.figure.colorbar(
-        image, ax=ax, pad=0.02, label=f"{column.replace('_', ' ')} (colours by its root)"
+        image, ax=ax, pad=0.02, label=f"{column.replace('_', ' ')} (square-root colour scale)"
     )
     by_pair = table.groupby("pair")["wavelength"]
     _wavelength_axis(ax, by_pair.first().to_numpy())
@@ -88,12 +88,12 @@ def map_figure(
 
 @styled
 def families_figure(heads: pd.DataFrame, families: Mapping[str, pd.DataFrame], model: str) -> Any:
-    """Families of heads by centroid and entropy of usage, a panel each.
+    """Families of heads by centroid and entropy of usage, one panel per family.
 
     Args:
-        heads: all heads; by layer and head, ``centroid`` and ``entropy``.
-        families: the heads of each, as rows of ``heads``.
-        model: its name.
+        heads: ``centroid`` and ``entropy`` of all heads, indexed by layer and head.
+        families: the heads of each family, as rows of ``heads``.
+        model: the model's name.
     """
     columns = min(3, len(families))
     rows = -(-len(families) // columns)
@@ -112,7 +112,7 @@ def families_figure(heads: pd.DataFrame, families: Mapping[str, pd.DataFrame], m
         ax.set_axis_off()
     fig.supxlabel("centroid: mean rotary pair, weighted by usage (0 is the fastest)", fontsize=9)
     fig.supylabel("entropy of usage (1 is even use)", fontsize=9)
-    title = f"Families among {model}'s {len(heads)} heads; lines: medians, dotted that of all heads"
+    title = f"Head families of {model} ({len(heads)} heads); lines: medians, dotted: of all heads"
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -125,14 +125,14 @@ def head_figure(
     head: tuple[int, int],
     trained: int | None,
 ) -> Any:
-    """A head's usage, what of it is realised and needed, and its mean curve below.
+    """A head's usage of its pairs, how much of it is realised and needed, and its mean curve.
 
     Args:
-        spectrum: a row a pair, the atlas's columns.
+        spectrum: one row per pair, with the atlas's columns.
         curve: ``distance`` and ``curve``.
-        scores: a row a bin: ``distance``, ``score`` and ``mean_curve`` with intervals.
+        scores: one row per bin: ``distance``, ``score`` and ``mean_curve`` with intervals.
         head: layer and head.
-        trained: training length, marked by an upright line.
+        trained: training length, marked by a vertical line.
     """
     fig = picture(figsize=(8.0, 8.0))
     usage, parts, below = fig.subplots(3, 1, height_ratios=(1, 1, 1.2))
@@ -170,13 +170,13 @@ def head_figure(
 
 
 def _curves(ax: Any, curve: pd.DataFrame, scores: pd.DataFrame) -> None:
-    """The mean curve at every distance and in bins, beside the scores found."""
+    """The mean curve at every distance and in bins, with the measured scores."""
     ax.plot(curve["distance"], curve["curve"], color="0.8", lw=0.8, label="mean curve")
     ax.plot(
         scores["distance"], scores["mean_curve"], color=COLOURS[0], label="mean curve, half octaves"
     )
     ax.plot(
-        scores["distance"], scores["score"], "o-", ms=3.5, color=COLOURS[1], label="scores found"
+        scores["distance"], scores["score"], "o-", ms=3.5, color=COLOURS[1], label="measured scores"
     )
     ax.fill_between(
         scores["distance"],
@@ -188,5 +188,5 @@ def _curves(ax: Any, curve: pd.DataFrame, scores: pd.DataFrame) -> None:
     )
     log2_axis(ax)
     ax.set_xlabel("token distance (tokens)")
-    ax.set_ylabel("score, of rotary pairs")
+    ax.set_ylabel("attention score (rotary pairs)")
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)

@@ -1,4 +1,4 @@
-"""Pictures of what heads rest on by token distance."""
+"""Figures of the dominant dimension by token distance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PER_OCTAVE = 8
 
 
 def _by_octave(distance: np.ndarray, n_qk_pairs: np.ndarray, values: np.ndarray) -> Any:
-    """Middle of each eighth of an octave, and the mean of what lies in it, weighted by pairs."""
+    """Middle of each eighth of an octave, and its mean, weighted by query-key pairs."""
     bins = np.floor(np.log2(distance) * _PER_OCTAVE).astype(int)
     places = np.unique(bins)
     weight = np.where(np.isfinite(values), n_qk_pairs, 0.0)
@@ -29,12 +29,12 @@ def _by_octave(distance: np.ndarray, n_qk_pairs: np.ndarray, values: np.ndarray)
 
 @styled
 def curve_figure(table: pd.DataFrame, trained: int | None, *, ax: Any) -> Any:
-    """A line for each head with the band between its outer quantiles, by eighths of an octave.
+    """One line per head, with a band between its outer quantiles, by eighths of an octave.
 
     Args:
-        table: a row per head and distance: ``layer``, ``head``, ``distance``, ``n_qk_pairs``,
-            ``mean`` and quantiles, ``q5`` for one.
-        trained: training length, marked by an upright line.
+        table: one row per head and distance: ``layer``, ``head``, ``distance``, ``n_qk_pairs``,
+            ``mean`` and quantiles such as ``q5``.
+        trained: training length, marked by a vertical line.
         ax: axes to draw into.
     """
     ax, drawn = axes_for(ax, (8.0, 4.2))
@@ -57,8 +57,8 @@ def curve_figure(table: pd.DataFrame, trained: int | None, *, ax: Any) -> Any:
     band = ""
     if len(quantiles) > 1:
         low, high = (float(quantiles[end][1:]) for end in (0, -1))
-        band = f"; band: {low:.0f}% to {high:.0f}% of pairs"
-    ax.set_title(f"Mean by token distance{band}")
+        band = f"; band: {low:.0f}% to {high:.0f}% of query-key pairs"
+    ax.set_title(f"Dominant dimension by token distance{band}")
     if trained is not None:
         ax.axvline(trained, color="0.4", linewidth=1)
         say_trained(ax, trained)
@@ -77,7 +77,7 @@ def allocation_figure(
     trained: int | None,
     ax: Any,
 ) -> Any:
-    """Softmax weight of every rotary pair by distance, with each pair's wavelength on the right."""
+    """Softmax weight of every rotary pair by distance, with wavelengths on the right axis."""
     ax, drawn = axes_for(ax, (8.0, 4.6))
     middle, weight = _by_octave(distance, n_qk_pairs, allocation)
     pairs = np.arange(weight.shape[0])
@@ -88,7 +88,7 @@ def allocation_figure(
     ax.set_xlabel("token distance (tokens)")
     ax.set_xlim(1, distance[-1])
     ax.set_ylabel("rotary pair (0 = fastest)")
-    ax.set_title(f"What layer {head[0]}, head {head[1]} rests on")
+    ax.set_title(f"Weight of rotary pairs by token distance, layer {head[0]}, head {head[1]}")
     if trained is not None:
         ax.axvline(trained, color="white", linewidth=1.2)
     shown = pairs[:: max(1, len(pairs) // 8)]

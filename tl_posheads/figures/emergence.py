@@ -1,4 +1,4 @@
-"""The picture of a training run: scores, losses and a head's curve by step."""
+"""Figure of a training run: scores, losses and a head's curve by step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def emergence_figure(
     curve: Float[np.ndarray, "step octave"],
     heads: Sequence[tuple[int, int]],
 ) -> Any:
-    """Three panels over the same steps; step 0 stands at 1/2 of the first other one.
+    """Three panels over the same steps; step 0 is drawn at half of the first later step.
 
     Args:
-        scores: a row per step and head, steps ascending: ``rho``, ``ci_low``, ``ci_high``.
-        losses: a row per step and octave of position.
+        scores: one row per step and head, steps ascending: ``rho``, ``ci_low``, ``ci_high``.
+        losses: one row per step and octave of position.
         curve: mean dominant dimension of the first of ``heads`` by octave of distance.
-        heads: whose scores are told apart.
+        heads: heads drawn in colour.
     """
     fig = picture(figsize=(9.0, 8.0))
     score_ax, loss_ax, curve_ax = axes = fig.subplots(3, 1, sharex=True)
@@ -35,7 +35,8 @@ def emergence_figure(
     _draw_scores(score_ax, at, scores, heads)
     _draw_losses(loss_ax, at, losses)
     layer, head = heads[0]
-    mesh = _draw_curve(curve_ax, at, curve, f"What layer {layer}, head {head} rests on")
+    title = f"Dominant dimension by token distance, layer {layer}, head {head}"
+    mesh = _draw_curve(curve_ax, at, curve, title)
     fig.colorbar(mesh, ax=curve_ax, label="dominant dimension\n(rotary pair, 0 = fastest)")
     for ax in axes:
         ax.set_xscale("log", base=2)
@@ -66,12 +67,12 @@ def _draw_scores(
         ax.fill_between(at, *band, color=style["color"], alpha=0.12, linewidth=0)
     ax.axhline(0, color="0.5", linewidth=0.8)
     ax.set_ylabel("score (rho)")
-    ax.set_title("Positional scores; grey: the other heads; band: 95 % interval")
+    ax.set_title("Positional scores (grey: the other heads; band: 95 % confidence interval)")
     ax.legend(ncols=2, fontsize=8)
 
 
 def _draw_losses(ax: Any, at: np.ndarray, losses: pd.DataFrame) -> None:
-    """Every second octave of position, the first and the last among them."""
+    """Every second octave of position, including the first and the last."""
     octaves = list(losses.groupby(["start", "end"])["loss"])
     shown = sorted({*range(len(octaves) - 1, -1, -2), 0})
     for i, octave in enumerate(shown):
@@ -83,8 +84,8 @@ def _draw_losses(ax: Any, at: np.ndarray, losses: pd.DataFrame) -> None:
             color=COLOURS[i % len(COLOURS)],
             linestyle=DASHES[i % len(DASHES)],
         )
-    ax.set_ylabel("loss (nats a token)")
-    ax.set_title("Loss on texts that training doesn't read, by position")
+    ax.set_ylabel("loss (nats per token)")
+    ax.set_title("Loss on held-out text, by position")
     ax.legend(ncols=3, fontsize=8)
 
 
@@ -100,7 +101,7 @@ def _draw_curve(ax: Any, at: np.ndarray, curve: np.ndarray, title: str) -> Any:
 
 
 def _edges(at: np.ndarray) -> np.ndarray:
-    """Edges of cells around places on a log axis."""
+    """Edges of the cells around points on a log axis."""
     middle = (at[1:] + at[:-1]) / 2
     first = at[0] - (middle[0] - at[0]) if len(middle) else at[0] - 0.5
     last = at[-1] + (at[-1] - middle[-1]) if len(middle) else at[-1] + 0.5

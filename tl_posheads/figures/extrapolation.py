@@ -1,4 +1,4 @@
-"""The picture of a comparison: curves, loss and answers, a line for each method."""
+"""Figure of a comparison: curves, loss and answers, one line per method."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def comparison_figure(
     n_heads: int,
     trained: int,
 ) -> Any:
-    """Above, the heads' mean curve and their slow pairs' weight by distance; below, loss and tasks.
+    """Top: mean curve of the heads and weight of their slow pairs; bottom: loss and tasks.
 
-    The training length is the upright line; what lies right of it the model has never seen. Bands
-    are 95 % intervals over texts.
+    The vertical line marks the training length; the model was never trained on what lies right of
+    it. Bands are 95 % confidence intervals over texts.
 
     Args:
         curves, losses, answers: ``mean_curves``, ``losses`` and ``answers`` of an
             ``ExtrapolationComparison``.
-        methods: those drawn by number, which their colours go by; 0 is the bare model.
-        n_heads: that the curves are the mean of.
-        trained: positions of training.
+        methods: methods to draw, by the number that sets their colour; 0 is the unmodified model.
+        n_heads: number of heads that the curves are averaged over.
+        trained: training length in positions.
     """
     tasks = list(dict.fromkeys(answers["task"]))
     fig = picture(figsize=(9.0, 7.0))
@@ -50,7 +50,7 @@ def comparison_figure(
     for number, method in methods.items():
         style = _style(number)
         marked = {**style, "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        label = "bare model" if number == 0 else method
+        label = "unmodified model" if number == 0 else method
         mine = curves[curves["method"] == method]
         for ax, name in ((curves_ax, "mean"), (slow_ax, "slow_weight")):
             ax.plot(mine["distance"], mine[name], label=label, **style)
@@ -64,16 +64,16 @@ def comparison_figure(
             by_length = mine.sort_values("length")
             ax.plot(by_length["length"], by_length["logprob"], **marked)
     curves_ax.set_ylabel("dominant dimension\n(rotary pair, 0 = fastest)")
-    curves_ax.set_title(f"Mean of {n_heads} head{'s' if n_heads > 1 else ''} by token distance")
+    curves_ax.set_title(f"Mean dominant dimension of {n_heads} head{'s' if n_heads > 1 else ''}")
     slow_ax.set_ylabel("softmax weight of the slow pairs\n(all pairs: 1)")
-    slow_ax.set_title("Allocation to slow pairs")
+    slow_ax.set_title("Weight of the slow pairs")
     for ax in (curves_ax, slow_ax):
         ax.set_xlabel("token distance (tokens)")
-    loss_ax.set_ylabel("loss (nats a token)")
+    loss_ax.set_ylabel("loss (nats per token)")
     loss_ax.set_xlabel("position (tokens)")
     loss_ax.set_title("Loss by position")
     for task, ax in task_axes.items():
-        ax.set_ylabel("log-probability of the answer\n(nats a token)")
+        ax.set_ylabel("log-probability of the answer\n(nats per token)")
         ax.set_xlabel("length of the prompt (tokens)")
         ax.set_title(f"Task: {task}")
     for ax in (curves_ax, slow_ax, loss_ax, *task_axes.values()):

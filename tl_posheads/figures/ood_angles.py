@@ -1,4 +1,4 @@
-"""Out-of-distribution angles drawn: curves bare and clamped, each pair's part, and the loss."""
+"""Figure of out-of-distribution angles: curves, the effect of each pair, and the loss."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tl_posheads.figures.style import (
 
 _BARE: dict[str, Any] = {"color": "black", "linewidth": 2.2}
 _CURVES = {
-    "bare": ("bare model", _BARE),
+    "bare": ("unmodified model", _BARE),
     "ood": ("out-of-distribution pairs clamped", {"color": COLOURS[0], "linestyle": DASHES[1]}),
     "in_distribution": ("other pairs clamped", {"color": COLOURS[1], "linestyle": DASHES[2]}),
     "live": (
-        "out-of-distribution pairs clamped as it reads",
+        "out-of-distribution pairs clamped in the pass",
         {"color": COLOURS[2], "linestyle": DASHES[3]},
     ),
 }
 _LOSSES = {
-    "bare": ("bare model", _BARE),
+    "bare": ("unmodified model", _BARE),
     "ood": ("out-of-distribution pairs clamped", {"color": COLOURS[0]}),
     "in_distribution": ("other pairs clamped", {"color": COLOURS[1]}),
     "all": ("all clamped", {"color": COLOURS[4]}),
@@ -46,22 +46,22 @@ def ood_figure(
     n_heads: int,
     trained: int,
 ) -> Any:
-    """Right of the upright line the model sees distances and positions it was not trained on.
+    """Right of the vertical line are distances and positions that the model was not trained on.
 
     Args:
         curves: mean dominant dimension by ``distance``: ``bare``, ``ood``, ``in_distribution``,
             ``live``; a column of NaN is not drawn.
-        pairs: a row per pair, as ``OODAngles.by_pair`` has it.
-        losses: a row per condition and octave of position, as ``OODAngles.losses`` has it.
-        n_heads: that the curves are means of.
-        trained: tokens of a training text.
+        pairs: one row per pair, as in ``OODAngles.by_pair``.
+        losses: one row per condition and octave of position, as in ``OODAngles.losses``.
+        n_heads: number of heads that the curves are averaged over.
+        trained: training length in tokens.
     """
     known = set() if losses.empty else {*losses["condition"]}
     shown = [name for name in _LOSSES if name in known]
     fig = picture(figsize=(9.0, 7.0))
     grid = fig.add_gridspec(2, 2 if len(shown) > 1 else 1, height_ratios=(1.15, 1))
     curve_ax, pair_ax = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
-    _draw_curves(curve_ax, curves, f"Mean of {n_heads} heads by token distance")
+    _draw_curves(curve_ax, curves, f"Mean dominant dimension of {n_heads} heads")
     _draw_pairs(pair_ax, pairs)
     axes = [curve_ax]
     if len(shown) > 1:
@@ -102,12 +102,12 @@ def _draw_pairs(ax: Any, table: pd.DataFrame) -> None:
         shown["pair"], [f"{m}\n{w:,.0f}" for m, w in zip(shown["pair"], shown["wavelength"])]
     )
     ax.set_xlabel("rotary pair, and its wavelength (tokens)")
-    ax.set_ylabel("part in the change\n(rotary dimensions)")
-    ax.set_title("What clamping one pair takes away")
+    ax.set_ylabel("share of the change\n(rotary dimensions)")
+    ax.set_title("Effect of clamping each pair")
     ax.legend(
         handles=[
-            Patch(color=COLOURS[0], label="less than a turn in training"),
-            Patch(color=COLOURS[1], label="a turn or more"),
+            Patch(color=COLOURS[0], label="less than a full turn in training"),
+            Patch(color=COLOURS[1], label="a full turn or more"),
         ]
     )
 
@@ -127,6 +127,6 @@ def _draw_losses(ax: Any, losses: pd.DataFrame, shown: list[str]) -> None:
             **style,
         )
     ax.set_xlabel("position (tokens)")
-    ax.set_ylabel("loss (nats a token)")
-    ax.set_title("Loss by position, clamped as it reads")
+    ax.set_ylabel("loss (nats per token)")
+    ax.set_title("Loss by position, pairs clamped in the pass")
     ax.legend()

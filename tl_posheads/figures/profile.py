@@ -1,4 +1,4 @@
-"""The correlations of a profile as a map, alike measures side by side."""
+"""Correlation map of a profile, with similar measures next to each other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from scipy.spatial.distance import squareform
 from tl_posheads.errors import PosheadsError
 from tl_posheads.figures.style import axes_for, styled
 
-_MAP = "RdBu_r"  # red and blue through white, told apart by colour-blind readers
+_MAP = "RdBu_r"  # red and blue through white, which colour-blind readers can distinguish
 _DARK = 0.6  # correlations whose cell needs light numbers
 
 
 def clustered(correlation: pd.DataFrame) -> list[str]:
-    """Names of the rows, alike ones side by side: average linkage on one minus correlation.
+    """Row names with similar ones next to each other: average linkage on one minus correlation.
 
-    An unknown correlation counts as none.
+    An unknown correlation counts as zero.
 
     Example:
         >>> names = list("abc")
@@ -40,7 +40,7 @@ def clustered(correlation: pd.DataFrame) -> list[str]:
 
 @styled
 def correlation_figure(rho: pd.DataFrame, title: str, *, ax: Any) -> Any:
-    """Map of the correlations, with the numbers in the cells.
+    """Map of the correlations, with their values in the cells.
 
     Raises:
         PosheadsError: fewer than two measures can be correlated.
@@ -48,7 +48,7 @@ def correlation_figure(rho: pd.DataFrame, title: str, *, ax: Any) -> Any:
     known = [name for name in rho.index if np.isfinite(rho.loc[name, name])]
     if len(known) < 2:
         raise PosheadsError(
-            f"of the measures {', '.join(rho.index)} fewer than two differ between heads; there is "
+            f"fewer than two of the measures {', '.join(rho.index)} differ between heads; there is "
             "nothing to draw"
         )
     order = clustered(rho.loc[known, known])
@@ -83,7 +83,7 @@ def correlation_figure(rho: pd.DataFrame, title: str, *, ax: Any) -> Any:
     left_out = [name for name in rho.index if name not in known]
     if left_out:
         ax.set_xlabel(
-            "not shown, the same for all heads or without values: "
+            "not shown (constant over heads, or no values): "
             + ", ".join(name.replace("_", " ") for name in left_out),
             fontsize=8,
         )

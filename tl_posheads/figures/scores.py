@@ -1,4 +1,4 @@
-"""Picture of all heads' scores beside what the rotation alone gives."""
+"""Figure of all heads' scores, compared with rotation alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def score_figure(
     *,
     ax: Any,
 ) -> Any:
-    """Histogram of rho, of the heads above zero after correction, and of ``rotation``.
+    """Histograms of rho, of rho for heads significantly above zero, and of ``rotation``.
 
     Args:
-        table: a row per head: ``layer``, ``head``, ``rho``, ``rotation`` and ``p_adjusted``.
-        model: its name, for the title.
-        highlight: heads of the table whose scores are marked by an upright line with their name.
+        table: one row per head: ``layer``, ``head``, ``rho``, ``rotation`` and ``p_adjusted``.
+        model: the model's name, for the title.
+        highlight: heads whose scores are marked by a vertical line with their name.
         ax: axes to draw into.
 
     Raises:
@@ -38,7 +38,7 @@ def score_figure(
     for layer, head in highlight:
         if (layer, head) not in by_head.index:
             raise PosheadsError(
-                f"L{layer}H{head} was to be highlighted, but it has no score; choose heads of "
+                f"L{layer}H{head} is to be highlighted, but it has no score; choose heads of "
                 "scores.to_pandas()"
             )
     rho, rotation, p = (known[name].to_numpy() for name in ("rho", "rotation", "p_adjusted"))
@@ -69,7 +69,7 @@ def score_figure(
         ax.axvline(by_head[layer, head], color=ink, linewidth=1.2)
         ax.text(
             by_head[layer, head],
-            0.98 - 0.09 * (i % 5),  # names of heads that score alike stand below each other
+            0.98 - 0.09 * (i % 5),  # so that names of heads with similar scores don't overlap
             f"L{layer}H{head}",
             transform=ax.get_xaxis_transform(),
             ha="right",
@@ -79,6 +79,6 @@ def score_figure(
         )
     ax.set_xlabel("positional score (Spearman's rho)")
     ax.set_ylabel("heads")
-    ax.set_title(f"Scores of {model}")
+    ax.set_title(f"Positional scores of {model}")
     ax.legend(loc="best")
     return drawn

@@ -1,4 +1,4 @@
-"""One style for all figures: legible at a notebook's width and in print, told apart by everyone."""
+"""One style for all figures: legible in notebooks, in print and for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tl_posheads.errors import PosheadsError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by colour-blind readers; dashes and markers for print.
-# Black is for what everything else is compared with.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; dashes and markers for print.
+# Black is reserved for the baseline.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-DASHES = ("-", "--", "-.", ":")  # as many have no divisor in common with the colours
+DASHES = ("-", "--", "-.", ":")  # their number and that of the colours are coprime
 MARKERS = "osD^vPX*"
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
@@ -45,7 +45,7 @@ Draws = TypeVar("Draws", bound=Callable[..., Any])
 
 
 def picture(**options: Any) -> Any:
-    """An empty figure that a notebook shows, without pyplot and its list of open figures.
+    """An empty figure that notebooks display, made without pyplot's list of open figures.
 
     Args:
         options: of ``matplotlib.figure.Figure``.
@@ -60,13 +60,13 @@ def picture(**options: Any) -> Any:
 
 
 def axes_for(ax: Axes | None, figsize: tuple[float, float]) -> tuple[Any, Any]:
-    """The axes to draw into, and what the drawing returns.
+    """The axes to draw into, and what the plotting function returns.
 
-    Given axes are returned themselves, as in pandas and seaborn: a notebook would show their
-    figure a second time. Without any it is a new figure.
+    Axes that were given are returned, as in pandas and seaborn: returning their figure would show
+    it twice in a notebook. Without any, a new figure is returned.
 
     Raises:
-        PosheadsError: no axes, such as an array of them.
+        PosheadsError: ``ax`` isn't one Axes, but an array of them, say.
     """
     from matplotlib.axes import Axes
 
@@ -82,14 +82,14 @@ def axes_for(ax: Axes | None, figsize: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def png(figure: Any, dpi: int = 120) -> bytes:
-    """A matplotlib figure as the content of a PNG file."""
+    """A matplotlib figure as PNG bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()
 
 
 def log2_axis(ax: Any, n_ticks: int | None = None) -> None:
-    """Tokens along x, by doublings."""
+    """Tokens along x, on a log2 scale."""
     from matplotlib.ticker import LogLocator
 
     ax.set_xscale("log", base=2)
@@ -99,7 +99,7 @@ def log2_axis(ax: Any, n_ticks: int | None = None) -> None:
 
 
 def say_trained(ax: Any, trained: int, *, y: float = 1) -> None:
-    """The training length in words, left of its upright line, at the top or bottom (``y`` 0)."""
+    """Label the training length, left of its vertical line, at the top or bottom (``y`` 0)."""
     ax.annotate(
         f"trained on {trained:,} ",
         (trained, y),
@@ -112,16 +112,16 @@ def say_trained(ax: Any, trained: int, *, y: float = 1) -> None:
 
 
 def styled(draw: Draws) -> Draws:
-    """A function that draws, in the style of this package and whatever the user's own is.
+    """Wrap a plotting function so that it uses this package's style, not the user's.
 
-    Axes of the user's, given as ``ax``, keep the user's colours.
+    Axes that the user gives as ``ax`` keep the user's colours.
     """
 
     @wraps(draw)
     def in_style(*args: Any, **options: Any) -> Any:
         from matplotlib import rc_context, rcParamsDefault
 
-        # What a notebook chose for its own figures, dark axes for one, would not fit.
+        # A notebook's own settings, such as dark axes, would not fit.
         default: Any = rcParamsDefault
         own = _OWN_COLOURS if options.get("ax") is None else ()
         style: Any = {key: default[key] for key in own} | _STYLE

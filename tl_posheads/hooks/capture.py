@@ -1,8 +1,8 @@
-"""Rotated queries and keys of a live model: hook points where the lens has none, and one pass.
+"""Rotated queries and keys of a live model: missing hook points, and capture in one pass.
 
-The seam is the hook name, ``blocks.{layer}.attn.hook_rot_q`` and ``hook_rot_k``, which
-HookedTransformer and TransformerBridge share. Where the Bridge never fires them (joint
-projections: GPT-NeoX, Phi-3, Falcon; and GPT-J) :func:`rotary_hook_points` makes them fire.
+HookedTransformer and TransformerBridge share the hook names ``blocks.{layer}.attn.hook_rot_q``
+and ``hook_rot_k``. Where the Bridge never fires them (joint projections: GPT-NeoX, Phi-3, Falcon;
+and GPT-J), :func:`rotary_hook_points` makes them fire.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tl_posheads.hooks.model import (
 
 
 def hook_names(layers: Sequence[int]) -> list[str]:
-    """Names of the rotated queries' and keys' hook points, for ``names_filter``.
+    """Hook names of rotated queries and keys, for ``names_filter``.
 
     Example:
         >>> hook_names([0])
@@ -41,7 +41,7 @@ def hook_names(layers: Sequence[int]) -> list[str]:
 
 
 class _HookedCache:
-    """A KV cache whose keys pass ``hook_rot_k`` before they are kept, as elsewhere in the lens."""
+    """A KV cache whose keys go through ``hook_rot_k`` before they are cached, as elsewhere."""
 
     def __init__(self, cache: Any, rotated_key: Callable[[Tensor], Tensor]) -> None:
         self._cache, self._rotated_key = cache, rotated_key
@@ -67,7 +67,7 @@ def _joint_projection(attn: Any) -> Iterator[None]:
 
 @contextmanager
 def _gptj(attn: Any) -> Iterator[None]:
-    """GPT-J's attention stays transformers' own: hook where it hands over rotated q and k."""
+    """GPT-J keeps transformers' own attention: hook where it passes rotated q and k on."""
     inner, cached = attn.original_component, False
 
     def use_hooked_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -93,7 +93,7 @@ def _gptj(attn: Any) -> Iterator[None]:
 
 
 def _seam(attn: Any) -> Any:
-    """The context manager that makes this component fire; None if the lens does it itself."""
+    """Context manager that makes a component fire its hooks; None if TransformerLens does."""
     names = {cls.__name__ for cls in type(attn).__mro__}
     if "JointQKVPositionEmbeddingsAttentionBridge" in names:
         return _joint_projection(attn)
@@ -102,13 +102,13 @@ def _seam(attn: Any) -> Any:
         return _gptj(attn)
     if inner.startswith("HunYuan"):
         raise PosheadsError(
-            "HunYuan normalises its queries and keys after their rotation, so that attention does "
-            "not multiply what RoPE turned; choose another model"
+            "HunYuan normalises its queries and keys after their rotation, so attention does not "
+            "use the vectors that RoPE rotated; choose another model"
         )
     if "CodeGenAttentionBridge" in names:
         raise PosheadsError(
-            "CodeGen's attention in TransformerLens keeps its rotated queries to itself, so they "
-            "can't be hooked; choose another model (GPT-J is the nearest)"
+            "CodeGen's attention in TransformerLens does not expose its rotated queries, so they "
+            "can't be hooked; choose another model (GPT-J is the closest)"
         )
     return None
 
@@ -120,10 +120,10 @@ _OPEN_ATTRIBUTE = "_tl_posheads_open"
 def rotary_hook_points(model: LensModel) -> Iterator[Any]:
     """Inside, ``blocks.{l}.attn.hook_rot_q`` and ``hook_rot_k`` exist and fire in every layer.
 
-    ``model.run_with_cache`` reads them, ``model.run_with_hooks`` edits them: what a hook returns
-    is what attention uses, with a KV cache too. Shapes: ``[batch, pos, head, d_head]`` and
-    ``[batch, pos, kv_head, d_head]``. On leaving, whatever was raised, the model is as it was.
-    May be nested. :func:`tl_posheads.score_heads` enters it by itself.
+    ``model.run_with_cache`` reads them and ``model.run_with_hooks`` edits them: attention uses what
+    a hook returns, also with a KV cache. Shapes: ``[batch, pos, head, d_head]`` and
+    ``[batch, pos, kv_head, d_head]``. The model is restored on exit, even after an exception.
+    Can be nested. :func:`tl_posheads.score_heads` enters it by itself.
 
     Raises:
         PosheadsError: the model has no RoPE, or its attention can't be hooked.
@@ -158,25 +158,29 @@ def capture_rotary(
     layers: Sequence[int] | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> None:
-    """One forward pass; ``consumer(layer, rot_q, rot_k)`` is called in it, a layer at a time.
+    """Run one forward pass that calls ``consumer(layer, rot_q, rot_k)`` for each layer.
 
-    Nothing is kept: a layer's tensors are let go when the consumer returns. The pass ends with
-    the last layer asked for, before its attention is computed. Attention runs through fused kernels
-    where that is the same (:func:`tl_posheads.hooks.fused.fused_attention`); elsewhere, and with an
-    attention mask, peak memory beyond the consumer's is that of the lens's eager attention, some
-    ``[batch, head, pos, pos]`` tensors of one layer.
+    Nothing is kept: a layer's tensors are released when the consumer returns. The pass ends at the
+    last requested layer, before its attention is computed. Attention uses fused kernels where the
+    result is the same (:func:`tl_posheads.hooks.fused.fused_attention`). Elsewhere, and with an
+    attention mask, peak memory beyond the consumer's is that of TransformerLens's eager attention:
+    a few ``[batch, head, pos, pos]`` tensors of one layer.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
         tokens: on any device.
-        consumer: gets the model's own tensors, without gradient; it must not change them.
-        layers: those wanted, by default all that have attention. The consumer is called in
-            ascending order.
+        consumer: gets the model's own tensors, without gradient; it must not modify them.
+        layers: by default all that have attention. The consumer is called in ascending order.
         attention_mask: 1 for tokens, 0 for padding.
 
     Raises:
         PosheadsError: no RoPE; layers that the model doesn't have; a layer without attention, or
-            whose rotated queries never came.
+            whose rotated queries were never seen.
+
+    Example:
+        >>> def norms(layer, rot_q, rot_k):
+        ...     print(layer, rot_q.norm(dim=-1).mean().item())
+        >>> capture_rotary(model, tokens, norms, layers=[0, 6])      # doctest: +SKIP
     """
     require_rotary(model)
     wanted = layers_of(model, layers)
@@ -198,10 +202,10 @@ def capture_rotary(
 def rotary_consumer(
     model: LensModel, consumer: Callable[[int, Tensor, Tensor], None], layers: Sequence[int]
 ) -> Iterator[None]:
-    """Inside, a pass without a KV cache hands ``(layer, rot_q, rot_k)`` over, layer by layer.
+    """Inside, a pass without a KV cache calls ``consumer(layer, rot_q, rot_k)`` for each layer.
 
     Raises:
-        PosheadsError: no RoPE; on leaving, a layer whose rotated queries never came.
+        PosheadsError: no RoPE; on exit, a layer whose rotated queries were never seen.
     """
     with rotary_hook_points(model):
         points = {}
@@ -218,7 +222,7 @@ def rotary_consumer(
 
         def keeper(layer: int, which: str) -> Callable[..., None]:
             def keep(value: Tensor, hook: Any) -> None:
-                # GPT-J with a cache shows its keys first; everyone else the queries.
+                # GPT-J with a cache shows its keys first; all others show queries first.
                 waiting[layer][which] = value.detach()
                 if len(waiting[layer]) < 2:
                     return
@@ -239,6 +243,6 @@ def rotary_consumer(
     if missing:
         kind = type(attention_of(model, missing[0])).__name__
         raise PosheadsError(
-            f"the rotated queries of layer {missing[0]} of {model_name(model)} never came: "
+            f"the rotated queries of layer {missing[0]} of {model_name(model)} were never seen: "
             f"TransformerLens does not offer them for {kind}"
         )

@@ -1,4 +1,4 @@
-"""What contexts of this package have changed in a live model, and what that means for its texts."""
+"""Changes that this package's contexts have made to a live model, and the text lengths it takes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tl_posheads.rotary.geometry import LayerGeometry
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a context of ours has changed in the rotary dimensions of a live model.
+    """A change that a context of this package makes to the rotary dimensions of a live model.
 
     Attributes:
-        name: for provenance: the method or edit, with all its settings.
+        name: the method or edit with all its settings, for provenance.
         kind: ``"extrapolation"`` or ``"edit"``.
-        trained: positions that the model was trained on.
-        geometry: a layer's geometry and a text's length to its geometry under the change.
+        trained: training length in positions.
+        geometry: maps a layer's geometry and a text's length to the changed geometry.
         length_matters: whether ``geometry`` depends on the length.
-        border: tokens past which all keys turn otherwise, so that those in a KV cache are of no
-            use; None where there is no such length.
-        remapped: for a change of scores, the layers' changed geometry.
-        handles: its hooks on scores, which attention without scores does the work of.
+        border: length beyond which all keys are rotated differently, so that a KV cache becomes
+            invalid; None where there is no such length.
+        remapped: for a change of attention scores, the layers' changed geometry.
+        handles: its hooks on attention scores, which fused attention replaces.
     """
 
     name: str
@@ -48,13 +48,13 @@ _CHANGES_ATTRIBUTE = "_tl_posheads_changes"
 
 
 def changes_of(model: LensModel) -> tuple[Change, ...]:
-    """Changes in force, the outermost first."""
+    """Active changes, the outermost first."""
     return tuple(model.__dict__.get(_CHANGES_ATTRIBUTE, ()))
 
 
 @contextmanager
 def changed(model: LensModel, change: Change) -> Iterator[None]:
-    """Inside, ``change`` is known to everyone who reads the model's geometry."""
+    """Inside, everything that reads the model's geometry sees ``change``."""
     before = changes_of(model)
     model.__dict__[_CHANGES_ATTRIBUTE] = (*before, change)
     try:
@@ -67,10 +67,10 @@ def changed(model: LensModel, change: Change) -> Iterator[None]:
 
 
 def trained_length(model: LensModel) -> int:
-    """Positions that the model was trained on, also inside a context that lets it read more.
+    """The model's training length in positions, also inside a context that extends it.
 
     Raises:
-        PosheadsError: nobody knows.
+        PosheadsError: it is unknown.
     """
     changes = changes_of(model)
     known = changes[0].trained if changes else checkpoint_length(model)
@@ -82,10 +82,10 @@ def trained_length(model: LensModel) -> int:
 
 
 def trained_of(model: LensModel, trained: int | None) -> int:
-    """The training length asked for, or the model's own.
+    """``trained``, or by default the model's own training length.
 
     Raises:
-        PosheadsError: no whole number of 2 or more.
+        PosheadsError: not a whole number of 2 or more.
     """
     if trained is None:
         return trained_length(model)
@@ -98,7 +98,7 @@ def trained_of(model: LensModel, trained: int | None) -> int:
 
 
 def length_matters(model: LensModel) -> bool:
-    """Whether the frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
+    """Whether the rotary frequencies depend on the text's length (dynamic NTK, LongRoPE)."""
     return own_length_matters(model) or any(c.length_matters for c in changes_of(model))
 
 
@@ -106,38 +106,38 @@ def require_fixed_frequencies(model: LensModel, what: str, instead: str) -> None
     """Refuse models whose frequencies depend on the text's length.
 
     Args:
-        what: was asked of the model.
-        instead: what to do.
+        what: the requested operation, for the message.
+        instead: what to do instead.
 
     Raises:
         PosheadsError: they do.
     """
     if length_matters(model):
         raise PosheadsError(
-            f"{what} was asked of {model_name(model)}, whose frequencies depend on the text's "
+            f"{what} was requested for {model_name(model)}, whose frequencies depend on the text's "
             f"length (dynamic NTK or LongRoPE); {instead}"
         )
 
 
 def require_bare(model: LensModel) -> None:
-    """Refuse a model on which a method or an edit is in force.
+    """Refuse a model on which a method or an edit is active.
 
     Raises:
         PosheadsError: there is one.
     """
     for change in changes_of(model):
         raise PosheadsError(
-            f"{change.name} is in force on {model_name(model)}; what is asked for begins with the "
-            "bare model, call it outside"
+            f"{change.name} is in force on {model_name(model)}; this function needs the "
+            "unmodified model, so call it outside that context"
         )
 
 
 @contextmanager
 def any_length(model: LensModel) -> Iterator[None]:
-    """Inside, texts of any length can be read; tables that grew for them go on leaving.
+    """Inside, the model takes texts of any length; tables that grew for them shrink on exit.
 
-    No method forbids a text that is longer than it was meant for: what happens there is the
-    question.
+    No method refuses texts longer than its target length: what happens there is what users want
+    to find out.
     """
     n_ctx = model.cfg.n_ctx
     with rotary_state_kept(model):

@@ -24,17 +24,16 @@ from tl_posheads.rotary.remapping import only_heads, remapped_attention
 
 @contextmanager
 def fused_attention(model: LensModel) -> Iterator[bool]:
-    """Inside, attention runs through torch's fused kernels, which never form the pattern.
+    """Inside, attention uses torch's fused kernels, which never form the attention pattern.
 
-    Only where the result is the same: nobody watches scores or pattern, and the lens's attention
-    is one that can be handed over (Llama's kind on the Bridge, rotary HookedTransformer; no
-    softcap, sinks or local window on the latter). Elsewhere nothing changes, but for a warning
-    where scores are too large for the half precision they are kept in. ``hook_rot_q`` and
-    ``hook_rot_k`` fire as ever. Only for whole texts in one pass, without padding and without a KV
-    cache.
+    This happens only where the result is the same: there are no hooks on scores or pattern, and the
+    attention is of a supported kind (Llama's on the Bridge, rotary HookedTransformer; no softcap,
+    sinks or local window on the latter). Elsewhere nothing changes, except for a warning where
+    scores are too large for the half precision they are stored in. ``hook_rot_q`` and
+    ``hook_rot_k`` fire as usual. Only for whole texts in one pass, without padding or a KV cache.
 
     Yields:
-        Whether it is in force.
+        Whether fused kernels are used.
     """
     found = {i: a for i in range(model.cfg.n_layers) if (a := attention_of(model, i)) is not None}
     layers = list(found.values())
@@ -43,7 +42,7 @@ def fused_attention(model: LensModel) -> Iterator[bool]:
     ours = {id(handle) for change in changes for handle in change.handles}
     remapped: dict[int, Any] = {}
     for change in changes:
-        # Two changes of the same scores follow each other; only the hooks know how.
+        # Only the hooks know how to chain two changes of the same scores.
         if remapped.keys() & change.remapped.keys():
             kinds = [None]
         remapped |= change.remapped
@@ -63,9 +62,9 @@ def fused_attention(model: LensModel) -> Iterator[bool]:
 
 @contextmanager
 def _rounding_watched(model: LensModel, layers: Mapping[int, Any]) -> Iterator[None]:
-    """Inside, a warning says so once where eager attention in half precision rounds large scores.
+    """Inside, warn once if eager attention in half precision rounds large scores.
 
-    The kernels never do, so that a pass without them is another's beside one with them.
+    The fused kernels never do, so a pass without them would not match a pass with them.
     """
     if next(model.parameters()).dtype.itemsize > 2:
         yield
@@ -78,9 +77,9 @@ def _rounding_watched(model: LensModel, layers: Mapping[int, Any]) -> Iterator[N
         if rounded >= MOST_ROUNDED:
             told = True
             warnings.warn(
-                f"attention of {model_name(model)} can't run through fused kernels here, and "
+                f"attention of {model_name(model)} can't use fused kernels here, and "
                 f"keeps scores of layer {layer} in {scores.dtype}, which rounds them by up to "
-                f"{rounded:.2g} nats; load the model in float32, or leave no hook on its scores "
+                f"{rounded:.2g} nats; load the model in float32, or remove the hooks on its scores "
                 "and patterns",
                 stacklevel=2,
             )
@@ -95,7 +94,7 @@ _ALWAYS_FIRE = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_
 
 
 def _watched(layers: Sequence[Any], ours: set[int]) -> bool:
-    """Whether anyone but ``ours`` listens to a hook point that the fused way passes by."""
+    """Whether hooks other than ``ours`` are on a hook point that fused attention skips."""
     for attn in layers:
         for name, module in attn.named_modules():
             hooks = getattr(module, "fwd_hooks", None)
@@ -103,7 +102,7 @@ def _watched(layers: Sequence[Any], ours: set[int]) -> bool:
                 continue
             if not module.bwd_hooks and all(id(handle) in ours for handle in hooks):
                 continue
-            # On the Bridge hook_q, hook_k, hook_v and hook_z are points of q, k, v and o.
+            # On the Bridge, hook_q, hook_k, hook_v and hook_z belong to q, k, v and o.
             if name not in _ALWAYS_FIRE and name.split(".")[0] not in ("q", "k", "v", "o"):
                 return True
     return False
@@ -143,14 +142,14 @@ def _kind(model: LensModel, attn: Any) -> str | None:
 
 
 def _submodule(attn: Any, inner: Any, name: str) -> bool:
-    """Whether transformers' attention calls the lens's component, and so its hook points."""
+    """Whether transformers' attention calls TransformerLens's component and so its hooks."""
     bridge = getattr(attn, name, None)
     return bridge is not None and any(child is bridge for child in inner.children())
 
 
 @contextmanager
 def _attention_implementation(hf_model: Any, name: str) -> Iterator[None]:
-    """The masks are made by the model, so that the setting is the model's, not a layer's."""
+    """Set on the model, not on a layer, because the model makes the masks."""
     configs = {id(m.config): m.config for m in hf_model.modules() if hasattr(m, "config")}
     configs = {k: c for k, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
     before = {k: c._attn_implementation_internal for k, c in configs.items()}
@@ -164,7 +163,7 @@ def _attention_implementation(hf_model: Any, name: str) -> Iterator[None]:
 
 
 def _register() -> None:
-    """Make our attention known to transformers, beside ``sdpa`` and with its masks."""
+    """Register this attention with transformers, next to ``sdpa`` and with its masks."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -173,22 +172,22 @@ def _register() -> None:
 
 
 def _attend(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The attention that transformers calls for a layer of which :func:`_handed_over` has hold."""
+    """The attention that transformers calls for a layer inside :func:`_handed_over`."""
     return module.__dict__[_NAME](module, *args, **kwargs)
 
 
 @contextmanager
 def attention_replaced(inner: Any, attend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """One of transformers' attention modules calls ``attend(query, key, value, mask)``.
+    """Inside, one of transformers' attention modules calls ``attend(query, key, value, mask)``.
 
-    Yields what it called before.
+    Yields the function that it called before.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     _register()
     eager = sys.modules[type(inner).__module__].eager_attention_forward
     before = ALL_ATTENTION_FUNCTIONS.get_interface(inner.config._attn_implementation, eager)
-    config = copy.copy(inner.config)  # the model makes its masks by the one that they share
+    config = copy.copy(inner.config)  # the model makes its masks from the shared one
     config._attn_implementation_internal = _NAME
     with (
         instance_method(inner, "config", config),
@@ -199,7 +198,7 @@ def attention_replaced(inner: Any, attend: Callable[..., Any]) -> Iterator[Calla
 
 @contextmanager
 def _handed_over(attn: Any, remapped: Any) -> Iterator[None]:
-    """transformers' own attention, which calls the lens's q, k, v and o."""
+    """Use transformers' own attention, which calls TransformerLens's q, k, v and o."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     inner = attn.original_component
@@ -224,7 +223,7 @@ def _handed_over(attn: Any, remapped: Any) -> Iterator[None]:
 
 
 def _remapped(q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, geometry: Any) -> Tensor:
-    """``z``, ``[batch, pos, head, d_head]``, with remapped heads in the place of its own."""
+    """``z``, ``[batch, pos, head, d_head]``, with remapped heads replaced."""
     at = torch.arange(q.shape[1], device=q.device).expand(q.shape[0], -1)
     heads = geometry.remapping.heads
     if z is None or heads is None:
@@ -239,7 +238,7 @@ def _remapped(q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, geometry: Any) 
 
 @contextmanager
 def _fused_hooked(attn: Any, remapped: Any) -> Iterator[None]:
-    """HookedTransformer's steps from scores to z, the first two of which become nothing."""
+    """Replace HookedTransformer's steps from scores to z; the first two do nothing."""
     waiting: list[tuple[Tensor, Tensor]] = []
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -269,7 +268,7 @@ def _fused_hooked(attn: Any, remapped: Any) -> Iterator[None]:
         instance_method(attn, "calculate_attention_scores", scores),
         instance_method(attn, "apply_causal_mask", lambda scores, *args: scores),
         instance_method(attn, "calculate_z_scores", z),
-        # There are no scores to show; whoever changes them has been asked for the change itself.
+        # There are no scores to pass to hooks; changes of the scores are applied by the kernel.
         instance_method(attn.hook_attn_scores, "_call_impl", lambda scores: scores),
     ):
         yield

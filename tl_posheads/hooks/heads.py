@@ -1,4 +1,4 @@
-"""Heads as ``(layer, head)`` pairs, from whatever form they are given in."""
+"""Heads as ``(layer, head)`` pairs, from every form in which they may be given."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tl_posheads.hooks.model import LensModel, attention_of, model_name, require
 
 Head = tuple[int, int]
 _NAME = re.compile(r"\s*L?(\d+)\s*[.H]\s*(\d+)\s*", re.IGNORECASE)
-_SHARE = 0.05  # of the heads, where scores themselves are given
+_SHARE = 0.05  # of the heads, where scores are given as ``heads``
 
 
 @runtime_checkable
 class Ranked(Protocol):
-    """Scores of heads, which tell the best."""
+    """Scores of heads that can rank them."""
 
     def top(self, k: float, /) -> list[Head]: ...
 
 
 Heads = Sequence[Head | str] | Head | str | Ranked
-"""``[(6, 6), (7, 8)]``, ``["L6H6", "7.8"]``, one of either, or scores: their top 5 %."""
+"""``[(6, 6), (7, 8)]``, ``["L6H6", "7.8"]``, a single head, or scores (their top 5 %)."""
 
 
 def as_heads(heads: Heads) -> list[Head]:
-    """Heads as ``(layer, head)`` pairs, whatever the model.
+    """Heads as ``(layer, head)`` pairs, not checked against a model.
 
     Raises:
-        PosheadsError: what can't be read as heads.
+        PosheadsError: the value can't be read as heads.
 
     Example:
         >>> as_heads("L6H6"), as_heads((6, 6)), as_heads(["L6H6", (7, 8), "7.9"])
@@ -49,6 +49,24 @@ def as_heads(heads: Heads) -> list[Head]:
         ) from None
 
 
+def as_head(head: Head | str) -> Head:
+    """A single head as a ``(layer, head)`` pair, not checked against a model.
+
+    Raises:
+        PosheadsError: the value isn't exactly one head.
+
+    Example:
+        >>> as_head("L6H6"), as_head((6, 6)), as_head(["L6H6"])
+        ((6, 6), (6, 6), (6, 6))
+    """
+    heads = as_heads(head)
+    if len(heads) != 1:
+        raise PosheadsError(
+            f"{len(heads)} heads were given; expected one, like (7, 8) or 'L7H8', so choose one"
+        )
+    return heads[0]
+
+
 def _numbers(pair: tuple[object, ...]) -> bool:
     return len(pair) == 2 and all(hasattr(number, "__index__") for number in pair)
 
@@ -64,11 +82,11 @@ def _pair(head: Any) -> Head:
 
 
 def heads_of(model: LensModel, heads: Heads) -> list[Head]:
-    """``heads`` as ``(layer, head)`` pairs of the model, in the order given.
+    """``heads`` as ``(layer, head)`` pairs that the model has, in the order given.
 
     Raises:
-        PosheadsError: no TransformerLens model, a head that it doesn't have, the same head twice,
-            no heads.
+        PosheadsError: not a TransformerLens model, a head that it doesn't have, a duplicate, no
+            heads.
     """
     require_lens(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
@@ -106,10 +124,10 @@ def by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:
 
 
 def count_of(k: object, n: int) -> int:
-    """How many of ``n`` heads a count or a share means.
+    """Number of heads that a count, or a share of ``n``, stands for.
 
     Raises:
-        PosheadsError: neither.
+        PosheadsError: ``k`` is neither.
     """
     number = isinstance(k, int | float | np.integer | np.floating) and not isinstance(k, bool)
     if number and isinstance(k, int | np.integer) and k >= 1:

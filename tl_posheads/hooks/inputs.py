@@ -1,4 +1,4 @@
-"""What may be scored: documents, layers and pairs, checked before anything expensive begins."""
+"""Checks of documents, layers and vectors, done before anything expensive begins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tl_posheads.hooks.tokenizer import begin, token_ids, tokenizer_of
 
 
 def token_run(attention_mask: Int[Tensor, " pos"], document: int) -> slice:
-    """The stretch of a padded row that holds the text.
+    """The part of a padded row that holds the text.
 
     Raises:
         PosheadsError: the mask is not one run of ones.
@@ -33,14 +33,14 @@ def token_run(attention_mask: Int[Tensor, " pos"], document: int) -> slice:
 
 
 def require_unpadded(model: LensModel, tokens: Int[Tensor, "doc pos"]) -> None:
-    """Refuse a batch whose rows seem to be padded: nobody has said where their texts stand.
+    """Refuse a batch whose rows look padded, because no mask says where their texts are.
 
-    A pad token at an end of a row is padding. Where the tokenizer begins or ends texts with the
-    same token (GPT-2, Pythia), one of them at an end is text if all rows have it there; two of
-    them, or one in some rows alone, are padding.
+    A pad token at either end of a row counts as padding. If the tokenizer also begins or ends texts
+    with that token (GPT-2, Pythia), a single one at the same end of all rows counts as text; two of
+    them, or one in only some rows, count as padding.
 
     Raises:
-        PosheadsError: it does.
+        PosheadsError: a row looks padded.
     """
     tokenizer = getattr(model, "tokenizer", None)
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -55,24 +55,24 @@ def require_unpadded(model: LensModel, tokens: Int[Tensor, "doc pos"]) -> None:
             first = int(lengths.argmax())
             raise PosheadsError(
                 f"row {first} of the tokens {end} with {int(lengths[first])} of the pad token "
-                f"{pad}, and nothing says where its text stands; give attention_mask= where that "
-                "is an argument, or a list of the texts without padding: [row[on.bool()] for row, "
-                "on in zip(tokens, mask)] (list(tokens) where the pad token is text)"
+                f"{pad}, and nothing says where its text is; give attention_mask= if the function "
+                "takes it, or a list of the texts without padding: [row[on.bool()] for row, "
+                "on in zip(tokens, mask)] (list(tokens) if the pad token is text)"
             )
 
 
 def documents_of(
     model: LensModel, tokens: Any, attention_mask: Tensor | None, skip_first: int
 ) -> list[Int[Tensor, " pos"]]:
-    """Texts without their padding, checked.
+    """Checked texts without their padding.
 
     Args:
-        tokens: ``[doc, pos]``, ``[pos]``, or a list of ``[pos]``, which are taken for unpadded;
-            numpy arrays, or texts, read by the model's tokenizer behind its BOS.
-        attention_mask: 1 for tokens, 0 for padding; without it a tensor must not be padded.
+        tokens: ``[doc, pos]``, ``[pos]``, or a list of ``[pos]`` without padding; numpy arrays;
+            or texts, which the model's tokenizer tokenises after its BOS.
+        attention_mask: 1 for tokens, 0 for padding; without it, a tensor must not be padded.
 
     Raises:
-        PosheadsError: as it says, before anything is run.
+        PosheadsError: invalid input, before anything is run.
     """
     tokens = torch.as_tensor(tokens) if isinstance(tokens, np.ndarray) else tokens
     rows = _rows(model, tokens, attention_mask)
@@ -101,7 +101,7 @@ def documents_of(
     if shortest - skip_first < 2:
         raise PosheadsError(
             f"a document of {shortest} tokens was given with skip_first={skip_first}; a pair of "
-            "tokens needs at least 2 positions beyond those skipped"
+            "tokens needs at least 2 positions after those skipped"
         )
     low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
     n_vocab = int(model.cfg.d_vocab)
@@ -114,19 +114,19 @@ def documents_of(
     if n_ctx and longest > n_ctx:
         raise PosheadsError(
             f"a document of {longest} tokens was given, but {model_name(model)} is set up for at "
-            f"most {n_ctx}; give shorter documents, or do it inside a method of "
+            f"most {n_ctx}; give shorter documents, or call it inside a method of "
             "tl_posheads.extrapolation (`with Unchanged()(model):` lifts the context-length check)"
         )
     return [row.long().cpu() for row in rows]
 
 
 def _rows(model: LensModel, tokens: Any, attention_mask: Tensor | None) -> list[Tensor]:
-    """What was given as tokens or texts, a row a text."""
+    """The given tokens or texts as a list with one tensor per text."""
     tokens = [tokens] if isinstance(tokens, str) else tokens
     if isinstance(tokens, list | tuple):
         if attention_mask is not None:
             raise PosheadsError(
-                "an attention_mask was given with a list of texts; a list needs none, give the "
+                "an attention_mask was given with a list of texts; a list needs no mask: give the "
                 "texts without padding"
             )
         return [
@@ -146,7 +146,7 @@ def _read(model: LensModel, text: str) -> Int[Tensor, " pos"]:
 
 
 def layers_of(model: LensModel, layers: Sequence[int] | int | None) -> list[int]:
-    """Layers in order, one of them or all; refused where the model hasn't one."""
+    """Layers in ascending order, by default all; refuses layers that the model doesn't have."""
     n_layers = int(model.cfg.n_layers)
     layers = [layers] if isinstance(layers, int) else layers
     wanted = sorted({int(layer) for layer in (range(n_layers) if layers is None else layers)})
@@ -160,10 +160,10 @@ def layers_of(model: LensModel, layers: Sequence[int] | int | None) -> list[int]
 
 
 def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    """Documents by the hash of their tokens: their order in the batch then decides nothing.
+    """Documents sorted by the hash of their tokens, so that batch order doesn't matter.
 
     Raises:
-        PosheadsError: the same text twice; documents are replicates, and a copy is none.
+        PosheadsError: the same text twice; documents are replicates, and a copy isn't one.
     """
     found: dict[str, int] = {}
     for number, document in enumerate(documents):
@@ -171,21 +171,21 @@ def by_content(documents: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         if digest in found:
             raise PosheadsError(
                 f"documents {found[digest]} and {number} are the same text; give every text once: "
-                "intervals and p-values take documents for independent"
+                "confidence intervals and p-values assume independent documents"
             )
         found[digest] = number
     return sorted(((digest, documents[i]) for digest, i in found.items()), key=lambda pair: pair[0])
 
 
 def digest_of(by_key: Sequence[tuple[str, Tensor]]) -> str:
-    """SHA-256 of what :func:`by_content` gave."""
+    """SHA-256 of the result of :func:`by_content`."""
     return hashlib.sha256("".join(unit for unit, _ in by_key).encode()).hexdigest()
 
 
 def require_finite(layer: int, rot_q: Tensor, rot_k: Tensor, kv_head: Sequence[int]) -> None:
     """Refuse NaN and infinity in ``[pos, head, d_head]`` tensors, by layer and head."""
     for kind, x in (("queries", rot_q), ("keys", rot_k)):
-        if bool(x.sum(dtype=torch.float32).isfinite()):  # one pass, where nothing is wrong
+        if bool(x.sum(dtype=torch.float32).isfinite()):  # one cheap pass in the usual case
             continue
         bad = ~torch.isfinite(x).all(-1).all(0)
         if bool(bad.any()):

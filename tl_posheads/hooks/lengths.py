@@ -1,7 +1,7 @@
-"""What a text's length means to a model: how long it may be, and which frequencies it brings.
+"""Text length: how long a text a model takes, and rotary frequencies that depend on the length.
 
-Under dynamic NTK and LongRoPE a pass's frequencies depend on its length, and transformers' module
-keeps those of the longest text so far. Here a pass gets those of its own length.
+Under dynamic NTK and LongRoPE the frequencies depend on the text's length, and transformers'
+module keeps those of the longest text so far. Here every pass gets those of its own length.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # corpora, which a command asks before it waits for torch, need lengths
+if TYPE_CHECKING:  # corpora use this module, and commands check them before importing torch
     from torch import nn
 
-# `cfg.n_ctx` while a model may read texts of any length.
+# `cfg.n_ctx` while a model takes texts of any length.
 ANY_LENGTH = 1 << 24
-# HookedTransformer's converters write these in the place of many checkpoints' own lengths.
+# HookedTransformer's converters write these instead of many checkpoints' own lengths.
 _CAPS = (2048, 8192)
 _TABLES = ("rotary_cos", "rotary_sin", "embed_positions")
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model was set up for; None without limit."""
+    """The model's context length in tokens; None without limit."""
     n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
     return int(n_ctx) if n_ctx else None
 
 
 def checkpoint_length(model: Any) -> int | None:
-    """Tokens that the checkpoint's configuration was made for; None without limit.
+    """Context length in the checkpoint's configuration, in tokens; None without limit.
 
-    For checkpoints of many families ``cfg.n_ctx`` of a HookedTransformer that TransformerLens
-    loaded itself is a cap. Their configuration is looked up where transformers keeps it, offline.
+    For many families, TransformerLens caps ``cfg.n_ctx`` of a HookedTransformer that it loads. The
+    original configuration is then read offline from transformers' cache.
     """
     n_ctx = context_length(model)
     if type(model).__name__ == "HookedTransformer" and n_ctx in _CAPS:
@@ -44,7 +44,7 @@ def checkpoint_length(model: Any) -> int | None:
 
 @cache
 def _published(name: str, shape: tuple[Any, ...]) -> int | None:
-    """The length in a checkpoint's configuration, where it is that of a model of this shape."""
+    """The length in a checkpoint's configuration, if that describes a model of this shape."""
     from transformers import AutoConfig
 
     try:
@@ -58,13 +58,13 @@ def _published(name: str, shape: tuple[Any, ...]) -> int | None:
 
 
 def declared_length(config: Any) -> int | None:
-    """What a configuration of transformers says of the length; None where it doesn't."""
+    """The context length in a transformers configuration; None if it has none."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
 def own_length_matters(model: Any) -> bool:
-    """Whether the model's own frequencies depend on a text's length, whatever is in force on it."""
+    """Whether the unmodified model's frequencies depend on the text's length."""
     kinds = {str(p.get("rope_type", p.get("type"))) for p in rope_parameters(model)}
     return bool(kinds & {"dynamic", "longrope"}) or bool(
         getattr(model.cfg, "use_dynamic_ntk_rope", False)
@@ -72,16 +72,16 @@ def own_length_matters(model: Any) -> bool:
 
 
 def rope_parameters(model: Any) -> list[dict[str, Any]]:
-    """A Bridge's, of all kinds of layers."""
+    """RoPE parameters of a Bridge, for all kinds of layers."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return [p for p in (rope, *rope.values()) if isinstance(p, dict)]
 
 
 def own_border(model: Any) -> int | None:
-    """Tokens past which transformers computes a KV cache anew, as all frequencies are others.
+    """Length beyond which transformers recomputes the KV cache because all frequencies change.
 
-    So it is with Phi-3's LongRoPE. Elsewhere, and under dynamic NTK, cached keys keep theirs.
+    Phi-3's LongRoPE has one. Elsewhere, and under dynamic NTK, cached keys keep their rotation.
     """
     config = getattr(getattr(model, "original_model", None), "config", None)
     if all(p.get("rope_type", p.get("type")) != "longrope" for p in rope_parameters(model)):
@@ -91,10 +91,10 @@ def own_border(model: Any) -> int | None:
 
 @contextmanager
 def own_frequencies(model: Any) -> Iterator[None]:
-    """Inside, every pass has the frequencies of its own length, whatever was read before.
+    """Inside, every pass has the frequencies of its own length, regardless of earlier texts.
 
-    On leaving, the model's rotary state is bit for bit what it was. Models whose frequencies don't
-    depend on the length are left alone.
+    On exit, the model's rotary state is restored bit for bit. Models whose frequencies don't depend
+    on the length are left alone.
     """
     if not own_length_matters(model):
         yield
@@ -107,9 +107,9 @@ def own_frequencies(model: Any) -> Iterator[None]:
 
 
 def _forget(module: Any, args: Any) -> None:
-    """Put a rotary embedding of transformers as if it had never seen a text."""
+    """Reset a transformers rotary embedding to the state before its first text."""
     for name in [name for name in vars(module) if name.endswith("_max_seq_len_cached")]:
-        delattr(module, name)  # of a kind of layer; without it the module's own counts
+        delattr(module, name)  # of one kind of layer; without it the module's own is used
     module.max_seq_len_cached = module.original_max_seq_len
     for name in [*vars(module), *module._buffers]:
         if name.endswith("original_inv_freq"):
@@ -121,7 +121,7 @@ def _forget(module: Any, args: Any) -> None:
 
 @contextmanager
 def rotary_state_kept(model: Any) -> Iterator[list[nn.Module]]:
-    """Inside, passes may change rotary tables and frequencies; on leaving they are as before.
+    """Inside, passes may change rotary tables and frequencies; they are restored on exit.
 
     Yields:
         The modules that have such state.
@@ -134,7 +134,7 @@ def rotary_state_kept(model: Any) -> Iterator[list[nn.Module]]:
     }
     modules = list(found.values())
     before = [(dict(module._buffers), _numbers(module)) for module in modules]
-    # Tables are replaced; frequencies may also be written into.
+    # Tables are replaced; frequencies may also change in place.
     values = {
         id(buffer): (buffer, buffer.clone())
         for buffers, _ in before
@@ -155,7 +155,7 @@ def rotary_state_kept(model: Any) -> Iterator[list[nn.Module]]:
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    """Lengths, factors and frequencies that a module keeps beside its buffers."""
+    """Lengths, factors and frequencies that a module keeps outside its buffers."""
     from torch import Tensor
 
     return {

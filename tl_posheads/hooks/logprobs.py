@@ -1,8 +1,8 @@
-"""Forward passes that score chosen tokens and compute nothing that the score does not need.
+"""Forward passes that score chosen tokens and skip everything that the score doesn't need.
 
-Three savings, none of which changes a number beyond rounding: logits are computed at the scored
-positions alone; attention runs through ``scaled_dot_product_attention`` while nobody watches
-scores or pattern; and passes that differ from some layer on share what lies before it.
+Three savings, none of which changes a number beyond rounding: logits are computed only at the
+scored positions; attention uses ``scaled_dot_product_attention`` where no hook is on scores or
+pattern; and passes that differ only from some layer on share the layers below it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MOST_ROWS = 64
 
 @contextmanager
 def unembed_only(model: LensModel, positions: Tensor) -> Iterator[None]:
-    """Inside, logits are computed at ``positions`` alone: the vocabulary is the widest layer."""
+    """Inside, logits are computed only at ``positions``: the vocabulary is the widest layer."""
 
     def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][:, positions.to(args[0].device)], *args[1:])
@@ -60,10 +60,10 @@ def generate(
     ends: Sequence[int],
     **options: Any,
 ) -> Int[Tensor, "batch pos_and_new"]:
-    """The lens's own ``generate``: at most ``n_new`` tokens more, up to one of ``ends``.
+    """TransformerLens's ``generate``: at most ``n_new`` new tokens, until one of ``ends``.
 
-    Keys and values are cached where the model reads what it caches. No token is padding: a
-    HookedTransformer would mask pad tokens at the edge of a prompt, and many chats end with one.
+    Keys and values are cached where the model uses its cache. No token counts as padding: chat
+    prompts often end with a pad token, which HookedTransformer would mask.
 
     Args:
         options: for the model's ``generate``.
@@ -92,24 +92,24 @@ def generate(
 
 
 def _whole_passes(model: LensModel, length: int, n_new: int) -> list[int]:
-    """Lengths at which generation from ``length`` tokens begins anew, and where it ends.
+    """Lengths at which generation from ``length`` tokens restarts, and where it ends.
 
-    Past LongRoPE's border every key turns otherwise, and what was cached is of no use.
+    Beyond LongRoPE's border every key is rotated differently, so the cache is invalid.
     """
     end = length + n_new
     borders = {own_border(model), *(change.border for change in changes_of(model))}
     return [*sorted(b + 1 for b in borders if b is not None and length <= b < end - 1), end]
 
 
-# Whether a model reads its cache; asked once of each.
+# Whether a model uses its cache; tested once per model.
 _CACHES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def reads_cache(model: LensModel) -> bool:
-    """Whether cached generation says what uncached does, tried on four tokens.
+    """Whether cached generation matches uncached generation, tested on four tokens.
 
-    From transformers 5.24 on the cache has another name, by which the Bridge of 4.3 doesn't know
-    it: a new token would attend to itself alone. transformers' own attention, as in GPT-J, does.
+    transformers 5.24 renamed the cache argument, and the Bridge of 4.3 doesn't know the new name: a
+    new token would attend only to itself. transformers' own attention, as in GPT-J, is fine.
     """
     if not hasattr(model, "original_model"):
         return True
@@ -135,16 +135,16 @@ def reads_cache(model: LensModel) -> bool:
             warnings.warn(
                 f"{model_name(model)} reads no cache of keys and values with transformers "
                 f"{version('transformers')} and transformer-lens {version('transformer-lens')}; "
-                "texts are generated without one, which takes longer",
+                "text is generated without it, which is slower",
                 stacklevel=4,
             )
     return _CACHES[model]
 
 
 def settle_cache(model: LensModel) -> None:
-    """Where a Bridge's ``generate`` wouldn't read its cache, have it do without; warns once.
+    """Disable the cache of a Bridge whose ``generate`` wouldn't use it; warns once.
 
-    Nothing is tried where transformers gives the cache the name that all Bridges know.
+    Nothing is tested where transformers uses the name of the cache that all Bridges know.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -156,9 +156,9 @@ def settle_cache(model: LensModel) -> None:
 
 
 def greedy(model: LensModel, prompt: Int[Tensor, " pos"], n_new: int) -> Int[Tensor, " step"]:
-    """The tokens that the model writes after a prompt, at most ``n_new``, up to an end token.
+    """The model's greedy continuation of a prompt: at most ``n_new`` tokens, to an end token.
 
-    Ends are EOS and what else the checkpoint's ``generation_config`` lists.
+    End tokens are EOS and those in the checkpoint's ``generation_config``.
     """
     ends = end_tokens(model, getattr(model, "tokenizer", None))
     out = generate(model, prompt[None], n_new, ends, do_sample=False)
@@ -170,9 +170,9 @@ def greedy(model: LensModel, prompt: Int[Tensor, " pos"], n_new: int) -> Int[Ten
 def target_logits(
     model: LensModel, tokens: Int[Tensor, " pos"], targets: Int[Tensor, " target"], rows: int = 1
 ) -> Float[Tensor, "row target d_vocab"]:
-    """Logits that predict the tokens at ``targets``, in float32; gradient as the caller has it.
+    """Logits that predict the tokens at ``targets``, in float32; the caller decides on gradients.
 
-    The text stands in each of ``rows`` rows, which hooks may tell apart.
+    The text is repeated in ``rows`` rows, which hooks may treat differently.
     """
     with own_frequencies(model), unembed_only(model, targets - 1):
         inputs = tokens.to(input_device(model)).expand(rows, -1)
@@ -191,10 +191,10 @@ def _scored(
 def target_logprobs(
     model: LensModel, tokens: Int[Tensor, " pos"], targets: Int[Tensor, " target"]
 ) -> tuple[Float[Tensor, " target"], Bool[Tensor, " target"]]:
-    """Log-probability of the tokens at ``targets``, and whether each was the likeliest.
+    """Log-probability of the tokens at ``targets``, and whether each was the most likely.
 
-    One forward pass without gradient; hooks on the model are in force. The logits of other
-    positions are never computed.
+    One forward pass without gradient; hooks on the model stay active. Logits at other positions
+    are never computed.
 
     Returns:
         Natural logarithms in float32 and booleans, on the CPU.
@@ -208,7 +208,7 @@ def require_finite_logprobs(model: LensModel, found: Iterable[Tensor]) -> None:
     """Refuse log-probabilities that are NaN or infinite.
 
     Raises:
-        PosheadsError: some are.
+        PosheadsError: one of them is.
     """
     if not all(bool(torch.isfinite(values).all()) for values in found):
         raise PosheadsError(
@@ -231,11 +231,11 @@ def mean_loss(
 
 @dataclass(frozen=True, eq=False)
 class CachedPrefix:
-    """An unablated pass over a text, and what left some of its blocks.
+    """An unablated pass over a text, with the outputs of some of its blocks.
 
     Attributes:
-        logprob, hit: of the targets, as :func:`target_logprobs` gives them.
-        outputs: for layer ``l``, what block ``l - 1`` returned, in the block's own form.
+        logprob, hit: of the targets, as from :func:`target_logprobs`.
+        outputs: for layer ``l``, the output of block ``l - 1``, in the block's own form.
     """
 
     logprob: Float[Tensor, " target"]
@@ -249,7 +249,7 @@ def cached_prefix(
     targets: Int[Tensor, " target"],
     layers: Sequence[int],
 ) -> CachedPrefix:
-    """Run a text once, keeping what enters each of ``layers``.
+    """Run a text once and keep the input of each of ``layers``.
 
     Memory: ``len(layers) * pos * d_model`` numbers on the model's device.
     """
@@ -277,7 +277,7 @@ def run_from_layer(
     layer: int,
     hooks: Hooks,
 ) -> tuple[Float[Tensor, " target"], Bool[Tensor, " target"]]:
-    """The same text under ``hooks``, none of which lies below ``layer``; blocks below don't run.
+    """Run the same text with ``hooks`` at ``layer`` or above; blocks below don't run.
 
     Returns:
         As :func:`target_logprobs`.
@@ -295,13 +295,13 @@ def run_rows_from_layer(
     hooks: Hooks,
     rows: int,
 ) -> tuple[Float[Tensor, "row target"], Bool[Tensor, "row target"]]:
-    """:func:`run_from_layer` on as many rows of the same text, which ``hooks`` may tell apart."""
+    """:func:`run_from_layer` on many rows of one text, which ``hooks`` may treat differently."""
     points = model.hook_dict
     with ExitStack() as stack:
         if layer > 0:
             output = _in_rows(prefix.outputs[layer], rows)
             for below in range(layer):
-                # Each hands on what the last of them returned; their input decides nothing.
+                # Each returns what the last skipped block returned; their input doesn't matter.
                 stack.enter_context(
                     instance_method(model.blocks[below], "forward", lambda *a, **k: output)
                 )
@@ -311,7 +311,7 @@ def run_rows_from_layer(
 
 
 def _in_rows(output: Any, rows: int) -> Any:
-    """What a block returned for one row, for many; nobody writes into it."""
+    """A block's output for one row, expanded to many; must not be written to."""
     if isinstance(output, Tensor):
         return output.expand(rows, *output.shape[1:]) if rows > 1 else output
     if isinstance(output, tuple):
@@ -320,19 +320,19 @@ def _in_rows(output: Any, rows: int) -> Any:
 
 
 def rows_at_once(model: LensModel, n_pos: int, n_targets: int) -> int:
-    """Rows of a text of ``n_pos`` tokens that one pass takes without running out of memory.
+    """Number of rows of ``n_pos`` tokens that fit into memory in one pass.
 
-    On a CPU more than a thousand tokens a pass gain nothing.
+    On a CPU, more than a thousand tokens per pass gain nothing.
     """
     device = input_device(model)
     if device.type != "cuda":
         return max(1, _TOKENS_CPU // n_pos)
     config = model.cfg
     widest = 6 * int(config.d_model) + 4 * int(getattr(config, "d_mlp", None) or 4 * config.d_model)
-    # Eager attention holds pattern and scores; where kernels are fused, they are never formed.
+    # Eager attention holds pattern and scores; fused kernels never form them.
     per_row = n_pos * (widest + 3 * n_pos * int(config.n_heads)) * 4
     per_row += 3 * n_targets * int(config.d_vocab) * 4
-    # What torch has of the device and doesn't use is as good as free.
+    # Memory that torch has reserved but doesn't use is free.
     spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + spare
     return int(max(1, min(_MOST_ROWS, free // 2 // per_row)))

@@ -1,4 +1,4 @@
-"""Which keys a query sees, told from its attention scores."""
+"""Which keys a query attends to, derived from its attention scores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def lowest_score(
     scale: float,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch head q_pos 1"]:
-    """The least that ``scale * q . k`` can be, with room for rounding: below it are masked keys.
+    """Lower bound on ``scale * q . k``, with room for rounding: scores below it are masked.
 
-    No number serves for all models: Pythia has scores of -1.1e5, and fp16 masks with -65504.
+    No fixed threshold works: Pythia has scores of -1.1e5, and fp16 masks with -65504.
     """
     norms: Tensor = q.float().norm(dim=-1) * k.float().norm(dim=-1).amax(-1, keepdim=True)
     bound = -1.05 * abs(scale) * norms - 1000
-    # Only fp16 has so few numbers that it matters; float64's lowest is none of float32.
+    # Only fp16's range is small enough to matter; float64's lowest doesn't fit into float32.
     lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
     return bound.clamp_min(lowest)[..., None]
 
@@ -33,19 +33,19 @@ def visible_keys(
     declared: float,
     where: str,
 ) -> Bool[Tensor, "head pos pos"] | None:
-    """Which keys each query sees; None where the lens shows no scores, or the pattern for them.
+    """Which keys each query attends to; None without scores, or if they are the pattern.
 
     Args:
-        q, k: the vectors that attention multiplies.
-        declared: factor on their product, as the layer has it.
-        where: layer and model, for the error.
+        q, k: the vectors whose products are the attention scores.
+        declared: the layer's factor on their product.
+        where: layer and model, for the error message.
 
     Raises:
-        PosheadsError: queries see later tokens.
+        PosheadsError: queries attend to later tokens.
     """
     if scores is None or scores.shape[1:] != (*q.shape[:2], k.shape[1]) or _is_pattern(scores):
         return None
-    # Every query sees its own key, which says how large scores are, whatever is declared.
+    # Every query attends to its own key, which shows the true scale of the scores.
     own = float((q.double() * k.double()).sum(-1).abs().sum())
     told = float(scores[0].double().diagonal(dim1=-2, dim2=-1).abs().sum())
     scale = max(declared, told / own) if own > 0 else declared
@@ -61,7 +61,7 @@ def visible_keys(
 
 
 def _is_pattern(scores: Tensor) -> bool:
-    """GPT-J on the Bridge: the pattern goes under the scores' name."""
+    """GPT-J on the Bridge: the scores' hook gets the pattern."""
     sums = scores[0, :, -1].double().sum(-1)
     return float(scores.min()) >= 0 and bool(((sums - 1).abs() < 1e-2).all())
 
@@ -69,10 +69,10 @@ def _is_pattern(scores: Tensor) -> bool:
 def window_of(
     visible: Bool[Tensor, "head pos pos"], declared: int | None, where: str
 ) -> int | None:
-    """The sliding window that :func:`visible_keys` shows; the declared one where it is longer.
+    """The sliding window found in :func:`visible_keys`, or the declared one if it is longer.
 
     Raises:
-        PosheadsError: keys are left out otherwise than by a window.
+        PosheadsError: keys are masked by something other than a window.
     """
     n = visible.shape[-1]
     shown = int(visible[0, -1].sum())
@@ -86,5 +86,5 @@ def window_of(
         )
     if shown < n:
         return shown
-    # Nothing was masked: a window shorter than the measured pass isn't in force.
+    # Nothing was masked, so no window shorter than the measured pass is active.
     return None if declared is not None and declared < n else declared

@@ -37,7 +37,7 @@ _POINTS = (
     "hook_cos",
     "hook_sin",
 )
-# A window up to this long is seen in the mask; the measured pass is long enough for it.
+# A window up to this length shows in the mask; the measured pass is long enough.
 _LONGEST_SEEN_WINDOW = 512
 
 
@@ -49,17 +49,17 @@ def measured_layers(
     wanted = [layer for layer in asked if attention_of(model, layer) is not None]
     if not wanted:
         raise PosheadsError(
-            f"TransformerLens shows no attention in layers {asked} of {name}; ask for others, or "
-            "choose another model"
+            f"TransformerLens shows no attention in layers {asked} of {name}; choose other layers "
+            "or another model"
         )
     for layer in wanted:
         _require_every_key(model, layer)
-    # Thousands of small operations: beside another busy process, handing each to several threads
-    # takes a hundred times as long as doing it.
+    # Thousands of small operations: next to another busy process, distributing each over threads
+    # takes a hundred times as long as the operation itself.
     with one_thread(), own_frequencies(model), rotary_hook_points(model):
         windows = [_declared_window(model, layer) for layer in range(n_layers)]
         short = [w for w in windows if w is not None and w <= _LONGEST_SEEN_WINDOW]
-        if not own_length_matters(model):  # another length would have other frequencies
+        if not own_length_matters(model):  # else another length has other frequencies
             n_ctx = context_length(model) or length
             length = min(max([length, *(w + 2 for w in short)]), n_ctx)
         length = max(2, length)
@@ -90,7 +90,7 @@ def _placeholder(layer: int, like: LayerGeometry) -> LayerGeometry:
 
 
 def _plain_token(model: LensModel) -> int:
-    """A token that is no padding: some models treat padding apart."""
+    """A token other than padding, which some models treat differently."""
     tokenizer = getattr(model, "tokenizer", None)
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
     vocabulary = int(getattr(model.cfg, "d_vocab", None) or 8)
@@ -98,7 +98,7 @@ def _plain_token(model: LensModel) -> int:
 
 
 def _declared_window(model: LensModel, layer: int) -> int | None:
-    """The window that the layer says it has; the mask is asked too, where it is short enough."""
+    """The window that the layer declares; short windows are also checked against the mask."""
     attn: Any = attention_of(model, layer)
     if hasattr(attn, "attn_type"):  # HookedTransformer
         return int(model.cfg.window_size) if attn.attn_type == "local" else None
@@ -114,29 +114,29 @@ def _declared_window(model: LensModel, layer: int) -> int | None:
 
 
 def _require_every_key(model: LensModel, layer: int) -> None:
-    """Refuse attention whose gaps would show in texts longer than the measured pass alone."""
+    """Refuse attention whose gaps only show in texts longer than the measured pass."""
     inner: Any = getattr(attention_of(model, layer), "original_component", None)
     config: Any = getattr(inner, "config", None)
     kinds = getattr(config, "layer_types", None)
     why = None
     if getattr(config, "index_topk", None):
-        why = f"sees {config.index_topk} keys chosen by their content (sparse attention)"
+        why = f"attends to {config.index_topk} keys chosen by content (sparse attention)"
     elif kinds and kinds[layer] == "chunked_attention":
-        why = "sees only keys of its own chunk of the text"
+        why = "attends only to keys of its own chunk of the text"
     if why is not None:
         raise PosheadsError(
-            f"a query in layer {layer} of {model_name(model)} {why}; only attention to all keys "
-            "before, or to the last ones in a sliding window, can be scored"
+            f"a query in layer {layer} of {model_name(model)} {why}; only attention to all earlier "
+            "keys, or to the last ones in a sliding window, can be scored"
         )
 
 
 class _Layer(dict[str, Tensor]):
-    """What one layer showed at its hook points, by name; the rotation's as cos and sin."""
+    """One layer's values at its hook points, by name; the rotation's as cos and sin."""
 
 
 @contextmanager
 def _rotations_passed_by(model: LensModel, seen: dict[int, _Layer]) -> Iterator[None]:
-    """DeepSeek-V2 turns complex numbers, GPT-J is left to itself: both pass hook_cos by."""
+    """DeepSeek-V2 rotates complex numbers and GPT-J isn't wrapped: both bypass hook_cos."""
     handles = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
@@ -162,7 +162,7 @@ def _rotations_passed_by(model: LensModel, seen: dict[int, _Layer]) -> Iterator[
 
 @contextmanager
 def _ended_before(module: Any) -> Iterator[None]:
-    """Inside, a pass ends where ``module`` would begin: nobody reads the logits."""
+    """Inside, a pass ends before ``module``: the logits aren't needed."""
 
     def end(*_: Any) -> None:
         raise PassDone
@@ -191,7 +191,7 @@ def _observe(model: LensModel, tokens: Tensor, layers: Sequence[int]) -> dict[in
     def same_everywhere(value: Tensor, hook: Any) -> Tensor:
         return value[:, :1].expand_as(value).contiguous()
 
-    # Sinks, convolutions and recurrent layers tell positions of the same token apart.
+    # Sinks, convolutions and recurrent layers treat positions of the same token differently.
     hooks = [
         (
             getattr(attention_of(model, i), "hook_in", None) or model.blocks[i].hook_resid_pre,
@@ -205,7 +205,7 @@ def _observe(model: LensModel, tokens: Tensor, layers: Sequence[int]) -> dict[in
         for name in _POINTS
         if hasattr(attention_of(model, layer), name)
     ]
-    # Others' hooks edit what the model does; what is measured is its own rotation.
+    # Hooks of others edit the model; the measurement is of its own rotation.
     quiet = (others_hooks_suspended(model), _ended_before(getattr(model, "unembed", None)))
     with quiet[0], own_hooks(hooks), _rotations_passed_by(model, seen), quiet[1]:
         run_forward(model, tokens)
@@ -234,8 +234,8 @@ def _layer_geometry(
     where = f"layer {layer} of {model_name(model)}"
     if not {"hook_rot_q", "hook_rot_k"} <= seen.keys():
         raise PosheadsError(
-            f"the rotated queries and keys of {where} never came: TransformerLens does not offer "
-            f"them for {type(attention_of(model, layer)).__name__}"
+            f"the rotated queries and keys of {where} were never seen: TransformerLens does not "
+            f"offer them for {type(attention_of(model, layer)).__name__}"
         )
     rot_q, rot_k = seen["hook_rot_q"][0], seen["hook_rot_k"][0]
     kv_head = share_keys(rot_q.shape[1], rot_k.shape[1])
@@ -265,14 +265,14 @@ def _tolerance(x: Tensor) -> float:
 
 
 def _frequencies(cos: Tensor, sin: Tensor) -> Tensor:
-    """Radians per token of each column: unwrapped by doubling, then a line through zero."""
+    """Radians per token of each column: unwrapped by doubling, then fitted through zero."""
     angle = torch.atan2(sin.double(), cos.double())
     angle = angle - angle[:1]
     n, turn = len(angle), 2 * math.pi
     theta = angle[1] - turn * (angle[1] / turn).round()
     step = 2
     while step < n:
-        # The error of the estimate so far, times `step`, stays far under half a turn.
+        # The error of the current estimate, times `step`, stays far below half a turn.
         expected = theta * step
         theta = (expected + _wrap(angle[step] - expected)) / step
         step *= 2
@@ -288,14 +288,14 @@ def _wrap(angle: Tensor) -> Tensor:
 def _rotation(
     rot_q: Tensor, seen: _Layer, where: str
 ) -> tuple[Literal["half", "adjacent"], Tensor, float]:
-    """Layout, frequencies and scale: of all ways to read cos and sin, the one that q obeyed."""
+    """Layout, frequencies and scale: the reading of cos and sin that matches the queries."""
     nothing = torch.zeros(0, dtype=torch.float64)
     still = _misfit(rot_q, rot_q[:1].expand_as(rot_q))
     if "hook_cos" not in seen:
         if still < _tolerance(rot_q):
             return "half", nothing, 1.0
         raise PosheadsError(
-            f"{where} turns its queries, but shows no cosines and sines that it turns them by; "
+            f"{where} rotates its queries, but doesn't expose the cosines and sines; "
             f"this kind of attention is not supported"
         )
     cos, sin = (seen[name].reshape(-1, seen[name].shape[-1]) for name in ("hook_cos", "hook_sin"))
@@ -314,7 +314,7 @@ def _rotation(
             first = rot_q[:1].double().expand(rot_q.shape)
             predicted = rotate_by(first, torch.arange(len(rot_q)), geometry)
             misfit = _misfit(rot_q, predicted)
-            if misfit < 0.5 * best[0]:  # of equals, the first: Llama's, which most models have
+            if misfit < 0.5 * best[0]:  # prefer the first among equals: Llama's, the most common
                 best = (misfit, (layout, inv_freq))
         if best[0] < 0.1 * _tolerance(rot_q):
             break
@@ -335,7 +335,7 @@ def _misfit(x: Tensor, y: Tensor) -> float:
 
 
 def _whole_vectors(seen: _Layer, rot_q: Tensor, rot_k: Tensor) -> tuple[Tensor, Tensor]:
-    """The vectors that attention multiplies: with MLA the rotated part is only a piece of them."""
+    """The full query and key vectors: with MLA only a part of them is rotated."""
     q, k = seen.get("hook_q"), seen.get("hook_k")
     is_latent = q is not None and k is not None and q.ndim == 4 and q.shape[1] == rot_q.shape[1]
     if is_latent and q.shape[-1] > rot_q.shape[-1] and q.shape[2] == rot_q.shape[0]:  # type: ignore[union-attr]
@@ -360,7 +360,7 @@ def declared_scale(model: LensModel, layer: int, d_head: int) -> tuple[float, fl
 def measured_scale(
     q: Tensor, k: Tensor, scores: Tensor | None, softcap: float | None, declared: float, where: str
 ) -> float:
-    """Scores against products, by least squares; the declared number where both agree."""
+    """Least-squares factor of scores on products; the declared number if both agree."""
     visible = visible_keys(q, k, scores, declared, where)
     if scores is None or visible is None:
         return declared

@@ -1,4 +1,4 @@
-"""The live model: is it one that we can read, who hooks it, and hooks that leave no trace."""
+"""The live model: whether it is supported, which hooks it has, and hooks that clean up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POSITIONS = {
 
 
 class LensModel(Protocol):
-    """What this package uses of a model: HookedTransformer and TransformerBridge both have it."""
+    """The part of HookedTransformer and TransformerBridge that this package uses."""
 
     cfg: Any
     tokenizer: Any
@@ -55,14 +55,14 @@ class LensModel(Protocol):
 
 
 def model_name(model: LensModel) -> str:
-    """What results, titles and errors call the model."""
+    """The model's name in results, titles and errors."""
     return name_of(str(getattr(model.cfg, "model_name", None) or type(model).__name__))
 
 
 def name_of(source: str) -> str:
-    """A model's name from what it was loaded from: never a path.
+    """A model's name, derived from its source: never a path.
 
-    A folder's is its last part; a snapshot in the Hub's cache has its hub id; all else is a name.
+    For a folder, its last part; for a snapshot in the Hub's cache, its hub id; else the source.
 
     Example:
         >>> name_of("EleutherAI/pythia-70m"), name_of("/runs/my-model")
@@ -99,8 +99,8 @@ def require_rotary(model: LensModel) -> None:
         )
     if not hasattr(model, "blocks"):
         raise PosheadsError(
-            f"{model_name(model)} has no single row of blocks in TransformerLens (encoder and "
-            "decoder, or stacks that take turns), so its layers have no numbers; choose a "
+            f"{model_name(model)} has no single stack of blocks in TransformerLens (encoder and "
+            "decoder, or alternating stacks), so its layers can't be numbered; choose a "
             "decoder-only model"
         )
     if any(_hides_mrope(attention_of(model, layer)) for layer in range(int(model.cfg.n_layers))):
@@ -118,13 +118,13 @@ def attention_of(model: LensModel, layer: int) -> nn.Module | None:
 
 
 def is_native(attn: Any) -> bool:
-    """Whether the lens only looks on as transformers' own attention runs, as with GPT-J."""
+    """Whether transformers' own attention runs, which TransformerLens only observes (GPT-J)."""
     return type(attn).__name__ == "AttentionBridge"
 
 
 def _hides_mrope(attn: Any) -> bool:
-    # Where the lens shows it, as in Qwen3.5, the three positions of a text's token are the same,
-    # and the rotation is plain RoPE.
+    # Where TransformerLens shows it, as in Qwen3.5, a text token's three positions are equal and
+    # the rotation is plain RoPE.
     config = getattr(getattr(attn, "original_component", None), "config", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return is_native(attn) and "mrope_section" in rope
@@ -132,7 +132,7 @@ def _hides_mrope(attn: Any) -> bool:
 
 @contextmanager
 def instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Shadow a method on one object; the class, and other objects, keep theirs."""
+    """Replace a method on one object only; the class and other objects keep theirs."""
     before = owner.__dict__.get(name)
     owner.__dict__[name] = wrapper
     try:
@@ -146,16 +146,16 @@ def instance_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Itera
 
 @contextmanager
 def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[list[Any]]:
-    """Hooks on HookPoints that go when this leaves; everyone else's stay, in their order.
+    """Hooks on HookPoints that are removed on exit; all other hooks stay, in their order.
 
-    ``run_with_hooks`` would do, but for two things: it may also clear hooks of a caller's level,
-    and on the Bridge it looks up thousands of names at every call.
+    ``run_with_hooks`` has two drawbacks: it may also clear hooks of a caller's level, and on the
+    Bridge it looks up thousands of names at every call.
     """
     ours: list[tuple[Any, Any]] = []
     try:
         for point, hook in hooks:
             before = {id(handle) for handle in point.fwd_hooks}
-            # "Permanent" keeps a reset_hooks() that runs meanwhile from cutting the pass short.
+            # "Permanent" keeps a reset_hooks() in the meantime from removing them.
             point.add_hook(hook, is_permanent=True)
             ours += [(point, h) for h in point.fwd_hooks if id(h) not in before]
         yield [handle for _, handle in ours]
@@ -167,7 +167,7 @@ def own_hooks(hooks: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[list[
 
 @contextmanager
 def others_hooks_suspended(model: LensModel) -> Iterator[None]:
-    """Inside, no HookPoint calls anyone; afterwards all do again, in their order."""
+    """Inside, no hook is called; afterwards all are restored, in their order."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
     kept = [(point, point.__dict__["_forward_hooks"]) for point in points]
     for point, hooks in kept:
@@ -180,10 +180,9 @@ def others_hooks_suspended(model: LensModel) -> Iterator[None]:
 
 
 def require_clean(model: LensModel) -> None:
-    """Refuse a model on which someone forgot hooks: scores would be those of another model.
+    """Refuse a model with forgotten hooks: the scores would be those of a modified model.
 
-    Permanent hooks and those of a ``with model.hooks(...)`` that is still open are meant, and
-    stay in force.
+    Permanent hooks and those of an open ``with model.hooks(...)`` are intended and stay active.
     """
     dirty = [
         name
@@ -201,7 +200,7 @@ def require_clean(model: LensModel) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch works in the calling thread alone."""
+    """Inside, torch uses only the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -211,7 +210,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _offloading(module: nn.Module) -> list[Any]:
-    """The hooks by which accelerate brings a module's weights for a pass, and takes them away."""
+    """The hooks with which accelerate loads a module's weights for a pass and unloads them."""
     found = [getattr(module, "_hf_hook", None)]
     for hook in found:
         found += getattr(hook, "hooks", ())  # several, one after the other
@@ -219,9 +218,9 @@ def _offloading(module: nn.Module) -> list[Any]:
 
 
 def input_device(model: LensModel) -> torch.device:
-    """Where the model takes its tokens: that of its embedding, while it runs.
+    """The device for the model's tokens: that of its embedding during a pass.
 
-    Weights that accelerate offloaded lie on the device ``meta`` between passes.
+    Weights offloaded by accelerate are on the device ``meta`` between passes.
     """
     embed = getattr(model, "embed", model)
     device: torch.device = next(embed.parameters()).device
@@ -230,15 +229,15 @@ def input_device(model: LensModel) -> torch.device:
     hooks = [hook for module in embed.modules() for hook in _offloading(module)]
     if not hooks:
         raise PosheadsError(
-            f"{model_name(model)} has no weights (they are on the device 'meta', and no hook of "
-            "accelerate brings them); load the model with its weights"
+            f"{model_name(model)} has no weights (they are on the device 'meta', and accelerate "
+            "has no hook that loads them); load the model with its weights"
         )
     return torch.device(hooks[0].execution_device)
 
 
 @contextmanager
 def readable(module: nn.Module) -> Iterator[None]:
-    """Inside, weights of the module that accelerate offloaded are there; afterwards gone again."""
+    """Inside, the module's weights are loaded if accelerate has offloaded them."""
     with ExitStack() as stack:
         for part in module.modules():
             for hook in _offloading(part):
@@ -248,12 +247,12 @@ def readable(module: nn.Module) -> Iterator[None]:
 
 
 def require_own_biases(model: LensModel, layers: Iterable[int], what: str) -> None:
-    """Refuse heads a part of whose output the lens moved into the layer's output bias.
+    """Refuse heads part of whose output was folded into the layer's output bias.
 
-    ``fold_value_biases``, which ``enable_compatibility_mode()`` and
-    ``HookedTransformer.from_pretrained`` do by themselves, adds ``b_V W_O`` of all heads up in
-    ``b_O`` and sets ``b_V`` to zero. Which head had which part is then lost. Training leaves no
-    such model behind: biases that are there are not zero, all of them.
+    ``fold_value_biases``, the default of ``enable_compatibility_mode()`` and
+    ``HookedTransformer.from_pretrained``, adds ``b_V W_O`` of all heads to ``b_O`` and sets ``b_V``
+    to zero, so each head's part is lost. A trained model doesn't look like that: its value biases
+    are not all exactly zero.
 
     Raises:
         PosheadsError: one of the layers' value biases are all zero, and its output bias isn't.
@@ -267,15 +266,15 @@ def require_own_biases(model: LensModel, layers: Iterable[int], what: str) -> No
             if b_v is None or b_o is None or bool(b_v.any()) or not bool(b_o.any()):
                 continue
         raise PosheadsError(
-            f"{what} was asked of {model_name(model)}, in whose layer {layer} the value biases are "
-            "folded into the output bias: what the heads add by them would stay. Load it without "
+            f"{what} was requested for {model_name(model)}, but in layer {layer} the value biases "
+            "are folded into the output bias, where they would stay. Load it without "
             "fold_value_biases (enable_compatibility_mode(fold_value_biases=False), "
             "from_pretrained_no_processing, or tl_posheads.load_model), or use mode 'mean'"
         )
 
 
 class PassDone(Exception):
-    """Ends a forward pass from inside its last hook: the rest of it would be thrown away."""
+    """Ends a forward pass from inside its last hook: the rest isn't needed."""
 
 
 def run_forward(model: LensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -288,7 +287,7 @@ def run_forward(model: LensModel, tokens: Tensor, attention_mask: Tensor | None 
 def read_pass(
     model: LensModel, tokens: Tensor, readers: Sequence[tuple[Any, Callable[[Tensor], Any]]]
 ) -> None:
-    """One pass whose hook points show their values to ``readers``; it ends when all have seen."""
+    """One pass that passes hook values to ``readers`` and ends when all have been called."""
     waiting = set(range(len(readers)))
 
     def hook_of(number: int, read: Callable[[Tensor], Any]) -> Callable[..., None]:

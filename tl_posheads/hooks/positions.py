@@ -1,9 +1,8 @@
-"""Where the tokens of a running pass stand: in their texts, and as the model itself counts them.
+"""Positions of a running pass's tokens: in their texts, and as the model itself counts them.
 
-Padding and KV caches decide both. Where a row's text stands is read off the masked scores
-(:func:`text_keys`), the one place that every padded pass goes through, whoever made its mask. By
-how much a token was turned is known best where the model turns positions into angles
-(:func:`watched_positions`).
+Both depend on padding and KV caches. Where a row's text is follows from the masked scores
+(:func:`text_keys`), which every padded pass has, whoever made its mask. How far a token was
+rotated is best read where the model turns positions into angles (:func:`watched_positions`).
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from tl_posheads.hooks.model import LensModel, attention_of, instance_method, mo
 
 
 class Positions:
-    """Positions of what was rotated last: read them in a hook on ``hook_rot_q`` or ``hook_rot_k``.
+    """Positions of the vectors rotated last, for hooks on ``hook_rot_q`` or ``hook_rot_k``.
 
-    In a Bridge those of the new tokens; in a HookedTransformer, at ``hook_rot_k``, those of all
-    keys, since it rotates the cached ones afresh.
+    In a Bridge, those of the new tokens; in a HookedTransformer at ``hook_rot_k``, those of all
+    keys, because it rotates the cached ones again.
     """
 
     def __init__(self) -> None:
@@ -41,7 +40,7 @@ class Positions:
         """For ``x`` of shape ``[batch, pos, head, d_head]``."""
         last = self._last
         if last is None or last.shape[-1] != x.shape[1]:
-            # DeepSeek's fallback, and a layer run by itself: both count from 0.
+            # DeepSeek's fallback, and a layer run on its own: both count from 0.
             last = torch.arange(x.shape[1])
         return last.to(x.device).reshape(-1, x.shape[1]).expand(x.shape[0], -1)
 
@@ -49,27 +48,27 @@ class Positions:
         """Tokens of each row's text so far, those in a KV cache included; at least 1."""
         at, mask = self.of(x), self._mask
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= x.shape[1]:
-            # A Bridge counts on over padding on the right; a HookedTransformer stops there.
+            # A Bridge keeps counting over padding on the right; a HookedTransformer stops there.
             at = at.masked_fill(mask[:, -x.shape[1] :].to(x.device) == 0, 0)
         return [int(last) + 1 for last in at.amax(1)]
 
 
 def text_keys(scores: Float[Tensor, "batch head q_pos k_pos"]) -> Bool[Tensor, "batch k_pos"]:
-    """Which keys are text: those that some query sees, if only their own. None sees padding.
+    """Which keys are text: those that some query attends to. None attends to padding.
 
     Args:
-        scores: masked ones. The lens masks with -inf or about the dtype's lowest number.
+        scores: masked scores. TransformerLens masks with -inf or about the dtype's lowest number.
     """
-    # NaN is no mask. One head with scores so low there may be; not all, for all queries of a key.
+    # NaN is no mask. One head may have scores so low, but not all heads for all queries of a key.
     return ~(scores.detach().amax((1, 2)) < torch.finfo(scores.dtype).min / 2)
 
 
 class TextPositions:
-    """Where the queries of one layer's running pass stand: hook :meth:`read` on its scores.
+    """Positions of the queries of one layer's running pass: hook :meth:`read` on its scores.
 
     Attributes:
-        q: ``[batch, q_pos]``. 0 is the first token of the row's text, wherever in the row it
-            stands, and also where a KV cache holds it; -1 is padding, on either side.
+        q: ``[batch, q_pos]``. 0 is the first token of the row's text, wherever it is in the row
+            or the KV cache; -1 is padding on either side.
     """
 
     def __init__(self, windowed: bool) -> None:
@@ -81,7 +80,7 @@ class TextPositions:
         n_q, n_k = scores.shape[-2:]
         text = text_keys(scores)
         if self._windowed and n_k > n_q:
-            # The cache of a windowed layer forgets, and its window hides what it doesn't forget.
+            # The cache of a windowed layer drops keys, and its window masks others that it keeps.
             past, known = torch.ones_like(text[:, n_q:]), self._text
             if known is not None and len(known) == len(text) and known.shape[1] >= n_k - n_q:
                 past = known
@@ -93,14 +92,14 @@ class TextPositions:
 def key_positions(
     q_pos: Int[Tensor, "batch q_pos"], text: Bool[Tensor, "batch k_pos"]
 ) -> Int[Tensor, "batch k_pos"]:
-    """The model's positions of all keys, cached ones before, the last key being the last query's.
+    """The model's positions of all keys, cached ones first; the last key is the last query's.
 
     Args:
-        q_pos: the model's positions of the queries, which say what they like of padding.
-        text: as :func:`text_keys` gives it; between texts a model counts on, over padding.
+        q_pos: the model's positions of the queries, which may be anything at padding.
+        text: as from :func:`text_keys`; models keep counting over padding between texts.
     """
     before = text.cumsum(1)
-    # Counted from the row's last query that is text.
+    # Counted back from the row's last query that is text.
     n_q, n_k = q_pos.shape[1], text.shape[1]
     order = torch.arange(n_q, device=text.device)
     last = torch.where(text[:, n_k - n_q :], order, -1).amax(1, keepdim=True).clamp_min(0)
@@ -109,7 +108,7 @@ def key_positions(
 
 @contextmanager
 def watched_positions(model: LensModel) -> Iterator[Positions]:
-    """Inside, the positions of the running pass can be read from what this yields."""
+    """Yields an object that holds the positions of the running pass."""
     positions = Positions()
     with ExitStack() as stack:
         for layer in range(model.cfg.n_layers):
@@ -169,8 +168,8 @@ def _rotary_embedding(model: LensModel, positions: Positions) -> Callable[..., N
             return
         if at.ndim > 2:
             raise PosheadsError(
-                f"{model_name(model)} gives a token {at.shape[0]} positions (as models of pictures "
-                "do); only models with one position a token can be extended or edited"
+                f"{model_name(model)} gives a token {at.shape[0]} positions (as multimodal models "
+                "do); only models with one position per token can be extended or edited"
             )
         positions.put(at)
 

@@ -1,4 +1,4 @@
-"""What a result says of the programs that made it."""
+"""Provenance of results: the model and the software versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model_facts(model: LensModel) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide the numbers.
+    """Versions of this package and of those that affect the numbers.
 
     Example:
         >>> sorted(versions())

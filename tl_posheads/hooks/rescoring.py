@@ -1,4 +1,4 @@
-"""Scores of a live model computed again, for layers that are to see other distances."""
+"""Recomputed attention scores of a live model, for layers with remapped distances."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tl_posheads.rotary.remapping import only_heads, remapped_scores
 
 
 def require_scores(model: LensModel, what: str) -> None:
-    """Refuse models whose scores can't be computed again from rotated queries and keys.
+    """Refuse models whose scores can't be recomputed from rotated queries and keys.
 
     Raises:
         PosheadsError: GPT-J and multi-head latent attention, by name.
@@ -41,11 +41,11 @@ def require_scores(model: LensModel, what: str) -> None:
         if is_native(attn):
             why = "whose attention in TransformerLens shows its scores only afterwards"
         elif "MLA" in type(attn).__name__:
-            why = "whose rotated vectors are only a piece of its queries and keys"
+            why = "whose rotated vectors are only a part of its queries and keys"
         if why is not None:
             raise PosheadsError(
-                f"{what} was asked of {model_name(model)}, {why}; use a method that changes "
-                "frequencies alone, like YaRN, or an edit by scale= or shift="
+                f"{what} was requested for {model_name(model)}, {why}; use a method that changes "
+                "only frequencies, like YaRN, or an edit by scale= or shift="
             )
 
 
@@ -53,20 +53,20 @@ def require_scores(model: LensModel, what: str) -> None:
 def rescored(
     model: LensModel, layers: Mapping[int, LayerGeometry], positions: Positions
 ) -> Iterator[list[Any]]:
-    """Inside, the scores of ``layers`` are those of their geometry's remapping.
+    """Inside, the scores of ``layers`` follow their geometry's remapping.
 
-    Inside ``rotary_hook_points`` and ``watched_positions``. The scores are computed from what all
-    hooks on ``hook_rot_q`` and ``hook_rot_k`` leave of queries and keys, in float32 at least.
+    Use it inside ``rotary_hook_points`` and ``watched_positions``. The scores are computed from
+    queries and keys after all hooks on ``hook_rot_q`` and ``hook_rot_k``, in float32 at least.
 
     Yields:
         Handles of the hooks on the scores.
 
     Raises:
-        PosheadsError: from the hooks, where attention keeps its scores in half precision and they
+        PosheadsError: from the hooks, if attention stores its scores in half precision and they
             are so large that this rounds them by half a nat or more.
     """
     with ExitStack() as stack:
-        # One for all layers: they run one after the other, and nobody's tensors are held longer.
+        # One for all layers: they run one after the other, so no tensors are held longer.
         seen: dict[str, Tensor] = {}
         for layer in layers:
             attn: Any = attention_of(model, layer)
@@ -87,7 +87,7 @@ def rescored(
 
 @contextmanager
 def remapped(model: LensModel, layers: Mapping[int, LayerGeometry], name: str) -> Iterator[None]:
-    """Inside, ``layers`` see the distances of their remapping: the edit ``name`` is in force."""
+    """Inside, ``layers`` use the distances of their remapping: the edit ``name`` is active."""
     with ExitStack() as stack:
         stack.enter_context(rotary_hook_points(model))
         positions = stack.enter_context(watched_positions(model))
@@ -122,7 +122,7 @@ def _with_cached(update: Callable[..., Any], seen: dict[str, Tensor]) -> Callabl
 def _keep(
     point: Any, which: str, seen: dict[str, Tensor], positions: Positions
 ) -> Callable[..., Any]:
-    """The hook point's call, whose result is kept: no hook is sure to be the last one on it."""
+    """Keep the hook point's result: a hook couldn't be sure to be the last one on it."""
     call, turned = point._call_impl, getattr(point, "hook_conversion", None) is not None
 
     def call_and_keep(*args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., 
             scores.dtype,
         )
         out = scores.clone()  # autograd and others may hold the old ones
-        # Other heads' scores are never touched: they stay bit for bit.
+        # Other heads' scores stay identical bit for bit.
         for rows, new, unchanged in remapped_scores(q[:, :, heads], keys, q_pos, k_pos, alone):
             old = scores[:, heads, rows, : new.shape[-1]]
             stay = unchanged[:, None] | (old < lowest[:, :, rows])
@@ -160,8 +160,8 @@ def _rescore(seen: dict[str, Tensor], geometry: LayerGeometry) -> Callable[..., 
             if rounded >= MOST_ROUNDED:
                 raise PosheadsError(
                     f"scores of layer {geometry.layer} are so large that {old.dtype}, in which its "
-                    f"attention keeps them, rounds them by up to {rounded:.2g} nats; load the "
-                    "model in float32 (bfloat16 does where attention runs through fused kernels, "
+                    f"attention stores them, rounds them by up to {rounded:.2g} nats; load the "
+                    "model in float32 (bfloat16 suffices where attention uses fused kernels, "
                     "with no hook on scores or pattern)"
                 )
             out[:, heads, rows, : new.shape[-1]] = new.to(old.dtype)

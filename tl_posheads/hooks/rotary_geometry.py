@@ -1,4 +1,4 @@
-"""What RoPE does in every layer of a live model."""
+"""Rotary geometry of every layer of a live model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tl_posheads.hooks.measured_geometry import measured_layers
 from tl_posheads.hooks.model import LensModel, require_rotary
 from tl_posheads.rotary.geometry import LayerGeometry
 
-_SHORT = 64  # tokens that tell frequencies which don't depend on the length
+_SHORT = 64  # tokens that suffice for frequencies that don't depend on the length
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -19,9 +19,9 @@ class RotaryGeometry:
     """Rotary geometry of every layer of a model, read from the live model.
 
     Attributes:
-        model_name: as the lens calls it.
+        model_name: the model's name.
         layers: one :class:`LayerGeometry` per layer, by index.
-        length: tokens of the texts that it holds for; None where their length doesn't matter.
+        length: text length in tokens that it is valid for; None if the length doesn't matter.
     """
 
     model_name: str
@@ -32,28 +32,28 @@ class RotaryGeometry:
     def from_model(
         cls, model: LensModel, *, length: int = 64, layers: Sequence[int] | None = None
     ) -> RotaryGeometry:
-        """Measure the geometry with one forward pass that gives all positions the same vector.
+        """Measure the geometry in one forward pass in which all positions hold the same vector.
 
-        Every attention layer is handed the first position's vector at all of them, so what
-        ``hook_rot_q`` shows is the rotation alone. Frequencies come from the cosines and
-        sines that the pass really used, layout and width from what they did to the queries, the
-        attention scale from the scores. The configuration is not believed: in TransformerLens
-        it may hold another theta than the model.
+        Every attention layer gets the first position's vector at all positions, so
+        ``hook_rot_q`` shows only the rotation. Frequencies come from the cosines and sines that
+        the pass used, layout and width from their effect on the queries, and the attention scale
+        from the scores. The configuration isn't used: in TransformerLens its theta may differ
+        from the model's.
 
         Args:
             model: HookedTransformer or TransformerBridge with RoPE.
-            length: tokens of a text. Frequencies that depend on it (dynamic NTK, LongRoPE) are
-                those of this length.
-            layers: those to measure (all); the others, and those of a hybrid model that have no
-                attention, hold a placeholder without pairs.
+            length: text length in tokens, for frequencies that depend on it (dynamic NTK,
+                LongRoPE).
+            layers: layers to measure (default: all). The others, and layers of a hybrid model
+                without attention, get a placeholder without pairs.
 
         Raises:
-            PosheadsError: no RoPE (by name, before any forward); layers that the model doesn't
-                have; a rotation that is not understood, or attention that sees other keys than
-                all before or the last ones in a window.
+            PosheadsError: no RoPE (by name, before any forward pass); layers that the model
+                doesn't have; an unsupported rotation; attention to keys other than all earlier
+                ones or the last ones in a window.
         """
         require_rotary(model)
-        # A method in force is told the length; only the model's own rotation has to be seen at it.
+        # An active method gets the length; only the model's own rotation has to be measured at it.
         own = own_length_matters(model)
         seen = length if own else _SHORT
         name, measured = measured_layers(model, length=seen, layers=layers)

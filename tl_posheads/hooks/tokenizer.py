@@ -1,4 +1,4 @@
-"""How a checkpoint begins and ends its texts, whatever the lens has made of its tokenizer."""
+"""How a checkpoint begins and ends texts, even if TransformerLens changed its tokenizer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def tokenizer_of(model: Any) -> Any:
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise PosheadsError("the model has no tokenizer, which texts need; set model.tokenizer")
+        raise PosheadsError("the model has no tokenizer, but texts need one; set model.tokenizer")
     return tokenizer
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:
-    """Plain text's tokens, nothing added; names of special tokens in it are text."""
-    # verbose=False: a whole corpus is longer than any context, which is no news here.
+    """Tokens of plain text, nothing added; names of special tokens in it stay text."""
+    # verbose=False: a corpus is longer than any context, so the warning is no news.
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False
     )
@@ -29,10 +29,10 @@ def token_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def begin(tokenizer: Any) -> list[int]:
-    """What plain text begins with: BOS, or nothing where the checkpoint has none.
+    """The tokens that begin a plain text: BOS, or none if the checkpoint has no BOS.
 
-    The lens makes EOS the BOS of tokenizers that have none, like Qwen's. It isn't among what the
-    tokenizer was made with, by its files or its class.
+    TransformerLens sets BOS to EOS in tokenizers that have none, like Qwen's. A real BOS comes from
+    the tokenizer's own files or class.
     """
     bos, made_with = tokenizer.bos_token_id, getattr(tokenizer, "init_kwargs", None)
     if bos is None:
@@ -42,11 +42,10 @@ def begin(tokenizer: Any) -> list[int]:
 
 
 def generation_config(model: Any) -> Any:
-    """What the checkpoint says of generation: transformers' GenerationConfig.
+    """The checkpoint's generation settings: transformers' GenerationConfig.
 
-    That of the model inside a TransformerBridge or, on a HookedTransformer, the one that
-    ``load_model`` left there; otherwise the one beside the tokenizer's files, empty if there is
-    none.
+    From the model inside a TransformerBridge or, on a HookedTransformer, as stored by
+    ``load_model``; otherwise from the tokenizer's folder, or empty if there is none.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -68,11 +67,11 @@ def generation_config(model: Any) -> Any:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids any of which ends a text: EOS, and what ``generation_config`` lists, as chats need.
+    """Ids that end a text: EOS and those in ``generation_config``, which chat models need.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        tokenizer: the model's, None where it has none, or another.
+        tokenizer: the model's or another one; None without any.
     """
     eos = getattr(tokenizer, "eos_token_id", None)
     listed = generation_config(model).eos_token_id

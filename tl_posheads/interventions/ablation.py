@@ -1,7 +1,7 @@
-"""Head ablation: what a head writes is replaced, in every pass, until the context is left.
+"""Head ablation: a head's output is replaced in every forward pass inside a ``with`` block.
 
 A head's output is ``hook_z``, ``[batch, pos, head, d_head]``, before the output projection. It is
-replaced by zero, by its mean over a reference corpus, or by what the head wrote in another text.
+replaced by zero, by its mean over a reference corpus, or by the head's output on another text.
 The paper masks heads in the attention pattern (Hong et al. 2024, arXiv 2410.08703), which
 ``on="pattern"`` does.
 """
@@ -54,22 +54,22 @@ def ablation_hooks(
         model: HookedTransformer or TransformerBridge.
         heads: pairs ``(layer, head)`` as ``scores.top`` gives, names like ``"L6H6"``, one of
             either, or scores, whose top 5 % are taken; none gives no hooks.
-        mode: ``"zero"``; ``"mean"``, the head's mean over ``reference``; ``"resample"``, what the
-            head wrote at the same position in a text of ``reference``, the seed's choice for
+        mode: ``"zero"``; ``"mean"``, the head's mean over ``reference``; ``"resample"``, the
+            head's output at the same position of a text in ``reference``, drawn with the seed for
             every row of the batch.
-        reference: texts, run here and now: their mean does not change with later hooks. Without
-            padding: a list holds texts of unequal length.
+        reference: texts, run when this is called: later hooks don't change their mean. No padding:
+            give texts of unequal length as a list.
         per_position: the mean over texts at each position, not one mean over all positions.
-        positions: those to ablate, a slice or a list; None is all. Positions are those of the
-            text, here as in ``per_position`` and ``"resample"``: 0 is its first token, whatever
-            padding stands before it in its row and also when a KV cache holds a part of it.
+        positions: positions to ablate, a slice or a list; None ablates all. Here, and in
+            ``per_position`` and ``"resample"``, 0 is the text's first token, even after padding
+            and when a KV cache holds part of the text.
         on: ``"z"``, or ``"pattern"``, which sets the head's attention weights to zero (with mode
             ``"zero"`` alone; z is then zero too).
         seed: of the choice of texts in ``"resample"``.
 
     Returns:
-        Pairs of a hook point's name and a hook. They depend on each other; use all or none. At one
-        hook point the last of a list of hooks stands, as :func:`ablate` says.
+        Pairs of a hook point's name and a hook. They depend on each other; use all or none. If
+        several hooks share a hook point, the last one wins (see :func:`ablate`).
 
     Memory: ``head * d_head`` numbers, times the reference's positions with ``per_position`` and
     once more times its texts with ``"resample"``.
@@ -133,18 +133,18 @@ def ablate(
     on: Literal["z", "pattern"] = "z",
     seed: int = 0,
 ) -> Iterator[Any]:
-    """Inside, ``heads`` are ablated in everything that the model does.
+    """Ablate ``heads`` in everything that the model does inside the ``with`` block.
 
     Forward passes, ``generate`` with a KV cache, ``run_with_cache``, ``transformer_lens.patching``,
-    ``head_detector`` and hooks of one's own all see the ablated model. On leaving, whatever was
-    raised, no hook is left and the weights were never touched.
+    ``head_detector`` and your own hooks all see the ablated model. When the block ends, even by an
+    exception, all hooks are removed; the weights are never touched.
 
-    Hooks of one hook point run in the order in which they were added, and the last one's value
-    stands. An activation that is patched into ``hook_z`` inside therefore restores an ablated head,
-    a cache holds the replaced values, and of two ablations of a head the inner one stands (its
-    reference is run under the outer one). Entered inside ``model.hooks(...)``, the ablation
-    replaces what those hooks patched. What is done to an ablated head's queries or pattern has no
-    effect: ``hook_z`` comes after them.
+    Hooks at one hook point run in the order in which they were added, and the last value wins. So
+    an activation patched into ``hook_z`` inside restores an ablated head, a cache holds the
+    replaced values, and of two ablations of one head the inner one wins (its reference is run
+    under the outer one). Entered inside ``model.hooks(...)``, the ablation replaces what those
+    hooks patched. Changes to an ablated head's queries or pattern have no effect: ``hook_z`` comes
+    after them.
 
     Arguments, memory and errors are those of :func:`ablation_hooks`.
 
@@ -177,7 +177,7 @@ def reference_z(
     mode: Mode,
     per_position: bool = False,
 ) -> dict[int, Tensor | None]:
-    """What the heads of ``layers`` write in the documents, as ``mode`` needs it.
+    """Outputs of the heads of ``layers`` on the documents, in the form that ``mode`` needs.
 
     Returns:
         For each layer ``[head, d_head]``; ``[pos, head, d_head]`` with ``per_position``, up to the
@@ -230,9 +230,9 @@ def replacing(
     at: TextPositions | None = None,
     seed: int = 0,
 ) -> Callable[..., Tensor]:
-    """A hook on ``hook_z`` that puts ``values``, as :func:`reference_z` gives them, or zero.
+    """A hook that sets ``hook_z`` to ``values``, as :func:`reference_z` gives them, or to zero.
 
-    Without ``at``, a text begins with every row of every pass.
+    Without ``at``, every row of every pass begins a text.
     """
     members = list(heads)
 
@@ -245,7 +245,7 @@ def replacing(
             if values.ndim > 2:
                 if int(where.max()) >= values.shape[-3]:
                     raise reference_too_short(int(where.max()) + 1, values.shape[-3])
-                # Padding gets what position 0 gets; nobody sees it.
+                # Padding gets the value of position 0; nothing reads it.
                 row = where.clamp_min(0)
                 if values.ndim == 4:
                     text = chosen_text(len(new), z.shape[0], seed).to(z.device)
@@ -302,7 +302,7 @@ def reference_too_short(needed: int, length: int) -> PosheadsError:
 
 
 def _positions(positions: ChosenPositions) -> Callable[[Tensor], Tensor] | None:
-    """A test of absolute positions; None takes all."""
+    """A predicate on absolute positions; None accepts all."""
     if positions is None:
         return None
     if isinstance(positions, slice):
@@ -330,25 +330,25 @@ def _positions(positions: ChosenPositions) -> Callable[[Tensor], Tensor] | None:
 
 
 def check_native(model: LensModel, layers: Iterable[int], on: str, placed: bool) -> None:
-    """Refuse what can't be done where the lens only looks on as transformers computes attention.
+    """Refuse what can't be done where transformers computes attention and the lens only observes.
 
     Raises:
-        PosheadsError: the pattern, or some positions alone, of such a layer.
+        PosheadsError: an ablation of the pattern, or of some positions only, in such a layer.
     """
     asked = on == "pattern" or placed
     if asked and any(is_native(attention_of(model, layer)) for layer in layers):
         what = "on='pattern'" if on == "pattern" else "an ablation by position"
         raise PosheadsError(
-            f"{what} was asked of {model_name(model)}, whose attention in TransformerLens shows "
-            "its pattern only afterwards; use on='z' without positions, mode 'zero' or 'mean'"
+            f"{what} was asked of {model_name(model)}, whose attention in TransformerLens exposes "
+            "its pattern only after use; use on='z' without positions, mode 'zero' or 'mean'"
         )
 
 
 def check_on(on: str, mode: str) -> None:
-    """Refuse another place than z or pattern, and a pattern that is more than set to zero.
+    """Refuse ``on`` other than z or pattern, and pattern ablation in another mode than zero.
 
     Raises:
-        PosheadsError: as it says.
+        PosheadsError: either of these.
     """
     if on not in ("z", "pattern"):
         raise PosheadsError(f"on={on!r} was given; expected 'z' or 'pattern'")
@@ -360,10 +360,10 @@ def check_on(on: str, mode: str) -> None:
 
 
 def check_mode(mode: str, reference: Any, per_position: bool) -> None:
-    """Refuse a mode and a reference that don't go together.
+    """Refuse a mode and a reference that don't fit together.
 
     Raises:
-        PosheadsError: as it says.
+        PosheadsError: an unknown mode, or a reference that is missing or not used by the mode.
     """
     if mode not in MODES:
         raise PosheadsError(f"mode={mode!r} was given; expected one of {', '.join(MODES)}")

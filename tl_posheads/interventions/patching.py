@@ -42,7 +42,7 @@ Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""] | floa
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How far the positional score orders heads as patching does.
+    """How well the positional score's ranking of heads agrees with that of patching.
 
     Attributes:
         rho: Spearman's rho between the score and the share that patching a head restores.
@@ -111,8 +111,8 @@ class HeadPatching(Result):
     ) -> RankCorrelation:
         """Spearman's rho between the heads' positional scores and what patching them restores.
 
-        The effect is taken with its sign, towards the clean run: a positive rho says that heads
-        with a higher score restore more.
+        Effects are signed, towards the clean run: a positive rho means that heads with a higher
+        score restore more.
 
         Args:
             scores: those given to :func:`patch_heads` by default.
@@ -169,14 +169,14 @@ def patch_heads(
     Args:
         model: HookedTransformer or TransformerBridge in eval mode. Hooks inside a
             ``with model.hooks(...)`` stay in force in every run; the model is left as it was.
-        clean: tokens of the run that is copied from, a prompt that holds the needle for one; all
-            rows equally long, without padding.
-        corrupted: tokens of the run that is copied into; as many.
-        metric: one number from the logits ``[batch, pos, d_vocab]``: a scalar tensor or a float,
-            the log-probability of the answer for one. Called without gradient.
+        clean: tokens of the run to copy from, for example a prompt with the needle; rows of equal
+            length, without padding.
+        corrupted: tokens of the run to copy into, of the same shape.
+        metric: one number from the logits ``[batch, pos, d_vocab]``, a scalar tensor or a float:
+            for example the log-probability of the answer. Called without gradient.
         heads: ``(layer, head)`` pairs, patched in this order; all of the model by default. With
-            grouped queries these are query heads, which have an output each.
-        scores: positional scores of the same model, put beside the effects.
+            grouped queries these are query heads, each with its own output.
+        scores: positional scores of the same model, reported beside the effects.
         seed: of the bootstrap in :meth:`HeadPatching.rank_correlation`; patching draws nothing.
         progress: show a bar.
 
@@ -253,7 +253,7 @@ def _checked_tokens(model: LensModel, clean: Any, corrupted: Any) -> list[Int[Te
     if lengths[0] != lengths[1] or len(set(lengths[0])) > 1:
         raise PosheadsError(
             f"clean has rows of {lengths[0]} tokens and corrupted of {lengths[1]}; patching copies "
-            "position by position, so give prompts of equally many tokens"
+            "position by position, so give prompts of the same length"
         )
     stacked = [torch.stack(rows) for rows in both]
     if torch.equal(*stacked):
@@ -272,7 +272,7 @@ def _require_head_outputs(model: LensModel, cache: Any, names: Sequence[str]) ->
 
 
 def _rehearse(metric: Metric, shape: Sequence[int], model: LensModel, seed: int) -> None:
-    """Refuse a metric that gives no number, before any pass: on logits that nobody computed."""
+    """Refuse a metric that gives no number, before any pass, by calling it on random logits."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(*shape, int(model.cfg.d_vocab), generator=random)
     with torch.no_grad():
@@ -317,7 +317,7 @@ def _sweep(
         patched: Tensor = lens_patching.layer_head_vector_patch_setter(z.clone(), index, clean_z)
         return patched
 
-    # The lens shows a bar of its own and has no argument for it.
+    # The lens shows its own progress bar and has no argument to turn it off.
     bar = partial(tqdm, desc="patching", unit="head", disable=not progress, dynamic_ncols=True)
     with instance_method(lens_patching, "tqdm", bar):
         lens_patching.generic_activation_patch(

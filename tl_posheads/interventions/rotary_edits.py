@@ -1,9 +1,9 @@
-"""Causal edits of rotary pairs in chosen heads: what happens to attention if a pair says less,
-or something else, of the distance.
+"""Causal edits of rotary pairs in chosen heads: what happens to attention if a pair carries less
+information about token distance, or other information.
 
-A pair's contribution is ``q_m(i) . k_m(j)`` after rotation (design: ``c_m(i, j)``). What can be
-done to the query alone is done there. Where the key has to change, which grouped-query attention
-shares between heads, the scores of the chosen heads are computed again; no other head's change.
+A pair's contribution is ``q_m(i) . k_m(j)`` after rotation (design: ``c_m(i, j)``). Edits that
+need only the query change the query. Grouped-query attention shares keys between heads, so edits
+that would change keys recompute the scores of the chosen heads instead; other heads are unaffected.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ PairNumbers = int | range | Sequence[int]
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of each pair: by its number, and nothing that isn't edited.
+    """The edit of each edited pair, by pair number.
 
     Attributes:
         scale: factor on the contribution.
-        shift: tokens that the query is moved on.
+        shift: tokens by which the query is moved forward.
         freeze: the distance, in tokens, that the pair sees whatever the real one is.
-        source: the pair whose frequency it turns with.
+        source: the pair whose frequency it takes.
     """
 
     scale: dict[int, float] = field(default_factory=dict)
@@ -77,22 +77,22 @@ def edit_rotary(
     swap: Sequence[tuple[int, int]] | None = None,
     remap: Mapping[int, int] | None = None,
 ) -> Iterator[Any]:
-    """Inside, rotary pairs of ``heads`` contribute otherwise; all other heads are left alone.
+    """Edit the contribution of rotary pairs of ``heads`` inside the ``with`` block.
 
     Forward passes, ``generate`` with a KV cache, ``run_with_cache`` and everything of this package
-    see the edited model. Scores of heads that were not named stay bit for bit, also where they
-    share a key. An edit may stand inside an extrapolation method that changes frequencies; it then
-    edits what the method made. On leaving, whatever was raised, the model is as it was.
+    see the edited model. Scores of all other heads stay the same bit for bit, even where they share
+    a key. An edit may be entered inside an extrapolation method that changes frequencies; it then
+    edits the changed pairs. When the block ends, even by an exception, the model is as it was.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
         heads: as for :func:`tl_posheads.ablate`.
-        scale: factor on the contribution of pairs; 0 takes them out of the scores.
-        shift: tokens by which the query stands further on, for these pairs; may be negative.
+        scale: factor on the contribution of pairs; 0 removes them from the scores.
+        shift: tokens by which the query is moved forward, for these pairs; may be negative.
         freeze: the distance in tokens that pairs see instead of the real one; pairs without a
-            number see 0. Their content stays, the position is taken out.
-        swap: two pairs that turn with each other's frequency.
-        remap: a pair to the pair whose frequency it turns with.
+            number see 0. Their content stays, their position is removed.
+        swap: two pairs that exchange their frequencies.
+        remap: a pair to the pair whose frequency it takes.
 
         The keys of ``scale``, ``shift`` and ``freeze`` are one pair, a range or a tuple of them. A
         pair takes one edit.
@@ -127,7 +127,7 @@ def edited_rotary(
     edit: Edit,
     geometry: RotaryGeometry | None = None,
 ) -> Iterator[Any]:
-    """:func:`edit_rotary` of the heads of each layer; a geometry that is known isn't measured."""
+    """:func:`edit_rotary` for the heads of each layer; known geometries are not measured again."""
     _require_room(model, edit)
     with ExitStack() as stack:
         stack.enter_context(rotary_hook_points(model))
@@ -249,11 +249,11 @@ def _require_room(model: LensModel, edit: Edit) -> None:
             )
         if change.remapped and (edit.in_scores or edit.shift):
             raise PosheadsError(
-                f"{edit.name} was asked inside {change.name}, which sees other distances than the "
-                "text's; edit by scale= there, or inside a method of frequencies"
+                f"{edit.name} was asked inside {change.name}, which changes token distances; "
+                "use scale= there, or edit inside a method that changes frequencies"
             )
     if edit.in_scores or edit.shift:
-        require_fixed_frequencies(model, edit.name, "edit by scale= there")
+        require_fixed_frequencies(model, edit.name, "use scale= there")
     if edit.in_scores:
         require_scores(model, edit.name)
 
@@ -294,7 +294,7 @@ def _on_queries(heads: Sequence[int], layer: LayerGeometry, edit: Edit) -> Calla
 
 
 def _remapping(heads: Sequence[int], edit: Edit, layer: LayerGeometry) -> Remapping:
-    """Queries and keys at ``ratio * position``, where a pair then turns as the other would."""
+    """Queries and keys at ``ratio * position``, where a pair turns as the other one would."""
     ratio = torch.ones(layer.n_pairs, dtype=torch.float64)
     ahead = torch.zeros(layer.n_pairs, dtype=torch.float64)
     for pair, other in edit.source.items():

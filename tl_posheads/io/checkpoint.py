@@ -1,4 +1,4 @@
-"""What a long run has finished, kept in a folder so that it need not be done twice."""
+"""Finished parts of a long run, saved in a folder so that they aren't computed twice."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PLAN = "plan.json"
 
 
 class Checkpoint:
-    """A folder of finished units, each a safetensors file with a checksum over it and the plan.
+    """A folder of finished units, each a safetensors file with a checksum of it and the plan.
 
     Args:
-        folder: made if missing; None keeps nothing.
-        plan: what decides the numbers. Another run's folder is refused.
+        folder: created if missing; None saves nothing.
+        plan: everything that determines the numbers. A folder with another plan is refused.
 
     Raises:
         PosheadsError: the folder belongs to a run with another plan.
@@ -61,10 +61,10 @@ class Checkpoint:
             )
 
     def read(self, unit: str) -> dict[str, Tensor] | None:
-        """A finished unit's tensors; None where it isn't.
+        """A finished unit's tensors; None if it isn't finished.
 
-        One whose file can't be read, is damaged, or belongs to another plan is None, too, with a
-        warning: it has to be done again.
+        Also None, with a warning, if its file can't be read, is damaged or belongs to another
+        plan: the unit then has to be computed again.
         """
         if self.folder is None:
             return None
@@ -85,13 +85,13 @@ class Checkpoint:
         return tensors
 
     def write(self, unit: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a unit: the whole of it or, if stopped in between, nothing."""
+        """Save a unit completely or, if interrupted, not at all."""
         if self.folder is not None:
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             metadata = {"sha256": self._digest(unit, whole)}
             write_bytes(self.folder / f"{unit}.safetensors", save_tensors(whole, metadata))
 
     def _digest(self, unit: str, tensors: Mapping[str, Tensor]) -> str:
-        """Over the plan, too: two runs that begin at once in one folder don't mix."""
+        """Includes the plan, so that two runs that start at once in one folder don't mix."""
         parts = (self._plan, unit.encode(), save_tensors(dict(tensors)))
         return hashlib.sha256(b"\0".join(parts)).hexdigest()

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 PYTHON_DOCS = "python-docs"
 SUFFIXES = (".txt", ".md", ".rst")
 _BETWEEN = "\n\n"
-# ASCII's control characters but for tabs, line and page ends: binary files that happen to be UTF-8,
-# UTF-16 without its mark, encodings of escape sequences.
+# ASCII control characters except tabs, line and page ends. They mark binary files that happen to be
+# valid UTF-8, UTF-16 without a byte order mark, and encodings with escape sequences.
 _CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f]")
-# A text with more characters than this for each token asked for is sampled before it is
-# tokenised; gigabytes would take minutes and nearly all tokens would be thrown away.
+# A text with more characters than this per requested token is sampled before it is tokenised;
+# gigabytes would take minutes, and nearly all tokens would be thrown away.
 _ENOUGH_CHARACTERS = 64
 _LONGEST_NAME = 1024
 
 
 def corpus_provenance(name_or_path: str | os.PathLike[str]) -> dict[str, str | None]:
-    """Name and SHA-256 of the corpus's text; reads the files, so bad ones are refused here.
+    """Name and SHA-256 of a corpus; reads its files, so bad ones are refused here.
 
-    The hash is of the text as UTF-8, files joined by an empty line; None for a hub data set,
+    The hash is of the UTF-8 text, with files joined by an empty line; None for a hub data set,
     which is streamed.
 
     Raises:
@@ -64,18 +64,18 @@ def load_corpus(
     prepend_bos: bool = True,
     seed: int = 0,
 ) -> Int[Tensor, "doc pos"]:
-    """Documents of equal length from non-overlapping stretches spread evenly over a corpus.
+    """Documents of equal length, cut from non-overlapping parts spread evenly over a corpus.
 
     Args:
-        name_or_path: ``python-docs`` (the text that ships with every Python), a text file, a
-            folder of them (``.txt``, ``.md``, ``.rst``, below it too, hidden ones left out;
-            links to folders are left out with a warning), or a hub data set's id, ``id`` or
-            ``id:configuration``, whose ``text`` column is streamed through ``datasets``. Or texts
-            themselves, in a list.
-        model: anything with ``.tokenizer``; its special tokens' names in the text stay text.
-        n_docs: rows of the result. length: tokens of each, BOS included.
+        name_or_path: ``python-docs`` (documentation that ships with every Python), a text file, a
+            folder of them (``.txt``, ``.md``, ``.rst``, with subfolders, without hidden files;
+            links to folders are skipped with a warning), or a hub data set, ``id`` or
+            ``id:configuration``, whose ``text`` column is streamed through ``datasets``. Or a list
+            of texts.
+        model: anything with ``.tokenizer``; names of special tokens in the text stay text.
+        n_docs: rows of the result. length: tokens per row, BOS included.
         prepend_bos: put the checkpoint's BOS token first, if it has one.
-        seed: moves each document within its n_docs-th part of the corpus.
+        seed: shifts each document within its n_docs-th part of the corpus.
 
     Returns:
         LongTensor [doc, pos] on the CPU.
@@ -142,7 +142,7 @@ def _check_context(model: LensModel, length: int) -> None:
     n_ctx = context_length(model)
     if not n_ctx or length <= n_ctx:
         return
-    # HookedTransformer keeps a table of n_ctx rotations; the Bridge's models go on.
+    # HookedTransformer keeps a table of n_ctx rotations; the Bridge's models take longer texts.
     if type(model).__name__ == "HookedTransformer":
         raise PosheadsError(
             f"length={length} was given, but the model reads at most {n_ctx} tokens; lower length"
@@ -153,17 +153,17 @@ def _check_context(model: LensModel, length: int) -> None:
 def _sampled(
     text: str, tokenizer: Any, n_docs: int, body: int, rng: random.Random
 ) -> list[list[int]] | None:
-    """Rows from a stretch of characters in each part of a long text; None where that is short."""
+    """Rows from a piece of each part of a long text; None if a piece has too few tokens."""
     part, stretch = len(text) // n_docs, _ENOUGH_CHARACTERS // 2 * body
     if part < 2 * stretch:
         return None
-    # Drawn apart from the caller's stream, so that falling back to the whole text is no
-    # different from never having tried.
+    # A separate random stream, so that falling back to the whole text gives the same result
+    # as never having tried.
     rng = random.Random(rng.getstate()[1][1])
     rows = []
     for doc in range(n_docs):
         first = part * doc + rng.randint(0, part - stretch)
-        # Start behind white space, so that no word is cut and tokenised as another.
+        # Start after white space, so that no word is cut and tokenised as another.
         while first > 0 and first < part * doc + part - 1 and not text[first - 1].isspace():
             first += 1
         ids = token_ids(text[first : min(first + stretch, part * (doc + 1))], tokenizer)
@@ -208,7 +208,7 @@ def _folder(path: Path) -> str:
     for place, folders, files in os.walk(path, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for link in filter(os.path.islink, (os.path.join(place, name) for name in folders)):
-            warnings.warn(f"{link} is a link to a folder, whose texts are left out", stacklevel=4)
+            warnings.warn(f"{link} is a link to a folder, so its texts are left out", stacklevel=4)
         found += [Path(place, name) for name in files if not name.startswith(".")]
     chosen = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
     texts = [text for text in map(_file, chosen) if text.strip()]
@@ -240,20 +240,20 @@ def _file(path: Path) -> str:
             f"{control.start()}, so it is a binary file or in another encoding; leave it out, or "
             "convert it to plain text in UTF-8"
         )
-    # A byte order mark and the line ends of one system are no part of the text.
+    # A byte order mark and system-specific line ends are not part of the text.
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _require_datasets(name: str) -> None:
     if importlib.util.find_spec("datasets") is None:
         raise PosheadsError(
-            f"{name!r} is no corpus of ours ({PYTHON_DOCS}) and no path; to look it up as a hub "
-            "data set, pip install 'tl-posheads[datasets]'"
+            f"{name!r} is neither a built-in corpus ({PYTHON_DOCS}) nor a path; to look it up as a "
+            "hub data set, pip install 'tl-posheads[datasets]'"
         )
 
 
 def _streamed(name: str, n_characters: int) -> str:
-    """The first texts of a hub data set, as many as are needed."""
+    """As many of a hub data set's first texts as are needed."""
     _require_datasets(name)
     texts, n = [], 0
     try:
@@ -268,8 +268,8 @@ def _streamed(name: str, n_characters: int) -> str:
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PosheadsError(
-            f"{name!r} is no corpus of ours ({PYTHON_DOCS}) and no path, and the hub didn't give "
-            f"it as a data set ({line[:120]}); check the name and the connection"
+            f"{name!r} is neither a built-in corpus ({PYTHON_DOCS}) nor a path, and the hub didn't "
+            f"give it as a data set ({line[:120]}); check the name and the connection"
         ) from None
     if not n:
         raise PosheadsError(f"the data set {name!r} has no text; choose another")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, alone or as a folder with a label; and read."""
+"""Reading files, and writing them atomically, alone or as a folder with a label."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; killed in between, it leaves a ``.NAME.part`` behind."""
-    # Processes on two machines may have the same number.
+    """Write a file completely or not at all; if killed, it leaves a ``.NAME.part`` behind."""
+    # Processes on two machines may have the same process id.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
@@ -33,7 +33,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader finds the old file or the new one, never a half.
+    """Write ``text`` to ``path`` atomically: a reader finds either the old file or the new one.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -41,20 +41,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     ...     print((Path(folder) / "a.txt").read_text())
     whole
     """
-    # A path from the command line may hold bytes that are no text; they are shown escaped.
+    # A path from the command line may hold bytes that aren't text; they are escaped.
     write_bytes(Path(path), text.encode("utf-8", "backslashreplace"))
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a kill in :func:`write_bytes` left this file."""
+    """Whether a killed :func:`write_bytes` left this file."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
 def read_bytes(path: Path, largest: float = float("inf")) -> bytes:
-    """An ordinary file's content; a pipe would wait for ever, and a device never end.
+    """Content of a regular file; reading a pipe could block, and a device may never end.
 
     Raises:
-        ValueError: it is no file, or larger than ``largest`` bytes.
+        ValueError: not a regular file, or larger than ``largest`` bytes.
     """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
@@ -63,12 +63,12 @@ def read_bytes(path: Path, largest: float = float("inf")) -> bytes:
 
 
 def facts_sha256(facts: Mapping[str, Any]) -> str:
-    """Checksum of a label's facts, the same before they are written and after they are read."""
+    """Checksum of a label's facts, the same before writing and after reading."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def table_bytes(table: pd.DataFrame) -> bytes:
-    """A table as the content of a Parquet file, without its index."""
+    """A table as Parquet bytes, without its index."""
     out = io.BytesIO()
     table.to_parquet(out, index=False)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""GGUF files as folders that transformers loads: converted once, kept in the user's cache."""
+"""GGUF files, converted once to folders that transformers loads and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tl_posheads.io.gguf_tokenizer import as_trained, require_known_tokenizer
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-# To be raised with every change of what a conversion writes.
+# Raise it whenever a conversion writes something different.
 _CONVERSION = 2
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """One short line of a message that may run over pages, as transformers' do."""
+    """One short line of an error message, which may be pages long (transformers')."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= limit else line[: limit - 3] + "..."
@@ -36,7 +36,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and banners of other libraries between the lines of our own output."""
+    """Inside, other libraries print no progress bars and banners."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -50,7 +50,7 @@ def quiet() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept; ``TL_POSHEADS_CACHE`` overrides the user's cache."""
+    """Folder of converted models; ``TL_POSHEADS_CACHE`` overrides the user's cache."""
     own = os.environ.get("TL_POSHEADS_CACHE")
     if own:
         return Path(own).expanduser()
@@ -59,11 +59,11 @@ def cache_folder() -> Path:
 
 
 def converted(gguf: Path) -> Path:
-    """The GGUF file as a ``save_pretrained`` folder in the cache, made if it isn't there.
+    """The GGUF file as a ``save_pretrained`` folder in the cache, created if missing.
 
     Raises:
-        PosheadsError: the file is damaged, lacks weights, or says something of its positions or
-            its tokenizer that isn't understood; the cache can't be written.
+        PosheadsError: the file is damaged, lacks weights, or has unsupported metadata about
+            positions or tokenizer; the cache can't be written.
     """
     try:
         with gguf.open("rb") as file:
@@ -79,10 +79,10 @@ def converted(gguf: Path) -> Path:
     reader = _read(gguf)
     require_known_tokenizer(reader, gguf.name)
     rope = file_rope(reader, gguf.name)
-    print(f"Converting {gguf.name}, once, into {folder.parent}", file=sys.stderr)
+    print(f"Converting {gguf.name} (only once) into {folder.parent}", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: a run that is stopped, or a second one, sees all or nothing.
+        # Written elsewhere and renamed: an interrupted or a second run sees all or nothing.
         aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     except OSError as error:
         raise _unwritable(folder.parent, error) from None
@@ -101,9 +101,9 @@ def converted(gguf: Path) -> Path:
 
 
 def name_in(folder: Path) -> str | None:
-    """``general.name`` of the GGUF file that :func:`converted` made the folder of."""
+    """``general.name`` of the GGUF file that :func:`converted` made the folder from."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("_model_name_or_path")  # as transformers calls it
+    return config.get("_model_name_or_path")  # transformers' key
 
 
 def _unwritable(folder: Path, error: OSError) -> PosheadsError:
@@ -114,19 +114,19 @@ def _unwritable(folder: Path, error: OSError) -> PosheadsError:
 
 
 def require_complete(loaded: dict[str, Any], what: str) -> None:
-    """Refuse weights that transformers made up because it found none of their names.
+    """Refuse a model whose missing weights transformers has initialised at random.
 
-    Weights that it found no use for give a warning: they may be of a second head, or of layers that
-    the config has forgotten.
+    Unused weights give a warning: they may be those of a second head, or of layers that the config
+    doesn't list.
 
     Args:
-        loaded: what ``from_pretrained(..., output_loading_info=True)`` says.
-        what: the model's name for people.
+        loaded: loading info from ``from_pretrained(..., output_loading_info=True)``.
+        what: the model's name in messages.
     """
     if missing := sorted(loaded["missing_keys"]):
         raise PosheadsError(
-            f"{what} lacks {named(missing)}: transformers would draw them at random; get the model "
-            "again, or make its config say what it has"
+            f"{what} lacks {named(missing)}: transformers would initialise them at random; get the "
+            "model again, or correct its config"
         )
     if unused := sorted(loaded["unexpected_keys"]):
         warnings.warn(
@@ -135,18 +135,18 @@ def require_complete(loaded: dict[str, Any], what: str) -> None:
 
 
 def named(names: list[str], limit: int = 3) -> str:
-    """The first of many names, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def _read(path: Path) -> GGUFReader:
-    """Read every header and tensor extent; a file cut short fails here, not as wrong weights."""
+    """Read all headers and tensor extents, so that a truncated file fails here."""
     from gguf import GGUFReader
 
     try:
         return GGUFReader(str(path))
-    # the reader has no error of its own: numpy's, mmap's and struct's come through
+    # the reader has no error class of its own: it raises numpy's, mmap's and struct's
     except Exception as error:
         raise PosheadsError(
             f"{path} isn't a whole GGUF file ({first_line(error, 80)}); get it again"
@@ -175,8 +175,8 @@ def _convert(gguf: Path, reader: GGUFReader, rope: FileRope, folder: Path) -> No
     _require_all_read(read, reader, gguf.name)
     rope.check(read)
     tokenizer = as_trained(tokenizer, reader, gguf.name)
-    # transformers marks the model as quantised and then refuses to save it, although the
-    # weights are plain numbers by now; a twin without the mark can be saved.
+    # transformers marks the model as quantised and refuses to save it, although its weights
+    # are plain numbers by now; a copy without the mark can be saved.
     config = read.config
     for mark in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(mark, None)
@@ -184,7 +184,7 @@ def _convert(gguf: Path, reader: GGUFReader, rope: FileRope, folder: Path) -> No
         twin = type(read)(config)
     state = read.state_dict()
     twin.load_state_dict(state, assign=True)
-    # Dequantised weights need float32; a file of 16 bit weights is kept at half the size.
+    # Dequantised weights need float32; files with 16-bit weights stay at half the size.
     lossless = next(
         (
             dtype
@@ -203,7 +203,7 @@ def _require_all_read(model: Any, reader: GGUFReader, name: str) -> None:
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
     if getattr(getattr(model, "hf_quantizer", None), "supported", False):
-        return  # its newer reader leaves out layers of other predictors, rightly
+        return  # its newer reader rightly leaves out layers of other predictors
     tensors = {x.name: int(x.n_elements) for x in reader.tensors if "rope" not in x.name}
     if model.config.tie_word_embeddings:
         tensors.pop("output.weight", None)

@@ -1,7 +1,7 @@
-"""What a GGUF file says of positions, brought into a transformers configuration and checked.
+"""Positional metadata of a GGUF file, written into a transformers configuration and checked.
 
-transformers reads the base and drops the rest: scaling, frequency factors, windows. Meanings are
-llama.cpp's (``llama-model.cpp``, ``ggml_rope_ext``), names those of the GGUF specification.
+transformers reads the base and drops the rest: scaling, frequency factors, windows. Keys are those
+of the GGUF specification, with llama.cpp's meanings (``llama-model.cpp``, ``ggml_rope_ext``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tl_posheads.errors import PosheadsError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-# scale_linear is scaling.factor in old files. Sections turn the same for every text token.
+# scale_linear is scaling.factor in old files. For text tokens, all sections rotate alike.
 _KEYS = re.compile(
     r"rope\.(dimension_(count|sections)|freq_base(_swa)?|scale_linear|scaling\.(type|factor|"
     r"original_context_length|attn_factor|finetuned|yarn_(ext_factor|attn_factor|beta_fast|"
     r"beta_slow|log_multiplier)))"
 )
-# The first is what silence means.
+# The first is the default where the file has none.
 _UNDERSTOOD = {
     "rope.scaling.type": ("linear", "none", "yarn", "longrope"),
     "rope.scaling.yarn_ext_factor": (1.0,),
@@ -38,28 +38,28 @@ _BOTH, _SHORT, _LONG = _TENSORS = (
     "rope_factors_short.weight",
     "rope_factors_long.weight",
 )
-_LOCAL_THETA = {"gemma3": 10000.0}  # of layers with a window, where the file doesn't say it
-_LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the one whose scores are scaled otherwise
-_WINDOWED = {"gemma2", "gemma3", "gpt-oss", "phi3"}  # whose windows transformers' config holds
+_LOCAL_THETA = {"gemma3": 10000.0}  # of layers with a window, where the file has none
+_LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the model with a different score scale
+_WINDOWED = {"gemma2", "gemma3", "gpt-oss", "phi3"}  # with windows in transformers' config
 
 
 @dataclass(frozen=True, eq=False)
 class FileRope:
-    """RoPE as the file says it.
+    """RoPE as described in the file.
 
     Attributes:
-        name: of the file.
-        rotary_dim, d_head: coordinates that are turned, of how many.
-        theta, local_theta: base of the frequencies; that of layers with a window, None for the
+        name: the file's name.
+        rotary_dim, d_head: number of rotated coordinates, and of all coordinates.
+        theta, local_theta: base of the frequencies, and that of layers with a window; None if the
             same.
-        context, original: tokens that the model takes; that it took before scaling.
-        yarn: factor and both betas, None without.
-        short, long: what frequencies are divided by, up to ``original`` tokens and beyond,
-            ``[rotary_dim / 2]``; the linear factor is in it.
-        scale: length that the rotation multiplies by.
-        window: tokens that windowed layers see, None without; ``windowed``: which those are, None
-            where the file leaves it to the architecture.
-        attention: what transformers' config calls by other names: scale and softcaps of scores.
+        context, original: context length now, and before scaling, in tokens.
+        yarn: factor and both betas; None without YaRN.
+        short, long: divisors of the frequencies, up to ``original`` tokens and beyond,
+            ``[rotary_dim / 2]``; they include the linear factor.
+        scale: factor of the rotation on a vector's length.
+        window: tokens that windowed layers attend to, None without; ``windowed``: which layers,
+            None where the architecture decides.
+        attention: scale and softcaps of scores, by the names in transformers' config.
     """
 
     name: str
@@ -79,13 +79,13 @@ class FileRope:
 
     @property
     def inv_freq(self) -> Float[np.ndarray, " pair"]:
-        """Radians a token of each pair, in texts of up to ``original`` tokens."""
+        """Radians per token of each pair, in texts of up to ``original`` tokens."""
         own = _frequencies(self.theta, self.rotary_dim)
         if self.yarn is None:
             return np.asarray(own / self.short)
         factor, fast, slow = self.yarn
 
-        def pair(turns: float) -> float:  # which turns so often within the original context
+        def pair(turns: float) -> float:  # pair that makes so many turns in the original context
             wave = math.log(self.original / (turns * 2 * math.pi))
             return self.rotary_dim * wave / (2 * math.log(self.theta))
 
@@ -95,7 +95,7 @@ class FileRope:
         return own * (1 - ramp) + own / factor * ramp
 
     def parameters(self) -> dict[str, Any]:
-        """The same as transformers' ``rope_parameters`` of layers without a window."""
+        """As transformers' ``rope_parameters`` of layers without a window."""
         base: dict[str, Any] = {"rope_theta": self.theta, "rope_type": "default"}
         if self.rotary_dim != self.d_head:
             base["partial_rotary_factor"] = self.rotary_dim / self.d_head
@@ -123,7 +123,7 @@ class FileRope:
         )
 
     def write(self, config: Any) -> None:
-        """Into a transformers configuration, in place."""
+        """Write it into a transformers configuration, in place."""
         old = getattr(config, "rope_parameters", None)
         if not old:
             return
@@ -156,7 +156,7 @@ class FileRope:
         """Compare with the frequencies that the transformers model computes with.
 
         Raises:
-            PosheadsError: a family whose code doesn't do what its file says.
+            PosheadsError: transformers' code for the family doesn't match the file.
         """
         found = False
         for module in model.modules():
@@ -178,22 +178,23 @@ class FileRope:
                     )
                 ):
                     raise PosheadsError(
-                        f"{self.name} says {_few(right)} radians a token, scaled by {scale:.4g}, "
-                        f"and transformers' {type(model).__name__} turns by {_few(ours)}; give a "
+                        f"{self.name} says {_few(right)} radians per token, scaled by {scale:.4g}, "
+                        f"but transformers' {type(model).__name__} turns by {_few(ours)}; give a "
                         "folder or hub id of the same model"
                     )
         if not found and getattr(model.config, "rope_parameters", None):
             raise PosheadsError(
-                f"how transformers' {type(model).__name__} turns queries and keys isn't seen, so "
-                f"it can't be compared with {self.name}; give a folder or hub id of the same model"
+                f"transformers' {type(model).__name__} doesn't show how it rotates queries and "
+                f"keys, so it can't be compared with {self.name}; give a folder or hub id of the "
+                "same model"
             )
 
 
 def file_rope(reader: GGUFReader, name: str) -> FileRope:
-    """Read what a file says of positions.
+    """Read the positional metadata of a file.
 
     Raises:
-        PosheadsError: a key or tensor that isn't understood, or two that contradict each other.
+        PosheadsError: an unsupported key or tensor, or two that contradict each other.
     """
     said = _Said(reader, name)
     _require_understood(said)
@@ -230,7 +231,7 @@ def file_rope(reader: GGUFReader, name: str) -> FileRope:
 
 
 class _Said:
-    """A file's metadata by llama.cpp's names without the architecture's."""
+    """A file's metadata by llama.cpp's keys, without the architecture's prefix."""
 
     def __init__(self, reader: GGUFReader, name: str) -> None:
         self.reader, self.name = reader, name
@@ -249,8 +250,8 @@ class _Said:
     def refused(self, *keys: str, of: str = "") -> PosheadsError:
         said = of or ", ".join(f"{self.architecture}.{key}={self.get(key)!r}" for key in keys)
         return PosheadsError(
-            f"{self.name} says {said}, which isn't understood here; give a folder or hub id of the "
-            "same model"
+            f"{self.name} says {said}, which isn't supported; give a folder or hub id of the same "
+            "model"
         )
 
 
@@ -268,13 +269,13 @@ def _require_understood(said: _Said) -> None:
     if said.get("attention.sliding_window") and said.architecture not in _WINDOWED:
         raise said.refused("attention.sliding_window")
     if unknown := set(said.tensors).difference(_TENSORS):
-        raise said.refused(of=f"how to turn in the tensor {min(unknown)}")
+        raise said.refused(of=f"how to rotate in the tensor {min(unknown)}")
 
 
 def _divisors(
     said: _Said, kind: str, factor: float, n_pairs: int
 ) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
-    """What frequencies are divided by, within the original context and beyond."""
+    """Divisors of the frequencies, within the original context and beyond."""
     from gguf.quants import dequantize
 
     factors = {}
@@ -301,7 +302,7 @@ def _windowed(said: _Said) -> list[bool] | None:
     pattern = said.get("attention.sliding_window_pattern")
     if pattern is None or isinstance(pattern, list):
         return pattern
-    # Every pattern-th layer sees everything; 0 is none of them.
+    # Every pattern-th layer has global attention; 0 means none of them.
     layers = range(said.get("block_count"))
     return [not pattern or i % pattern < pattern - 1 for i in layers]
 
@@ -311,7 +312,7 @@ def _attention(said: _Said, d_head: int, heads: int) -> dict[str, float]:
     found = {key: said.get(key) for key in softcaps if said.get(key) is not None}
     scale = said.get("attention.scale")
     if said.architecture in _LARGEST:
-        # Seldom in the file: llama.cpp knows the largest model by its layers.
+        # Rarely in the file: llama.cpp recognises the largest model by its number of layers.
         largest = said.get("block_count") == _LARGEST[said.architecture]
         own = said.get("embedding_length") / heads if largest else d_head
         found["query_pre_attn_scalar"] = d_head = round(scale**-2 if scale else own)

@@ -1,7 +1,7 @@
-"""A GGUF file's tokenizer: it cuts text as in training, or the file is refused by name.
+"""A GGUF file's tokenizer: it splits text as in training, or the file is refused.
 
-A GGUF file only names how text is cut before BPE (``tokenizer.ggml.pre``); the regular expression
-stands in llama.cpp. transformers takes GPT-2's for every name that it doesn't know.
+A GGUF file only names the pre-tokenizer (``tokenizer.ggml.pre``); its regular expression is in
+llama.cpp. transformers uses GPT-2's for every name that it doesn't know.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What stands before BPE.
+    """Pre-tokenization before BPE.
 
     Attributes:
-        splits: regular expressions whose matches are set apart, one after the other.
-        gpt2: whether GPT-2's own expression comes last.
-        nfc: whether text is composed (Unicode NFC) first.
-        whole_words: whether a piece that is a token stays whole, whatever the merges say.
+        splits: regular expressions that split the text, applied one after the other.
+        gpt2: whether GPT-2's own expression is applied last.
+        nfc: whether text is normalised to Unicode NFC first.
+        whole_words: whether a piece that is a token stays whole, regardless of the merges.
     """
 
     splits: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ _DEEPSEEK3 = (
 )
 _DIGITS = _Cut((r"\p{N}",), gpt2=True)
 
-# Those of which both llama.cpp and the authors' own tokenizers are known and agree.
+# Those for which llama.cpp and the authors' own tokenizers are both known and agree.
 _CUTS = {
     "gpt-2": _Cut(gpt2=True),
     **dict.fromkeys(("smollm", "starcoder", "refact"), _DIGITS),
@@ -72,9 +72,9 @@ _CUTS = {
 
 
 def require_known_tokenizer(reader: GGUFReader, name: str) -> None:
-    """Refuse a file whose text would be cut otherwise than in training, before it is converted."""
+    """Refuse, before conversion, a file whose text would be split differently than in training."""
     kind = _field(reader, "model")
-    if kind in ("llama", "gemma4"):  # SentencePiece, which cuts nothing beforehand
+    if kind in ("llama", "gemma4"):  # SentencePiece, which has no pre-tokenizer
         return
     if kind != "gpt2":
         raise PosheadsError(
@@ -84,14 +84,14 @@ def require_known_tokenizer(reader: GGUFReader, name: str) -> None:
     pre = _field(reader, "pre")
     if pre not in _CUTS:
         raise PosheadsError(
-            f"{name} says that its text is cut by {pre!r} (tokenizer.ggml.pre), which isn't known "
-            f"here; expected one of {', '.join(sorted(_CUTS))}. Give a folder or hub id of the "
-            "same model"
+            f"{name} says that its text is cut by {pre!r} (tokenizer.ggml.pre), which isn't "
+            f"supported; expected one of {', '.join(sorted(_CUTS))}. Give a folder or hub id of "
+            "the same model"
         )
 
 
 def as_trained(tokenizer: Any, reader: GGUFReader, name: str) -> Any:
-    """transformers' tokenizer of the file, made to cut text as the file says."""
+    """transformers' tokenizer of the file, corrected to split text as the file says."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     inner = tokenizer.backend_tokenizer
@@ -110,18 +110,18 @@ def as_trained(tokenizer: Any, reader: GGUFReader, name: str) -> Any:
         begins = inner.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
         if stated is not None and stated != begins:
             raise PosheadsError(
-                f"{name} says add_space_prefix={stated} of its tokenizer, and transformers doesn't "
+                f"{name} says add_space_prefix={stated} of its tokenizer, but transformers doesn't "
                 "read that; give a folder or hub id of the same model"
             )
     return _with_own_tokens(tokenizer, reader, name)
 
 
 def _with_own_tokens(tokenizer: Any, reader: GGUFReader, name: str) -> Any:
-    """With the file's tokens and no other, and its special tokens where it has them.
+    """The tokenizer with exactly the file's tokens, and special tokens at the file's ids.
 
-    transformers adds GPT-2's ``<|endoftext|>`` to a BPE file that says no unknown token, and
-    spells names with letters beyond the byte alphabet anew (DeepSeek's), so that BOS is a new token
-    that the model has no embedding for.
+    transformers adds GPT-2's ``<|endoftext|>`` to a BPE file without an unknown token, and respells
+    names with letters outside the byte alphabet (DeepSeek's), which makes BOS a new token without
+    an embedding.
     """
     from tokenizers import Tokenizer
 
@@ -143,7 +143,7 @@ def _with_own_tokens(tokenizer: Any, reader: GGUFReader, name: str) -> Any:
             {"id": at, "content": tokens[at], "special": True, **plain}
             for at in sorted(set(special.values()) - known)
         ]
-    # No public way to take a token away or to rename one.
+    # There is no public way to remove or rename a token.
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(whole))
     tokenizer.update_post_processor()
     wrong = [

@@ -1,6 +1,6 @@
-"""Models by name: a registry name, a GGUF file, a local folder or a hub id, hookable by the lens.
+"""Load models by registry name, GGUF file, local folder or hub id into TransformerLens.
 
-Weights are never folded or centred: the numbers are those of the checkpoint as it was trained.
+Weights are never folded or centred: they stay those of the checkpoint as it was trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REGISTRY = {
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# What HookedTransformer's own rotary code computes; the rest goes to the Bridge.
+# Types that HookedTransformer's own rotary code computes; others go to the Bridge.
 _HOOKED_ROPE = {"default", "llama3"}
 _CHECK_TOKENS = 48
 
@@ -56,31 +56,30 @@ def load_model(
     """Load a model into TransformerLens with the checkpoint's own, unprocessed weights.
 
     Args:
-        name_or_path: a registry name (``smollm2-135m``), else an existing GGUF file or folder
-            from ``save_pretrained``, else a hub id; looked up in this order. A GGUF file is
-            converted once and kept in the cache ($TL_POSHEADS_CACHE, else the user's).
+        name_or_path: a registry name (``smollm2-135m``), an existing GGUF file or folder from
+            ``save_pretrained``, or a hub id; tried in this order. A GGUF file is converted
+            once and kept in the cache ($TL_POSHEADS_CACHE, else the user's).
         cls: ``"hooked"`` for HookedTransformer, ``"bridge"`` for TransformerBridge. None takes
             HookedTransformer where the installed version has it and converts the architecture
             faithfully (compared with the original on a few tokens), else TransformerBridge.
-        device: None is CUDA, else MPS, else the CPU.
-        dtype: a torch dtype or its name. None is float32 on the CPU and the checkpoint's own
+        device: None means CUDA, else MPS, else the CPU.
+        dtype: a torch dtype or its name. None means float32 on the CPU and the checkpoint's own
             dtype on an accelerator.
-        n_devices, device_map: spread a model too large for one GPU over several, as
-            ``TransformerBridge.boot_transformers`` takes them; in place of ``device``. Scores are
-            counted on each layer's own device.
+        n_devices, device_map: spread a model too large for one GPU over several, as in
+            ``TransformerBridge.boot_transformers``; instead of ``device``. Scores are computed on
+            each layer's own device.
         revision: of a hub id: a branch, tag or commit, like ``"step1000"`` of Pythia.
 
     Returns:
-        A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``. Results call it
-        by ``cfg.model_name``: the registry name or hub id, ``general.name`` of a GGUF file, or the
-        folder's last part.
+        A HookedTransformer or TransformerBridge in eval mode, with ``.tokenizer``. Its name in
+        results is ``cfg.model_name``: the registry name or hub id, ``general.name`` of a GGUF file,
+        or the folder's last part.
 
     Raises:
-        PosheadsError: the name leads nowhere, the file is damaged or lacks weights, a GGUF file
-            says something of positions or tokenizer that isn't understood, the class doesn't exist
-            in the installed version, or device or dtype can't be had; ``n_devices`` or
-            ``device_map`` beside ``device`` or ``cls="hooked"``; a ``revision`` of what is on the
-            disk.
+        PosheadsError: nothing found by that name, a damaged file or missing weights, unsupported
+            positions or tokenizer in a GGUF file, a class that the installed version lacks, an
+            unavailable device or dtype, ``n_devices`` or ``device_map`` with ``device`` or
+            ``cls="hooked"``, or ``revision`` with a local model.
 
     Example:
         >>> load_model("missing/model.gguf")
@@ -101,17 +100,17 @@ def load_model(
     }
     if spread and (device is not None or cls == "hooked"):
         raise PosheadsError(
-            f"{' and '.join(spread)} was given beside "
+            f"{' and '.join(spread)} was given together with "
             f"{'device' if device is not None else 'cls=' + repr(cls)}; only a TransformerBridge "
-            "is spread over devices, and it says itself which"
+            "can be spread over devices, and it chooses them itself"
         )
     device, dtype = _device(device), _dtype(dtype)
     source, readable = _resolve(os.fspath(name_or_path))
     if revision is not None:
         if Path(source).is_dir():
             raise PosheadsError(
-                f"revision={revision!r} was given for {readable}, which is on the disk; only a hub "
-                "id has revisions"
+                f"revision={revision!r} was given for {readable}, which is on the disk; only hub "
+                "ids have revisions"
             )
         readable = f"{readable}@{revision}"
     at = {} if revision is None else {"revision": revision}
@@ -138,7 +137,7 @@ def load_model(
                     ) from None
         if model is None:
             where = {**(spread or {"device": str(device)}), **at}
-            # Loads the weights itself where there is no hf_model.
+            # Loads the weights itself without hf_model.
             with _complete_loads(readable):
                 model = _bridge(source, config, hf_model, tokenizer, dtype, where)
     model.cfg.model_name = readable
@@ -148,7 +147,7 @@ def load_model(
 
 
 class _NotConvertible(Exception):
-    """HookedTransformer can't take this model; the text says why."""
+    """HookedTransformer can't hold this model; the message says why."""
 
 
 def _lens_version() -> str:
@@ -169,7 +168,7 @@ def _device(device: Any) -> Any:
         if found.type == "meta":
             raise ValueError("it holds no numbers")
         torch.empty(0, device=found)
-    # torch raises RuntimeError, AssertionError, NotImplementedError or TypeError by the case
+    # torch raises RuntimeError, AssertionError, NotImplementedError or TypeError here
     except Exception as error:
         raise PosheadsError(
             f"device={str(device)!r} can't be used here ({first_line(error, 80)}); give 'cpu', or "
@@ -206,7 +205,7 @@ def _own_dtype(config: Any, device: Any) -> Any:
 
 
 def _resolve(name: str) -> tuple[str, str]:
-    """Where transformers finds the model (a folder or a hub id), and a name for people."""
+    """The folder or hub id for transformers, and a readable name."""
     if name.lower() in REGISTRY:
         return str(converted(_registered(name.lower()))), name.lower()
     path = Path(os.path.expanduser(name))
@@ -254,14 +253,14 @@ def _from_pretrained(auto: str, source: str, **options: Any) -> Any:
                 "save_pretrained writes"
             ) from None
         raise PosheadsError(
-            f"{source!r} is no registry name ({', '.join(REGISTRY)}) and no path, and the hub "
-            f"didn't give it ({first_line(error, 120)}); check the name and the connection"
+            f"{source!r} is neither a registry name ({', '.join(REGISTRY)}) nor a path, and the "
+            f"hub didn't give it ({first_line(error, 120)}); check the name and the connection"
         ) from None
 
 
 @contextlib.contextmanager
 def _complete_loads(readable: str) -> Iterator[None]:
-    """Whatever transformers loads meanwhile, for the lens, lacks no weight."""
+    """Inside, models that transformers loads for TransformerLens must lack no weight."""
     from transformers import PreTrainedModel
 
     own = PreTrainedModel.__dict__["from_pretrained"]
@@ -306,22 +305,22 @@ def _bridge(
         )
     except PosheadsError:
         raise
-    # each adapter has its own way to fail; all mean the same to the user
+    # adapters fail with various errors that mean the same to the user
     except Exception as error:
         spread = "" if "device" in where else f" with {where}"
         raise PosheadsError(
             f"transformer-lens {_lens_version()} can't load {_architecture(config)}{spread} "
-            f"({first_line(error)}); choose another {'model' if not spread else 'spread'}"
+            f"({first_line(error)}); choose another {'model' if not spread else 'placement'}"
         ) from error
 
 
 def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any) -> Any:
-    """A HookedTransformer from a loaded model of any architecture that the lens converts.
+    """A HookedTransformer from a loaded model of any architecture that TransformerLens converts.
 
-    ``from_pretrained`` of the lens takes only names from its list; its converters take more.
+    ``HookedTransformer.from_pretrained`` takes only names on its list; its converters take more.
     """
     if hf_model is None:
-        raise _NotConvertible("it is no causal language model")
+        raise _NotConvertible("it is not a causal language model")
     other = _rope_types(hf_model.config) - _HOOKED_ROPE
     if other:
         raise _NotConvertible(f"its rotary scaling is {', '.join(sorted(other))}")
@@ -333,7 +332,7 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
             name = folder
             if source in loading.OFFICIAL_MODEL_NAMES:
                 name = source
-            # The lens reads the architecture from here, and some checkpoints don't say it.
+            # TransformerLens reads the architecture from here; some checkpoints lack it.
             hf_model.config.architectures = [type(hf_model).__name__]
             hf_model.config.save_pretrained(folder)
             cfg = loading.get_pretrained_model_config(
@@ -341,11 +340,11 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
             )
             state = loading.get_pretrained_state_dict(name, cfg, hf_model, dtype=dtype)
         if cfg.positional_embedding_type == "rotary":
-            # The lens caps it for many families; tables of rotations grow as they are needed.
+            # TransformerLens caps it for many families; rotation tables grow as needed.
             cfg.n_ctx = declared_length(hf_model.config) or cfg.n_ctx
         cfg.tokenizer_name = source
         with warnings.catch_warnings():
-            # The user's choice where both exist; this module knows that 4.0 drops it.
+            # The user chose it where both exist; the deprecation in 4.0 is handled here.
             warnings.simplefilter("ignore", DeprecationWarning)
             model = HookedTransformer(cfg, tokenizer, move_to_device=False)
         model.load_and_process_state_dict(
@@ -356,9 +355,9 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
             fold_value_biases=False,
         )
         model = model.to(device).eval()
-        model.generation_config = hf_model.generation_config  # the end tokens of chats, for one
+        model.generation_config = hf_model.generation_config  # has the end tokens of chats
         gap, allowed = _disagreement(model, hf_model), 1e-3 if dtype.itemsize >= 4 else 0.5
-    # a converter meets an unforeseen config with KeyError, AttributeError, shape errors, ...
+    # an unforeseen config makes converters raise KeyError, AttributeError, shape errors, ...
     except Exception as error:
         raise _NotConvertible(first_line(error, 120)) from None
     if not gap <= allowed:
@@ -370,7 +369,7 @@ def _hooked(source: str, hf_model: Any, tokenizer: Any, device: Any, dtype: Any)
 
 
 def _disagreement(model: Any, hf_model: Any) -> float:
-    """Largest gap of log-probabilities to the original, on fixed random tokens."""
+    """Largest difference in log-probabilities from the original, on fixed random tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""One base for results that are saved in a folder and checked when they are loaded."""
+"""Base class of results, which are saved in a folder and checked when loaded."""
 
 from __future__ import annotations
 
@@ -33,59 +33,59 @@ _SHOWN_ROWS = 8  # of a table, in a notebook
 
 @dataclass(frozen=True)
 class Files:
-    """Names of a result's files, and what to say of them."""
+    """Names of a result's files, and words for messages about them."""
 
     stem: str  # of the label, STEM.json, and of the tensors, STEM.safetensors
     what: str  # for messages, in the plural
-    again: str  # what to do about damage
-    version: int = 1  # of the files and of what is measured; others are refused
+    again: str  # what to do if they are damaged
+    version: int = 1  # of file format and measurement; others are refused
     export: str | None = None  # Parquet file of to_pandas(), for other programs
 
     def of(self, name: str) -> str:
-        """File of a table."""
+        """File name of a table."""
         return f"{self.stem if name == 'table' else name}.parquet"
 
 
 class Result:
     """Base of frozen dataclasses that are saved in a folder.
 
-    Type hints say where fields go and what may stand there: tensors in a safetensors file, tables
-    (``Annotated`` with the columns they have, unless empty, and these columns' kinds as
-    :func:`pandas.api.types.infer_dtype` names them) in Parquet files, all else in the label, as
-    JSON (lists ``Annotated`` with the dimension that they are as long as; whole numbers count
-    something or are indices, and none is below 0). Dataclasses in them are taken apart alike.
+    Type hints decide where fields are stored and what they may hold. Tensors go into a safetensors
+    file. Tables go into Parquet files; ``Annotated`` lists their columns (of non-empty tables) with
+    their kinds, as named by :func:`pandas.api.types.infer_dtype`. All else goes into the label as
+    JSON: lists are ``Annotated`` with the dimension that gives their length, and whole numbers are
+    counts or indices, so never negative. Nested dataclasses are treated the same way.
     """
 
     _files: ClassVar[Files]
 
     def _check(self) -> None:
-        """Raises ValueError for what can't be, of what type hints don't say."""
+        """Raise ValueError for invalid values that type hints can't catch."""
 
     def _about(self) -> str:
-        """Of which model, how much: the first line that a notebook shows."""
+        """Model and size of the result: the first line in a notebook."""
         raise NotImplementedError
 
     def _finding(self) -> list[str]:
-        """What was found, in at most two lines."""
+        """The main finding, in at most two lines."""
         return []
 
     def to_pandas(self) -> pd.DataFrame:
-        """As a table."""
+        """The result as a table."""
         raise NotImplementedError
 
     def plot(self) -> Any:
-        """As a matplotlib figure; None where a table says all."""
+        """The result as a matplotlib figure; None where the table is enough."""
         return None
 
     def __repr__(self) -> str:
         try:
             found = self._finding()
-        except PosheadsError:  # where nothing can be told, it still has a name
+        except PosheadsError:  # nothing to report, but the class has a name
             found = []
         return "\n".join([f"{type(self).__name__}({self._about()})", *found])
 
     def _repr_html_(self) -> str:
-        """What it says of itself, the first rows of its table, and its figure."""
+        """Its repr, the first rows of its table, and its figure."""
         shown = f"<pre>{html.escape(repr(self))}</pre>"
         rows = self.to_pandas().head(_SHOWN_ROWS)
         shown += str(rows.to_html(index=False, float_format="{:.3g}".format))
@@ -95,13 +95,13 @@ class Result:
             figure.savefig(image, format="png", dpi=80, bbox_inches="tight")
             data = base64.b64encode(image.getvalue()).decode()
             shown += f'<img src="data:image/png;base64,{data}" alt="{type(self).__name__}">'
-        # A token may be half a character, which no page can hold.
+        # A token may be half a character, which HTML can't hold.
         return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write tensors, tables, and at last a label with their checksums into a folder.
+        """Write tensors, tables and finally a label with their checksums into a folder.
 
-        Each file is written whole or not at all: what a crash left is refused by :meth:`load`.
+        Each file is written completely or not at all; :meth:`load` refuses what a crash leaves.
 
         Raises:
             PosheadsError: ``folder`` is a file.
@@ -121,11 +121,11 @@ class Result:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote, bit for bit.
+        """Read a saved result, bit for bit.
 
         Raises:
-            PosheadsError: no such folder, another program's files, an earlier version's, which
-                measured otherwise, or damaged ones.
+            PosheadsError: no such folder, files of another program, of an earlier version that
+                measured differently, or damaged files.
         """
         own, name, folder = cls._files, cls.__name__, Path(folder)
         label = folder / f"{own.stem}.json"
@@ -166,7 +166,7 @@ class Result:
 
     @classmethod
     def _read(cls, folder: Path, sha256: dict[str, Any]) -> dict[str, Any]:
-        """Tensors and tables by the fields that they belong to."""
+        """Tensors and tables by field name."""
         own, parts = cls._files, dict[str, Any]()
         tables = {own.of(x): x for x, hint in _hints(cls).items() if _kind(hint) is pd.DataFrame}
         known = {f"{own.stem}.safetensors", *tables, own.export}
@@ -194,7 +194,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _kind(hint: Any) -> Any:
-    """A type without None and without a table's columns."""
+    """A type hint without None and without a table's columns."""
     args = [x for x in typing.get_args(hint) if x is not type(None)]
     bare = typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated)
     return args[0] if bare else hint
@@ -219,7 +219,7 @@ def _apart(value: Any, at: str, parts: dict[str, Any]) -> Any:
 
 
 def _together(hint: Any, value: Any, at: str, parts: dict[str, Any]) -> Any:
-    """The inverse of :func:`_apart`; takes what belongs there out of ``parts``."""
+    """The inverse of :func:`_apart`; removes the used entries from ``parts``."""
     kind, name = _kind(hint), at[1:] or "the label"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     value = parts.pop(name, None) if _in_file(hint) else value

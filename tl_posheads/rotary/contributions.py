@@ -1,4 +1,4 @@
-"""What each rotary pair contributes to attention: the mathematics, on tensors alone.
+"""What each rotary pair contributes to attention: the mathematics, on plain tensors.
 
 Definitions after Hong et al. 2024 (arXiv 2410.08703). Nothing here needs a model: the functions
 take rotated queries and keys, as TransformerLens hooks give them, and the layer's geometry.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tl_posheads.rotary.geometry import LayerGeometry
 
 Scale = Literal["none", "attention"]
-"""Contributions as ``q . k`` has them, or times the factor on the model's scores."""
+"""Contributions to ``q . k``, or multiplied by the model's factor on attention scores."""
 
 
 def split_pairs(
@@ -31,7 +31,7 @@ def split_pairs(
     """The two coordinates of every rotary pair, fastest pair first.
 
     Half-split layout: coordinates ``m`` and ``m + rotary_dim/2``; adjacent: ``2m`` and ``2m+1``.
-    Coordinates past ``rotary_dim`` are no pairs and are left out.
+    Coordinates past ``rotary_dim`` belong to no pair and are left out.
     """
     if x.shape[-1] != geometry.d_head:
         raise PosheadsError(
@@ -53,7 +53,7 @@ def join_pairs(
     rest: Float[Tensor, "... rest"],
     geometry: LayerGeometry,
 ) -> Float[Tensor, "... d_head"]:
-    """The inverse of :func:`split_pairs`, with the unrotated coordinates put back behind."""
+    """The inverse of :func:`split_pairs`; the unrotated coordinates are appended."""
     pattern = "two ... pair -> ... (two pair)"
     if geometry.layout == "adjacent":
         pattern = "two ... pair -> ... (pair two)"
@@ -67,8 +67,8 @@ def rotate_by(
 ) -> Float[Tensor, "... pos head d_head"]:
     """Turn every pair ``m`` by ``steps * theta_m``: move rotated vectors to other positions.
 
-    A vector that RoPE rotated at position ``p`` becomes, with ``steps = r - p``, the one that it
-    would have been at ``r`` (rotations in one plane commute, and the amplitude stays).
+    With ``steps = r - p``, a vector that RoPE rotated at position ``p`` becomes what it would have
+    been at ``r`` (rotations in one plane commute, and the amplitude is unchanged).
     """
     angle = (steps[..., None].double() * geometry.inv_freq.to(steps.device))[..., None, :]
     return turn(x, angle.cos(), angle.sin(), geometry)
@@ -82,8 +82,8 @@ def turn(
 ) -> Float[Tensor, "... d_head"]:
     """Multiply every pair, read as a complex number, by ``cos + i sin``.
 
-    Coordinates past ``rotary_dim`` stay. Where ``cos`` is 1 and ``sin`` is 0, the pair stays too,
-    bit for bit. In float32 at least: what has half precision is rounded to it once, at the end.
+    Coordinates past ``rotary_dim`` are unchanged. So is a pair with ``cos`` 1 and ``sin`` 0, bit
+    for bit. Computed in float32 at least: half precision is rounded once, at the end.
     """
     wide = widened(x)
     cos, sin = cos.to(wide.dtype), sin.to(wide.dtype)
@@ -94,7 +94,7 @@ def turn(
 
 
 def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: LayerGeometry) -> Tensor:
-    """One key per query head, whichever way grouped-query attention shares them."""
+    """One key per query head, however grouped-query attention shares the keys."""
     n_heads, n_kv = len(geometry.kv_head), max(geometry.kv_head) + 1
     if rot_q.shape[-2] != n_heads or rot_k.shape[-2] != n_kv:
         raise PosheadsError(
@@ -107,7 +107,7 @@ def expand_keys(rot_k: Tensor, rot_q: Tensor, geometry: LayerGeometry) -> Tensor
 
 
 def check_scale(scale: object) -> None:
-    """Refuse another ``scale`` than the two that there are.
+    """Refuse a ``scale`` other than the two supported ones.
 
     Raises:
         PosheadsError: it is neither ``"none"`` nor ``"attention"``.
@@ -117,7 +117,7 @@ def check_scale(scale: object) -> None:
 
 
 def scale_factor(scale: Scale, geometry: LayerGeometry) -> float:
-    """What contributions are multiplied by: nothing, or the model's own factor on scores."""
+    """The factor on contributions: 1, or the model's own factor on attention scores."""
     check_scale(scale)
     return geometry.attention_scale if scale == "attention" else 1.0
 
@@ -131,26 +131,26 @@ def dimension_contributions(
     head: int | Sequence[int] | None = None,
     scale: Scale = "none",
 ) -> Float[Tensor, "... q_pos k_pos pair"]:
-    """What every rotary pair adds to every query-key product: ``c_m(i, j)``.
+    """What every rotary pair adds to the dot product of each query-key pair: ``c_m(i, j)``.
 
     The Hadamard product of rotated query and rotated key, summed over the pair's two coordinates
     (Hong et al. 2024, section 3). Summed over pairs, plus :func:`unrotated_contribution`, it is
     the head's ``q . k``; with ``scale="attention"`` it is that times the model's own factor.
 
     Args:
-        rot_q, rot_k: of all heads of a layer.
-        geometry: of the layer, or a :class:`~tl_posheads.RotaryGeometry` with ``layer``.
-        layer: whose queries and keys these are.
-        head: the only one wanted, or a list of them; None is all.
-        scale: ``"attention"`` multiplies by the model's own factor on scores.
+        rot_q, rot_k: rotated queries and keys of all heads of a layer.
+        geometry: the layer's, or a :class:`~tl_posheads.RotaryGeometry` together with ``layer``.
+        layer: the layer that the queries and keys come from.
+        head: one head, or a list of heads; None means all.
+        scale: ``"attention"`` multiplies by the model's own factor on attention scores.
 
     Returns:
-        ``[*batch, head, q_pos, k_pos, pair]``, without the axis ``head`` where one number is given:
-        that many floats. Meant for looking at some positions; pass a slice of the queries for
-        long texts. Scoring never builds it.
+        ``[*batch, head, q_pos, k_pos, pair]``, without the axis ``head`` where ``head`` is an int.
+        It holds that many floats, so pass a slice of the queries for long texts. Scoring never
+        builds it.
 
     Raises:
-        PosheadsError: shapes that don't belong to the geometry, a layer or head that isn't there,
+        PosheadsError: shapes that don't match the geometry, a layer or head that doesn't exist,
             an unknown ``scale``.
 
     Example:
@@ -184,9 +184,17 @@ def unrotated_contribution(
     layer: int | None = None,
     head: int | Sequence[int] | None = None,
 ) -> Float[Tensor, "... q_pos k_pos"]:
-    """The part of ``q . k`` that comes from coordinates RoPE leaves alone (partial rotary).
+    """The part of ``q . k`` from the coordinates that RoPE doesn't rotate (partial rotary).
 
     Arguments, shape (without ``pair``) and errors are those of :func:`dimension_contributions`.
+
+    Example:
+        >>> import torch
+        >>> from tl_posheads import LayerGeometry, unrotated_contribution
+        >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]), n_heads=1)
+        >>> q, k = torch.randn(2, 1, 7, 1, 4)
+        >>> unrotated_contribution(q, k, g).abs().max()  # RoPE rotates all four coordinates
+        tensor(0.)
     """
     one = layer_of(geometry, layer)
     q, k = _queries_and_keys(rot_q, rot_k, one, head)
@@ -199,7 +207,7 @@ def unrotated_contribution(
 def _queries_and_keys(
     rot_q: Tensor, rot_k: Tensor, geometry: LayerGeometry, head: int | Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Queries of the heads that are asked for, and one key for each, in float32 at least."""
+    """Queries of the requested heads, and one key for each, in float32 at least."""
     heads, keys = heads_in(geometry, head), expand_keys(rot_k, rot_q, geometry)
     return widened(rot_q[..., heads, :]), widened(keys[..., heads, :])
 
@@ -207,10 +215,10 @@ def _queries_and_keys(
 def dominant_dimension(
     contributions: Float[Tensor, "... pair"],
 ) -> Float[Tensor, "..."]:
-    """``D = sum_m m * softmax_m(c)``: the pair index that a query-key product rests on.
+    """The dominant dimension ``D = sum_m m * softmax_m(c)``: the softmax-weighted pair index.
 
-    Real, between 0 (fastest pair) and ``pair - 1`` (slowest). In float64, so that heads whose
-    D crowds against a whole number keep their order.
+    Real, between 0 (fastest pair) and ``pair - 1`` (slowest). In float64, so that values of D very
+    close to a whole number keep their order.
 
     Example:
         >>> import torch
@@ -225,7 +233,7 @@ _CHUNK = 1 << 18  # elements of D at a time: its arrays then stay near the cache
 
 
 class PairVectors:
-    """Queries and keys of one text and layer, laid out so that D can be had block by block.
+    """Queries and keys of one text and layer, laid out to compute D block by block.
 
     Holds ``2 * pair * head * pos`` floats for each of q and k. :meth:`dominant_rows` keeps the
     pair axis in a loop, so its peak is five arrays of shape ``[head, rows, keys]``.
@@ -235,7 +243,7 @@ class PairVectors:
         rot_k: rotated keys of the same text.
         geometry: of the layer.
         scale: as in :func:`dimension_contributions`.
-        precision: of the products and exponentials, at least; sums are float64.
+        precision: the least precision of products and exponentials; sums are float64.
     """
 
     def __init__(
@@ -263,8 +271,8 @@ class PairVectors:
     ) -> Float[Tensor, "head rows keys"]:
         """D of the queries at ``rows`` against a stretch of keys; float64."""
         contribution, peak = self._rows(rows, keys)
-        # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
-        # of a whole number, and the order of those last digits is part of its score.
+        # float64 sums of float32 exponentials: where one pair dominates, D is within 1e-13 of a
+        # whole number, and the order of those last digits is part of the head's score.
         total = torch.zeros(peak.shape, dtype=torch.float64, device=peak.device)
         moment = torch.zeros_like(total)
         for m in reversed(range(self.n_pairs)):
@@ -276,7 +284,7 @@ class PairVectors:
     def weight_rows(
         self, rows: Int[Tensor, " rows"], keys: slice
     ) -> Iterator[Float[Tensor, "head rows keys"]]:
-        """The softmax weight of one pair after the other, ``m`` ascending; float32."""
+        """The softmax weight of each pair in turn, ``m`` ascending; float32."""
         contribution, peak = self._rows(rows, keys)
         total = torch.zeros_like(peak)
         for m in range(self.n_pairs):
@@ -287,7 +295,7 @@ class PairVectors:
     def weight_of(
         self, rows: Int[Tensor, " rows"], keys: slice, pairs: Collection[int]
     ) -> Float[Tensor, "head rows keys"]:
-        """The softmax weight of some pairs together; float32."""
+        """The summed softmax weight of ``pairs``; float32."""
         contribution, peak = self._rows(rows, keys)
         total, part = torch.zeros_like(peak), torch.zeros_like(peak)
         for m in range(self.n_pairs):
@@ -298,7 +306,7 @@ class PairVectors:
         return part.div_(total)
 
     def contribution(self, rows: Int[Tensor, " rows"], keys: slice) -> Callable[[int], Tensor]:
-        """``m`` to the contributions of pair ``m``, ``[head, rows, keys]``, a new array."""
+        """A function from ``m`` to pair ``m``'s contributions, a new ``[head, rows, keys]``."""
         q, k = self.q[..., rows, None], self.k[..., None, keys]
         return lambda m: torch.mul(q[0, m], k[0, m]).addcmul_(q[1, m], k[1, m])
 
@@ -313,10 +321,10 @@ class PairVectors:
 def rows_of(
     vectors: PairVectors, rows: Int[Tensor, " row"], window: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """D of the queries at ``rows``, ascending, and all keys before them, half a million at a time.
+    """D of the queries at ``rows`` (ascending) with all earlier keys, half a million at a time.
 
     Yields ``(dominant [head, row, key], distance [row, key], valid [row, key], query [row, key])``,
-    where valid are the keys before the query and inside the window. The last key is the one
+    where ``valid`` marks the keys before the query and inside the window. The last key is the one
     before the last row.
     """
     start = 0

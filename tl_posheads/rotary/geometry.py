@@ -1,4 +1,4 @@
-"""What RoPE does in one layer: which coordinates turn together, how fast."""
+"""What RoPE does in one layer: which coordinates it rotates together, and how fast."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class LayerGeometry:
 
     Attributes:
         layer: its index.
-        layout: ``"half"`` turns coordinates ``m`` and ``m + rotary_dim/2`` together (Llama,
+        layout: ``"half"`` rotates coordinates ``m`` and ``m + rotary_dim/2`` together (Llama,
             GPT-NeoX), ``"adjacent"`` ``2m`` and ``2m+1`` (GPT-J, Cohere).
         d_head: width of the tensors at ``hook_rot_q`` and ``hook_rot_k``.
-        rotary_dim: how many of the first coordinates are turned; 0 in a layer without RoPE.
+        rotary_dim: how many of the first coordinates are rotated; 0 in a layer without RoPE.
         inv_freq: radians per token of each pair, float64, ``[rotary_dim / 2]``.
-        rotation_scale: length that the rotation multiplies by; not 1 under YaRN and LongRoPE.
+        rotation_scale: factor of the rotation on a vector's length; not 1 under YaRN and LongRoPE.
         attention_scale: scores before softcap and mask are ``attention_scale * q . k``.
-        softcap: scores pass ``softcap * tanh(scores / softcap)``; None without.
-        window: query ``i`` sees keys ``i - window < j <= i``; None sees all before it.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; None without.
+        window: query ``i`` attends to keys ``i - window < j <= i``; None means to all up to ``i``.
         kv_head: the key head of each query head.
-        remapping: other distances that the layer sees than the text has, as under SelfExtend;
-            None for its own.
-        is_rotation: whether a further rotation moves vectors to other positions; not so under a
+        remapping: the distances at which queries and keys meet where they differ from the text's,
+            as under SelfExtend; None if they don't.
+        is_rotation: whether a further rotation moves vectors to other positions; False under a
             Fourier series (FoPE with ``sigma`` above 0).
 
     Example:
@@ -72,7 +72,7 @@ class LayerGeometry:
         rotation_scale: float = 1.0,
         attention_scale: float | None = None,
     ) -> LayerGeometry:
-        """Geometry by hand, for tensors that come from no model.
+        """Geometry built by hand, for tensors that don't come from a model.
 
         ``d_head`` is twice the number of pairs by default, ``attention_scale`` ``d_head**-0.5``.
         """
@@ -103,7 +103,7 @@ class LayerGeometry:
         return f"LayerGeometry({', '.join(f'{x}={getattr(self, x)!r}' for x in shown)})"
 
     def after(self, first: int) -> LayerGeometry:
-        """The geometry of texts whose first positions were cut off."""
+        """The geometry for texts whose first positions were cut off."""
         if self.remapping is None or not first:
             return self
         return replace(self, remapping=self.remapping.after(first))

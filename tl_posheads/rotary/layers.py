@@ -1,4 +1,4 @@
-"""A layer out of a model's geometry, and some of its heads, as functions are asked for them."""
+"""Resolve the ``layer`` and ``head`` arguments of functions that take a geometry."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ModelGeometry(Protocol):
 
 
 def layer_of(geometry: LayerGeometry | ModelGeometry, layer: int | None) -> LayerGeometry:
-    """The geometry of a model's layer; without ``layer`` the one that was given.
+    """The geometry of a model's layer; without ``layer``, the geometry that was given.
 
     Raises:
-        PosheadsError: ``layer`` is missing beside a model's geometry, or isn't a layer of it with
-            RoPE; or it was given beside one layer's.
+        PosheadsError: ``layer`` is missing with a model's geometry, or isn't one of its layers with
+            RoPE; or it was given with a single layer's geometry.
     """
     if not isinstance(geometry, ModelGeometry):
         if layer is not None:
@@ -45,10 +45,10 @@ def layer_of(geometry: LayerGeometry | ModelGeometry, layer: int | None) -> Laye
 
 
 def heads_in(geometry: LayerGeometry, head: int | Sequence[int] | None) -> list[int]:
-    """Query heads of a layer as a list; None is all.
+    """Query heads of a layer as a list; None means all.
 
     Raises:
-        PosheadsError: one that the layer doesn't have.
+        PosheadsError: a head that the layer doesn't have.
     """
     known = range(len(geometry.kv_head))
     heads = list(known) if head is None else np.atleast_1d(head).tolist()
@@ -60,5 +60,5 @@ def heads_in(geometry: LayerGeometry, head: int | Sequence[int] | None) -> list[
 
 
 def is_one(head: int | Sequence[int] | None) -> bool:
-    """Whether one head is asked for by its number, so that a result has no axis of heads."""
+    """Whether ``head`` is an int, so that a result has no axis ``head``."""
     return head is not None and np.ndim(head) == 0

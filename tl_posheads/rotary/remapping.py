@@ -1,8 +1,8 @@
-"""Attention that sees other distances than the text has: the mathematics, on tensors alone.
+"""Attention at distances other than the text's own: the mathematics, on plain tensors.
 
-SelfExtend, ReRoPE and Dual Chunk Attention divide query-key pairs into regions, and in each let
-queries and keys meet as if they stood elsewhere. Rotated vectors can be moved there by a further
-rotation, so a :class:`Remapping` is all that such a method is.
+SelfExtend, ReRoPE and Dual Chunk Attention divide query-key pairs into regions, and give queries
+and keys other positions in each. A further rotation moves rotated vectors there, so a
+:class:`Remapping` describes such a method completely.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from tl_posheads.rotary.geometry import LayerGeometry
 
 Move = Callable[[Int[Tensor, "*batch pos"]], Float[Tensor, "*batch pos head pair"]]
-"""Positions to the positions that take their place; the axes of head and pair may be 1."""
+"""Maps positions to those that replace them; the axes of head and pair may have size 1."""
 
 _ROWS = 1 << 22  # scores at a time and text: 16 MB in float32
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where queries and keys of a region stand when they meet.
+    """The positions that queries and keys of a region get.
 
     Attributes:
-        queries, keys: their new positions; None leaves them where they are.
-        scale: factor on the scores by the query's position; None is 1.
+        queries, keys: their new positions; None keeps their own.
+        scale: factor on the attention scores by the query's position; None means 1.
     """
 
     queries: Move | None = None
@@ -48,12 +48,12 @@ class Region:
 
 @dataclass(frozen=True)
 class Remapping:
-    """Regions of query-key pairs, and where the pairs of each meet.
+    """Regions of query-key pairs, and the positions that each region uses.
 
     Attributes:
         regions: at least one.
-        region: query and key positions, broadcast against each other, to the region's number.
-        heads: query heads that it holds for; None is all.
+        region: maps query and key positions, broadcast against each other, to the region's number.
+        heads: query heads that it applies to; None means all.
         first: position of the first query and key given, where a text's start was cut off.
     """
 
@@ -63,17 +63,17 @@ class Remapping:
     first: int = 0
 
     def after(self, first: int) -> Remapping:
-        """The same for a text whose first positions were cut off."""
+        """The same remapping for a text whose first positions were cut off."""
         return replace(self, first=self.first + first)
 
     def distances(
         self, q_pos: Int[Tensor, " n"], k_pos: Int[Tensor, " n"], n_heads: int
     ) -> tuple[Float[Tensor, "n head pair"], Float[Tensor, "n head pair"] | None]:
-        """How far apart, in tokens, queries and keys meet that stand at these positions.
+        """The remapped token distance between queries and keys at these positions.
 
         Returns:
-            The distance, and the factor on the scores (None is 1); the axes of head and pair may
-            be 1.
+            The distance, and the factor on the scores (None means 1); the axes of head and pair may
+            have size 1.
         """
         q_at, k_at = ((at + self.first)[:, None, None].double() for at in (q_pos, k_pos))
         number = self.region(q_pos + self.first, k_pos + self.first)[:, None, None]
@@ -96,7 +96,7 @@ class Remapping:
         return distance, factor
 
     def only(self, heads: Sequence[int]) -> Remapping:
-        """The same for a layer of which some heads were taken out, in that order."""
+        """The same remapping for a layer reduced to ``heads``, in that order."""
         mine = None
         if self.heads is not None:
             mine = tuple(i for i, head in enumerate(heads) if head in self.heads)
@@ -123,14 +123,14 @@ def _of_heads(move: Move | None, heads: Sequence[int]) -> Move | None:
 def only_heads(
     geometry: LayerGeometry, rot_k: Float[Tensor, "*batch pos kv_head d_head"], heads: Sequence[int]
 ) -> tuple[LayerGeometry, Float[Tensor, "*batch pos head d_head"]]:
-    """The layer as if it had only these heads: its geometry, and their keys, one each."""
+    """The layer reduced to these heads: its geometry, and one key for each head."""
     keys = rot_k[..., [geometry.kv_head[head] for head in heads], :]
     remapping = None if geometry.remapping is None else geometry.remapping.only(heads)
     return replace(geometry, kv_head=tuple(range(len(heads))), remapping=remapping), keys
 
 
 def every_pair(q_pos: Int[Tensor, "..."], k_pos: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The ``region`` of a remapping that has but one."""
+    """The ``region`` function of a remapping with a single region."""
     return torch.zeros_like(q_pos - k_pos)
 
 
@@ -141,7 +141,7 @@ def move_to(
     geometry: LayerGeometry,
     heads: tuple[int, ...] | None = None,
 ) -> Float[Tensor, "*batch pos head d_head"]:
-    """Rotated vectors, turned on to the positions that ``move`` gives them."""
+    """Rotated vectors, rotated further to the positions that ``move`` gives them."""
     if move is None:
         return x
     steps = move(position).double() - position[..., None, None].double()
@@ -162,7 +162,7 @@ def _moved(
     remapping: Remapping,
     region: Region,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys of one region, one key a head; ``scale`` is in the queries."""
+    """Queries and keys of one region, one key per head; the queries include ``scale``."""
     q = move_to(rot_q, q_pos, region.queries, geometry, remapping.heads)
     if region.scale is not None:
         factor = region.scale(q_pos).to(q.dtype)[..., None, None]
@@ -181,14 +181,14 @@ def remapped_scores(
     k_pos: Int[Tensor, "batch k_pos"],
     geometry: LayerGeometry,
 ) -> Iterator[tuple[slice, Float[Tensor, "batch head rows keys"], Tensor]]:
-    """Scores under the geometry's remapping, some queries at a time, scaled and softcapped.
+    """Attention scores under the geometry's remapping, some queries at a time, with softcap.
 
-    Not masked, and only with the first ``keys`` keys: those that the last of the rows can see.
-    Beside the scores, where they are those of the bare model: ``[batch, rows, keys]``. In float32
-    at least, the further rotation too, as torch's kernels have it: scores of some hundreds, which
-    biases of queries and keys bring about, keep no decimal in bfloat16.
+    They are scaled but not masked, and stop at the last key that the last row can attend to. With
+    them comes ``[batch, rows, keys]``: True where the score equals the unmodified model's. Scores
+    and rotation use float32 at least, as torch's kernels do: scores of several hundred, which
+    query and key biases cause, keep no decimal in bfloat16.
 
-    Memory: for every region a copy of queries and keys, and five times 16 MB of scores a text.
+    Memory: a copy of queries and keys for every region, and five times 16 MB of scores per text.
     """
     remapping = geometry.remapping
     assert remapping is not None
@@ -209,7 +209,7 @@ def remapped_scores(
         rows = slice(start, min(n_q, start + step))
         end = n_k - n_q + rows.stop
         at, key_at = q_pos[:, rows, None], k_pos[:, None, :end]
-        # Later keys are masked; they should not call for a region of their own.
+        # Later keys are masked; they should not add a region of their own.
         number = torch.where(at < key_at, -1, remapping.region(at, key_at))
         scores = vectors[0][0].new_zeros(len(q_pos), n_heads, rows.stop - start, end)
         for r, (q, k) in enumerate(vectors):
@@ -232,7 +232,7 @@ def remapped_attention(
     position: Int[Tensor, "batch pos"],
     geometry: LayerGeometry,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Causal attention under the geometry's remapping, without the whole pattern.
+    """Causal attention under the geometry's remapping, without forming the whole pattern.
 
     Memory: as :func:`remapped_scores`.
     """
@@ -259,7 +259,7 @@ def pair_vectors(
     scale: Scale = "none",
     precision: torch.dtype = torch.float32,
 ) -> PairVectors:
-    """What D of ``heads`` is computed from: the text's own vectors, or those of every region."""
+    """The vectors that D of ``heads`` is computed from: the text's own, or one set per region."""
     if heads is not None:
         geometry, rot_k = only_heads(geometry, rot_k, heads)
         rot_q = rot_q[..., list(heads), :]
@@ -278,7 +278,7 @@ def pair_vectors(
 
 
 class RemappedVectors(PairVectors):
-    """:class:`PairVectors` of a layer that sees other distances: a set for every region."""
+    """:class:`PairVectors` of a layer with remapped distances: one set per region."""
 
     def __init__(self, remapping: Remapping, regions: Sequence[PairVectors]) -> None:
         self.remapping, self.regions, self.q = remapping, regions, regions[0].q

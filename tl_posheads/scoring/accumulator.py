@@ -1,4 +1,4 @@
-"""Measures of many texts and layers, from anyone's forward passes, and the scores they give."""
+"""Collect measures over texts and layers from any forward passes, and turn them into scores."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ Consumer = Callable[[int, Tensor, Tensor], None]
 
 
 class ScoreAccumulator:
-    """Collects what :func:`tl_posheads.score_heads` collects, from forward passes of your own.
+    """Score heads from your own forward passes, as :func:`tl_posheads.score_heads` does.
 
-    Use ``fwd_hooks`` with ``model.run_with_hooks``, or ``update_from_cache`` with a cache that
-    ``model.run_with_cache(tokens, names_filter=accumulator.names_filter)`` filled; on models whose
-    hooks never fire by themselves (GPT-NeoX, GPT-J, Phi-3, Falcon on the Bridge) inside
-    ``rotary_hook_points(model)``. Every row of a batch is a document of its own. A document that
-    comes twice counts once.
+    Use ``fwd_hooks`` with ``model.run_with_hooks``, or ``update_from_cache`` with a cache from
+    ``model.run_with_cache(tokens, names_filter=accumulator.names_filter)``. Models whose hooks
+    don't fire by themselves (GPT-NeoX, GPT-J, Phi-3, Falcon on the Bridge) need
+    ``rotary_hook_points(model)`` around it. Every row of a batch is a separate document. A
+    document that occurs twice counts once.
 
     Where the frequencies depend on a text's length, give texts of the length that the geometry was
     measured at, and run the passes inside a context of :mod:`tl_posheads.extrapolation`
-    (``Unchanged()`` leaves the model as it is): outside, transformers goes on with those of the
+    (``Unchanged()`` leaves the model as it is): outside, transformers keeps using those of the
     longest text so far.
 
     Args:
-        geometry: of the model.
-        layers: those to measure (all that have RoPE).
-        qk_pairs: a number to draw in every document, or ``"all"``. 5,000 keep the error of drawing
+        geometry: the model's geometry.
+        layers: layers to measure (default: all that have RoPE).
+        qk_pairs: number to draw in every document, or ``"all"``. 5,000 keep the sampling error
             under 0.005 in the mean over 16 documents.
         weighting, scale, skip_first, seed: as in ``score_heads``.
 
     Attributes:
-        rows: document -> layer -> measures, ``[measure, head]``.
+        rows: measures ``[measure, head]`` by document and layer.
 
     Raises:
         PosheadsError: arguments that ``score_heads`` refuses.
@@ -75,7 +75,7 @@ class ScoreAccumulator:
 
     def _begin(self, geometry: RotaryGeometry, layers: Sequence[int], settings: Settings) -> None:
         self.geometry, self.settings = geometry, settings
-        # A pair's number has an order only where there are two; layers without RoPE have none.
+        # Pair indices need at least two pairs to have an order; layers without RoPE have none.
         self.layers = [layer for layer in sorted(set(layers)) if geometry[layer].n_pairs > 1]
         self.rows: dict[str, dict[int, Float[Tensor, "measure head"]]] = {}
 
@@ -83,7 +83,7 @@ class ScoreAccumulator:
     def of(
         cls, geometry: RotaryGeometry, layers: Sequence[int], settings: Settings
     ) -> ScoreAccumulator:
-        """One with settings that are checked already."""
+        """An accumulator with settings that are already checked."""
         new = cls.__new__(cls)
         new._begin(geometry, layers, settings)
         return new
@@ -94,7 +94,7 @@ class ScoreAccumulator:
 
     @property
     def names_filter(self) -> list[str]:
-        """What ``run_with_cache`` has to keep for :meth:`update_from_cache`."""
+        """``names_filter`` for ``run_with_cache``, for use with :meth:`update_from_cache`."""
         return ["hook_embed", *hook_names(self.layers)]
 
     @property
@@ -134,7 +134,7 @@ class ScoreAccumulator:
         """Measure a batch from an ``ActivationCache``.
 
         Raises:
-            PosheadsError: the cache lacks a hook name; nothing was measured then.
+            PosheadsError: the cache lacks a hook name; nothing is measured then.
         """
         missing = [name for name in self.names_filter if name not in cache]
         if missing:
@@ -148,7 +148,7 @@ class ScoreAccumulator:
             self.update(layer, q, k, keys, attention_mask)
 
     def _keys(self, embedded: Tensor, mask: Tensor | None) -> list[str]:
-        """Names of the texts: their embeddings say the same as their tokens."""
+        """Names of the texts, from their embeddings, which identify their tokens."""
         rows = embedded.detach()[..., :8].float().cpu()
         runs = self._runs(rows, mask)
         return [
@@ -167,11 +167,11 @@ class ScoreAccumulator:
         return [token_run(row, i) for i, row in enumerate(mask)]
 
     def consumer(self, document: str, geometry: RotaryGeometry | None = None) -> Consumer:
-        """What measures one text's layers as ``capture_rotary`` hands them over.
+        """A ``consumer`` for ``capture_rotary`` that measures the layers of one text.
 
         Args:
             document: the text's name, as in :meth:`update`.
-            geometry: of the model at the text's length, where its frequencies depend on it.
+            geometry: the model's at the text's length, where its frequencies depend on it.
         """
         geometry, settings = geometry or self.geometry, self.settings
         draws: list[DocumentDraws] = []
@@ -195,11 +195,11 @@ class ScoreAccumulator:
         """Measure one layer of a batch.
 
         Args:
-            documents: names of its texts: with the seed they decide what is drawn.
+            documents: names of its texts; together with the seed they determine the draws.
 
         Raises:
-            PosheadsError: NaN or infinity, by layer and head; a text too short for its
-                ``skip_first``, or of another length than that of the geometry, where it matters.
+            PosheadsError: NaN or infinity, by layer and head; a text too short for ``skip_first``,
+                or of a length other than the geometry's, where that matters.
         """
         first, length = self.settings.skip_first, self.geometry.length
         lengths = {run.stop - run.start for run in self._runs(rot_q, attention_mask)}
@@ -230,10 +230,10 @@ class ScoreAccumulator:
         self.rows.setdefault(draws.name, {})[layer] = measure(q, k, geometry, draws).cpu()
 
     def merge(self, other: ScoreAccumulator) -> None:
-        """Put the rows of ``other`` beside these.
+        """Add the rows of ``other`` to these.
 
         Raises:
-            PosheadsError: it measured with other settings or layers; nothing was added then.
+            PosheadsError: it has other settings or layers; nothing is added then.
         """
         if (self.settings, self.layers) != (other.settings, other.layers):
             raise PosheadsError(
@@ -244,10 +244,10 @@ class ScoreAccumulator:
             self.rows.setdefault(document, {}).update(layers)
 
     def scores(self, provenance: Mapping[str, Any] | None = None) -> HeadScores:
-        """The scores of all that was measured so far.
+        """The scores from everything measured so far.
 
         Raises:
-            PosheadsError: nothing was measured.
+            PosheadsError: nothing was measured yet.
         """
         from tl_posheads.scoring.head_scores import HeadScores
 

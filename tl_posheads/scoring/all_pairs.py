@@ -1,4 +1,4 @@
-"""Spearman's rho over all query-key pairs of a text, exactly, at any length in bounded memory."""
+"""Exact Spearman's rho over all query-key pairs of a text of any length, in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HELD = 1 << 24  # values of D that are ranked at a time
 
 
 def n_visible(n_pos: int, window: int | None) -> int:
-    """Query-key pairs of a text that attention sees, a token with itself left out."""
+    """Number of query-key pairs under causal attention, without a token with itself."""
     longest = farthest(n_pos, window)
     return longest * n_pos - longest * (longest + 1) // 2
 
@@ -35,10 +35,10 @@ def spearman_of_all(
     scale: Scale,
     weighting: Weighting,
 ) -> Float[Tensor, " head"]:
-    """Spearman's rho over all pairs that attention sees, exactly, in bounded memory.
+    """Exact Spearman's rho over all query-key pairs under causal attention, in bounded memory.
 
-    As many heads at a time as 17 million values of D hold. A head that has more by itself (texts
-    of more than 5,792 tokens) is read again for one range of D after the other.
+    Processes as many heads at a time as fit into 17 million values of D. A single head with more
+    (texts of more than 5,792 tokens) is recomputed for each of several ranges of D.
 
     Memory: about 1.8 GB. Time: quadratic in the length up to 5,792 tokens, of fourth order beyond.
     """
@@ -69,7 +69,7 @@ def spearman_of_all(
 
 
 def _splits(vectors: PairVectors, n_pos: int, window: int | None) -> list[float]:
-    """Values of D between which no more lie than are ranked at a time; of one head."""
+    """Thresholds that split one head's values of D into ranges small enough to rank."""
     n = n_visible(n_pos, window)
     if n * vectors.n_heads <= _HELD:
         return []
@@ -87,10 +87,10 @@ def _add_range(
     high: float,
     by_distance: Float[Tensor, "two distance"],
 ) -> None:
-    """Add weight, rank, its square, and its product with distance's, of the D in [low, high).
+    """Add weight, rank, squared rank and rank times distance rank of all D in [low, high).
 
-    ``low`` itself, which may be many pairs' D, is counted without being kept. More than one head
-    only where nothing is left out.
+    ``low`` itself, which many pairs may share, is counted without being stored. More than one head
+    is allowed only where the range covers all values.
     """
     values, distances = [], []
     at_low = torch.zeros(2, dtype=torch.float64, device=sums.device)
@@ -110,7 +110,7 @@ def _add_range(
     sums[1] += middle * at_low[0]
     sums[2] += middle**2 * at_low[0]
     sums[3] += middle * at_low[1]
-    # Head by head: ranking takes ten times the memory of what is ranked.
+    # Head by head: ranking takes ten times the memory of the ranked values.
     for sum_, d in zip(sums.T, torch.cat(values, 1), strict=True):
         order, rank = ordered_midranks(d, even)
         rank += sum_[0] + at_low[0]

@@ -1,4 +1,4 @@
-"""Dominant dimension from activations that the user has cached."""
+"""Dominant dimension from cached activations."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def dominant_from_cache(
     """Dominant dimension of every query-key pair of a head, from an ``ActivationCache``.
 
     Args:
-        model: the one that was run; a short text is run again to measure its geometry.
+        model: the model that filled the cache; it runs a short text to measure its geometry.
         cache: with the layer's ``hook_rot_q`` and ``hook_rot_k``, of texts without padding. Where
             TransformerLens leaves these out, run the model inside ``ph.rotary_hook_points(model)``.
         layer, head: of the model.
         scale: as in ``score_heads``.
 
     Returns:
-        D in float64, on the cache's device; NaN where the query doesn't see the key or is the key
-        itself.
+        D in float64, on the cache's device; NaN where the key is masked or at the query's own
+        position.
 
     Raises:
         PosheadsError: a head that the model doesn't have, a cache without the two activations.
@@ -49,7 +49,7 @@ def dominant_from_cache(
     if missing:
         raise PosheadsError(
             f"the cache holds no {missing[0]}; run the model inside "
-            "`with tl_posheads.rotary_hook_points(model):`, and let names_filter keep it"
+            "`with tl_posheads.rotary_hook_points(model):`, with a names_filter that includes it"
         )
     rot_q, rot_k = (cache[name] for name in names)
     geometry = RotaryGeometry.from_model(model, length=rot_q.shape[1], layers=[layer])

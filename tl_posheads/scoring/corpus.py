@@ -37,34 +37,35 @@ def score_corpus(
     model_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> HeadScores:
-    """Load a model by name, score its heads on a corpus, on as many machines as there are.
+    """Load a model by name and score its heads on a corpus, on one or many machines.
 
-    Every document is measured by itself, wherever that happens, and its rows are put together: the
-    scores are those of :func:`~tl_posheads.score_heads`, bit for bit on machines of one kind.
+    Documents are measured independently and their results combined, so the scores equal those of
+    :func:`~tl_posheads.score_heads`, bit for bit on machines of one kind.
 
     Args:
-        model: what :func:`~tl_posheads.load_model` takes.
-        corpus: what :func:`~tl_posheads.load_corpus` takes, or a list of documents' tokens.
-        engine: ``"local"``; ``"ray"``, actors of a Ray cluster (extra ``[ray]``), whose lost
-            workers' documents are done again; ``"torchrun"``, in a script that torchrun or SLURM
-            starts in several processes, in each of which it returns the same.
-        n_docs, length: documents to take, and their tokens.
+        model: as for :func:`~tl_posheads.load_model`.
+        corpus: as for :func:`~tl_posheads.load_corpus`, or a list of documents' tokens.
+        engine: ``"local"``; ``"ray"``: actors on a Ray cluster (extra ``[ray]``), where documents
+            of lost workers are measured again; ``"torchrun"``: in a script that torchrun or SLURM
+            starts in several processes, each of which returns the same result.
+        n_docs, length: number of documents, and tokens per document.
         layers, qk_pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
-        workers: actors of Ray, each with a model of its own.
-        ray_options: of each actor, like ``{"num_gpus": 1}``; one CPU each by default.
-        checkpoint: folder that keeps every finished document, on a disk that all workers reach.
-        model_options: of ``load_model``: ``dtype``, ``cls``, ``device``, and for a model larger
+        workers: number of Ray actors, each with its own copy of the model.
+        ray_options: options of each actor, like ``{"num_gpus": 1}``; one CPU each by default.
+        checkpoint: folder for finished documents, on a disk that all workers can access.
+        model_options: for ``load_model``: ``dtype``, ``cls``, ``device``, and for a model larger
             than one GPU ``n_devices`` or ``device_map``.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         :class:`~tl_posheads.HeadScores`; ``provenance["engine"]`` says how they were measured.
 
-    Memory: every worker holds the model and what ``score_heads`` needs; the caller the scores.
+    Memory: every worker holds the model and needs what ``score_heads`` needs; the caller holds
+    the scores.
 
     Raises:
-        PosheadsError: an unknown engine, Ray not installed, no torchrun; what ``load_model``,
-            ``load_corpus`` and ``score_heads`` refuse.
+        PosheadsError: an unknown engine, Ray not installed, not under torchrun; whatever
+            ``load_model``, ``load_corpus`` and ``score_heads`` refuse.
 
     Example:
         >>> score_corpus("smollm2-135m", engine="ray", n_docs=100)      # doctest: +SKIP
@@ -73,8 +74,8 @@ def score_corpus(
         raise PosheadsError(f"engine={engine!r} was given; expected 'local', 'ray' or 'torchrun'")
     if not isinstance(model, str):
         raise PosheadsError(
-            f"a model of type {type(model).__name__} was given; expected its name, since every "
-            "worker loads it: score_heads takes a loaded model"
+            f"a model of type {type(model).__name__} was given; expected its name, because every "
+            "worker loads it; score_heads takes a loaded model"
         )
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise PosheadsError(f"workers={workers!r} was given; expected at least 1")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.capture import capture_rotary, rotary_hook_points
-from tl_posheads.hooks.heads import Head, Heads, as_heads
+from tl_posheads.hooks.heads import Head, Heads, as_head, as_heads
 from tl_posheads.hooks.inputs import documents_of, layers_of
 from tl_posheads.hooks.model import LensModel, model_name, require_clean, require_rotary
 from tl_posheads.hooks.rotary_geometry import RotaryGeometry
@@ -35,18 +35,18 @@ _BINS_PER_DIMENSION = 16  # of the histogram that the quantiles are read from
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DominantDimensionCurve(Result):
-    """What some heads rest on at every token distance.
+    """Dominant dimension and weight of every rotary pair by token distance, for some heads.
 
     Attributes:
-        heads: ``(layer, head)`` of each.
+        heads: ``(layer, head)`` of each head.
         distance: token distances, from 1.
         n_qk_pairs: query-key pairs at each distance; 0 beyond a head's sliding window.
-        mean: mean dominant dimension, NaN where there is no pair.
+        mean: mean dominant dimension; NaN without a query-key pair.
         quantiles: of the dominant dimension, at ``levels``; exact to 1/16 of a dimension.
         levels: the quantiles' levels.
-        allocation: mean softmax weight of every pair; over pairs it sums to 1.
-        wavelengths: tokens per full turn of every pair; in the longest text, where they depend on
-            the length.
+        allocation: mean softmax weight of every rotary pair; sums to 1 over pairs.
+        wavelengths: tokens per full turn of every pair; those of the longest text if they depend
+            on the length.
         scale: of the contributions, as in ``dimension_contributions``.
     """
 
@@ -81,11 +81,11 @@ class DominantDimensionCurve(Result):
         ]
 
     def plot(self, *, trained: int | None = None, ax: Axes | None = None) -> Any:
-        """Mean and outer quantiles by distance, a line for each head, as a matplotlib figure.
+        """Plot mean and outer quantiles by distance, one line per head, with matplotlib.
 
         Args:
-            trained: training length, marked by an upright line.
-            ax: axes to draw into; they are then what is returned.
+            trained: training length, marked by a vertical line.
+            ax: axes to draw into, which are then returned.
         """
         from tl_posheads.figures.curves import curve_figure
 
@@ -94,19 +94,19 @@ class DominantDimensionCurve(Result):
     def plot_allocation(
         self, head: Head | str | None = None, *, trained: int | None = None, ax: Axes | None = None
     ) -> Any:
-        """Weight of every rotary pair by distance, wavelengths on the right axis.
+        """Plot the weight of every rotary pair by distance, with wavelengths on the right axis.
 
         Args:
             head: one of :attr:`heads`, ``(6, 6)`` or ``"L6H6"``; the first by default.
-            trained: training length, marked by an upright line.
-            ax: axes to draw into; they are then what is returned.
+            trained: training length, marked by a vertical line.
+            ax: axes to draw into, which are then returned.
 
         Raises:
-            PosheadsError: a head that the curve hasn't.
+            PosheadsError: a head that isn't in the curve.
         """
         from tl_posheads.figures.curves import allocation_figure
 
-        place = self.heads[0] if head is None else as_heads(head)[0]
+        place = self.heads[0] if head is None else as_head(head)
         if place not in self.heads:
             raise PosheadsError(f"head={head!r} was given; the curve has {self.heads}")
         i = self.heads.index(place)
@@ -121,7 +121,7 @@ class DominantDimensionCurve(Result):
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """Long form: layer, head, distance, n_qk_pairs, mean and a column per quantile."""
+        """Long format: layer, head, distance, n_qk_pairs, mean and one column per quantile."""
         frames = []
         for i, (layer, head) in enumerate(self.heads):
             columns: dict[str, Any] = {
@@ -138,9 +138,9 @@ class DominantDimensionCurve(Result):
 
 
 def sum_by_distance(block: Float[Tensor, "head row key"]) -> Float[Tensor, "head distance"]:
-    """Sums along the diagonals of queries in a row, each one further from the same keys.
+    """Sums along the diagonals of a block of consecutive queries and keys: one per distance.
 
-    Index 0 of the result is the smallest distance, that of the first query from the last key.
+    Index 0 of the result is the smallest distance, between the first query and the last key.
 
     Example:
         >>> import torch
@@ -148,7 +148,7 @@ def sum_by_distance(block: Float[Tensor, "head row key"]) -> Float[Tensor, "head
         tensor([[2., 5., 3.]])
     """
     heads, rows, keys = block.shape
-    # Each row, nearest key first, starts one column further right than the row above.
+    # Each row, nearest key first, is shifted one column further right than the row above.
     skewed = pad(block.flip(-1), (0, rows)).reshape(heads, -1)
     width = rows + keys - 1
     return skewed[:, : rows * width].view(heads, rows, width).sum(1)
@@ -169,14 +169,15 @@ def dominant_dimension_curve(
 
     Args:
         model, tokens, scale, attention_mask, skip_first, progress: as in ``score_heads``.
-        heads: ``scores.top(8)``, or as for ``ablate``. They need equally many rotary
-            pairs.
-        levels: quantiles between 0 and 1.
+        heads: such as ``scores.top(8)``, or as for ``ablate``. All need the same number of
+            rotary pairs.
+        levels: quantile levels between 0 and 1.
 
     Memory: ``8 * heads * pos * 18 * pairs`` bytes, and 30 MB of chunks.
 
     Raises:
-        PosheadsError: no heads, heads the model hasn't, or what ``score_heads`` refuses.
+        PosheadsError: no heads, heads that the model doesn't have, or whatever ``score_heads``
+            refuses.
 
     Example:
         >>> curve = dominant_dimension_curve(model, tokens, heads=[(3, 1)])   # doctest: +SKIP
@@ -200,9 +201,9 @@ def dominant_dimension_curve(
         sizes = {geometry[layer].n_pairs for layer in layers}
         if wrong or len(sizes) != 1 or 0 in sizes:
             raise PosheadsError(
-                f"heads {wrong or wanted} were asked for, but {model_name(model)} has "
-                f"{geometry.n_heads} heads a layer and {sorted(sizes)} rotary pairs in those "
-                "layers; choose heads of layers with RoPE and equally many pairs"
+                f"heads {wrong or wanted} were requested, but {model_name(model)} has "
+                f"{geometry.n_heads} heads per layer and {sorted(sizes)} rotary pairs in those "
+                "layers; choose heads of layers with RoPE and the same number of pairs"
             )
         sums = {
             place: _HeadSums(longest - skip_first, geometry[place[0]].n_pairs) for place in wanted
@@ -233,20 +234,20 @@ def mean_by_distance(
     n_queries: int | None = None,
     scale: Scale = "none",
 ) -> tuple[Float[Tensor, "head distance"], Int[Tensor, " distance"]]:
-    """Mean dominant dimension of some heads of one text at distances from 1.
+    """Mean dominant dimension of heads on one text, by distance from 1.
 
     Args:
-        rot_q, rot_k, geometry: of one layer; :func:`tl_posheads.capture_rotary` gives them.
-        heads: those wanted.
-        n_queries: so many queries, evenly spread, stand for all; None takes all.
+        rot_q, rot_k, geometry: of one layer, as from :func:`tl_posheads.capture_rotary`.
+        heads: heads of the layer.
+        n_queries: use only so many evenly spaced queries; None uses all.
         scale: as in ``dimension_contributions``.
 
     Returns:
-        The mean in float64, NaN where there is no query-key pair, and how many of one head there
-        are at each distance.
+        The mean in float64 (NaN without a query-key pair), and the number of pairs per head at each
+        distance.
 
     Raises:
-        PosheadsError: another ``scale``.
+        PosheadsError: an unknown ``scale``.
 
     Example:
         >>> import torch
@@ -273,17 +274,17 @@ def curves_by_distance(
 ) -> tuple[
     Float[Tensor, "head distance"], Float[Tensor, "head distance"], Int[Tensor, " distance"]
 ]:
-    """:func:`mean_by_distance`, and beside it the mean softmax weight of some pairs together.
+    """:func:`mean_by_distance`, together with the mean summed softmax weight of ``pairs``.
 
     Args:
-        rot_q, rot_k, geometry, heads, n_queries, scale: as there.
-        pairs: those weighed; the weight is NaN without any.
+        rot_q, rot_k, geometry, heads, n_queries, scale: as for :func:`mean_by_distance`.
+        pairs: rotary pairs whose weight is summed; NaN without any.
 
     Returns:
         The mean dominant dimension, the weight from 0 to 1, and the number of query-key pairs.
 
     Raises:
-        PosheadsError: another ``scale``.
+        PosheadsError: an unknown ``scale``.
 
     Example:
         >>> import torch
@@ -313,7 +314,7 @@ def curves_by_distance(
 
 
 class _HeadSums:
-    """What is added up of one head, by distance."""
+    """Sums over one head's query-key pairs, by distance."""
 
     def __init__(self, n_pos: int, n_pairs: int) -> None:
         n_bins = (n_pairs - 1) * _BINS_PER_DIMENSION + 1

@@ -1,9 +1,9 @@
-"""One text and layer measured: rank correlations over drawn query-key pairs, or over all.
+"""Measures of one text and layer: rank correlations over sampled query-key pairs, or all.
 
-RoPE is exact, and so is the counterfactual: the query and key of one pair, turned on to the
-positions of another, are what the model would have had there. Of the complex product
-``q_m conj(k_m)`` of a rotary pair the real part is its contribution; turning the product by
-``theta_m`` times the change of distance moves the content.
+RoPE makes the counterfactual exact: the query and key of one pair, rotated further to another
+pair's positions, are what the model would have computed there. The real part of the complex
+product ``q_m conj(k_m)`` of a rotary pair is its contribution; rotating the product by ``theta_m``
+times the change in distance moves the content to the new distance.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _CHUNK, _CHUNK_GPU = 1 << 18, 1 << 26  # contributions of drawn pairs at a time
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, the same for every layer and document.
+    """Measurement settings, the same for every layer and document.
 
     Attributes:
-        draws: query-key pairs drawn in every document; all of them where there are no more.
+        draws: query-key pairs drawn in every document; all if it has no more.
         exact: rank all pairs of every document for rho, whatever its length.
-        weighting: ``"pair"``: every pair that attention sees weighs the same; ``"distance"``:
-            every distance does.
+        weighting: ``"pair"``: every pair under causal attention has the same weight;
+            ``"distance"``: every distance has the same weight.
         scale: of the contributions, as in ``dimension_contributions``.
-        skip_first: positions at each text's start left out, as queries and as keys.
+        skip_first: positions to leave out at the start of each text, as queries and as keys.
         seed: of the draws.
     """
 
@@ -73,22 +73,22 @@ class Settings:
         """From the arguments of ``score_heads``, checked.
 
         Raises:
-            PosheadsError: another ``qk_pairs``, ``weighting`` or ``scale``; a ``target_se`` that is
-                no number between 0 and 1; a ``seed`` that is no whole number from 0 on.
+            PosheadsError: an invalid ``qk_pairs``, ``weighting`` or ``scale``; a ``target_se`` that
+                isn't between 0 and 1; a ``seed`` that isn't a whole number from 0 on.
         """
         check_scale(scale)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise PosheadsError(f"seed={seed!r} was given; expected a whole number from 0")
         if weighting not in ("pair", "distance"):
             raise PosheadsError(
-                f"weighting={weighting!r} was given; expected 'pair' (every query-key pair weighs "
-                "the same) or 'distance' (every distance does)"
+                f"weighting={weighting!r} was given; expected 'pair' (equal weight for every "
+                "query-key pair) or 'distance' (equal weight for every distance)"
             )
         known = isinstance(target_se, int | float) and not isinstance(target_se, bool)
         if not known or not 0 < target_se < 1:
             raise PosheadsError(
-                f"target_se={target_se!r} was given; expected a standard error for drawing to "
-                "stay under, like 0.005"
+                f"target_se={target_se!r} was given; expected the largest standard error that "
+                "sampling may cause, like 0.005"
             )
         draws = max(3, -(-draws_for(target_se) // n_documents))
         if qk_pairs not in ("auto", "all"):
@@ -102,7 +102,7 @@ class Settings:
 
 
 class QKPairs(NamedTuple):
-    """Query-key pairs of a text, the same for all heads: positions of queries and of keys."""
+    """Query-key pairs of a text, the same for all heads: query and key positions."""
 
     q_pos: Int[Tensor, " n"]
     k_pos: Int[Tensor, " n"]
@@ -120,13 +120,13 @@ def draw_pairs(
     weighting: Weighting,
     generator: np.random.Generator,
 ) -> tuple[QKPairs, Float[Tensor, " n"] | None]:
-    """Pairs ``nearest`` to ``longest`` tokens apart, drawn with replacement; all if no more than n.
+    """Draw n pairs ``nearest`` to ``longest`` tokens apart, with replacement; all if no more.
 
-    Distances are drawn one from each of ``n`` equal shares of the pairs, so that what D does with
-    distance adds nothing to the error of drawing; only how D varies at one distance does.
+    Distances are stratified, one from each of ``n`` equal shares of the pairs. So the trend of D
+    over distance adds no sampling error; only the variation of D at a given distance does.
 
     Returns:
-        The pairs and their weights; None is 1 each.
+        The pairs and their weights; None means 1 each.
 
     Example:
         >>> import numpy as np
@@ -147,24 +147,24 @@ def draw_pairs(
         at = np.searchsorted(share, within * share[-1], side="right")
         distance = apart[np.minimum(at, len(apart) - 1)]
         q_pos = distance + (generator.random(n) * (n_pos - distance)).astype(np.int64)
-        order = np.argsort(q_pos)  # neighbours in memory are read together
+        order = np.argsort(q_pos)  # for memory locality
         q_pos, distance = q_pos[order], distance[order]
     return QKPairs(torch.as_tensor(q_pos), torch.as_tensor(q_pos - distance)), weights
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What is looked at in one document by all layers that see as far.
+    """The pairs measured in one document, shared by layers with the same window.
 
     Attributes:
-        qk_pairs: those that rho is taken over; behind them pairs 1 or 2 tokens apart, and pairs of
-            the farthest octave.
-        sizes: how many of each.
-        given: at whose positions the contents of each of the first are put.
-        weights: of the first; None is 1 each.
-        moved_weights: of contents and given positions together.
-        ranks: of the distance, and among the moved contents of the distance that they came from
-            and of the distance given.
+        qk_pairs: pairs for rho, followed by pairs 1 or 2 tokens apart and by pairs of the farthest
+            octave.
+        sizes: the number of each kind.
+        given: the pair to whose positions each of the pairs for rho is moved.
+        weights: of the pairs for rho; None means 1 each.
+        moved_weights: of contents and new positions together.
+        ranks: of the distance and, for moved contents, of their original and of their new
+            distance.
     """
 
     qk_pairs: QKPairs
@@ -184,7 +184,7 @@ class Draw:
         far: QKPairs,
         device: torch.device,
     ) -> Draw:
-        """From pairs, the order in which their positions are given, and both octaves' pairs."""
+        """From pairs, the permutation of their positions, and the pairs of both octaves."""
         given = QKPairs(*(x[order] for x in pairs))
         moved = None if weights is None else weights * weights[order]
         ranks = [
@@ -199,11 +199,11 @@ class Draw:
 
 
 class DocumentDraws:
-    """The draws of one document: layers with the same reach share theirs.
+    """The draws of one document, shared by layers with the same window.
 
     Args:
-        document: its name; with the seed it decides what is drawn.
-        n_pos: its positions, those skipped not counted.
+        document: its name; together with the seed it determines the draws.
+        n_pos: number of its positions, without the skipped ones.
     """
 
     def __init__(self, document: str, n_pos: int, settings: Settings) -> None:
@@ -212,7 +212,7 @@ class DocumentDraws:
         self._known: dict[tuple[int, torch.device], Draw] = {}
 
     def within(self, window: int | None, device: torch.device) -> Draw:
-        """For layers with this sliding window."""
+        """The draws for layers with this sliding window."""
         longest = farthest(self._n_pos, window)
         key = (longest, device)
         if key not in self._known:
@@ -240,9 +240,9 @@ def measure(
     geometry: LayerGeometry,
     draws: DocumentDraws,
 ) -> Float[Tensor, "measure head"]:
-    """A layer's :data:`MEASURES` of one text, without the positions that are skipped; float64.
+    """A layer's :data:`MEASURES` of one text without its skipped positions; float64.
 
-    Memory: some 20 MB on a CPU, 2 GB on a GPU; with ``exact`` that of :func:`spearman_of_all`.
+    Memory: about 20 MB on a CPU, 2 GB on a GPU; with ``exact`` that of :func:`spearman_of_all`.
     """
     settings = draws.settings
     draw = draws.within(geometry.window, rot_q.device)
@@ -272,7 +272,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Product:
-    """``q_m conj(k_m)`` of some query-key pairs, as rotated at their own positions."""
+    """``q_m conj(k_m)`` of query-key pairs, as rotated at their own positions."""
 
     real: Float[Tensor, "n head pair"]
     imag: Float[Tensor, "n head pair"]
@@ -284,18 +284,18 @@ class Product:
         return Product(self.real[:n], self.imag[:n], pairs, self.geometry)
 
     def dominant(self, at: QKPairs | None = None) -> Float[Tensor, "n head"]:
-        """D of the contents, at their own positions or put at others; float64."""
+        """D of the contents, at their own positions or moved to others; float64."""
         contribution = self.contributions(at)
         weight = (contribution - contribution.amax(-1, keepdim=True)).exp_()
-        # float64 sums of float32 exponentials: a head that rests on one pair has D within 1e-13
-        # of a whole number, and the order of those last digits is part of its score.
+        # float64 sums of float32 exponentials: where one pair dominates, D is within 1e-13 of a
+        # whole number, and the order of those last digits is part of the head's score.
         weight = weight.double()
         index = torch.arange(weight.shape[-1], dtype=weight.dtype, device=weight.device)
         total, moment = (weight @ torch.stack([torch.ones_like(index), index], 1)).unbind(-1)
         return moment / total
 
     def contributions(self, at: QKPairs | None = None) -> Float[Tensor, "n head pair"]:
-        """What the contents contribute at their own positions, or would at others."""
+        """Contributions of the contents at their own positions, or moved to others."""
         if at is None and self.geometry.remapping is None:
             return self.real
         distance, factor = distances_met(self.qk_pairs if at is None else at, self.geometry)
@@ -304,12 +304,12 @@ class Product:
     def turned_to(
         self, distance: Float[Tensor, "n head pair"], factor: Float[Tensor, "n head pair"] | None
     ) -> Float[Tensor, "n head pair"]:
-        """What the contents would contribute so far apart, times a factor (None is 1).
+        """Contributions of the contents at another distance, times a factor (None means 1).
 
-        All axes may be 1.
+        All axes may have size 1.
         """
         steps = distance - self.qk_pairs.distance[:, None, None]
-        # In float64 up to here: thousands of turns leave float32 no digits.
+        # In float64 up to here: after thousands of turns float32 has no digits left.
         angle = torch.remainder(steps * self.geometry.inv_freq.to(steps.device), 2 * math.pi)
         angle = angle.to(self.real.dtype)
         turned = (self.real * angle.cos()).addcmul_(self.imag, angle.sin(), value=-1)
@@ -319,9 +319,9 @@ class Product:
 def distances_met(
     pairs: QKPairs, geometry: LayerGeometry
 ) -> tuple[Float[Tensor, "n head pair"], Float[Tensor, "n head pair"] | None]:
-    """How far apart queries and keys meet, and the factor on their scores, both after remapping.
+    """Distance of queries and keys after remapping, and the factor on their scores.
 
-    The axes of head and pair may be 1; a factor of None is 1.
+    The axes of head and pair may have size 1; a factor of None means 1.
     """
     if geometry.remapping is None:
         return pairs.distance[:, None, None].double(), None
@@ -335,15 +335,15 @@ def products(
     pairs: QKPairs,
     scale: Scale,
 ) -> Iterator[tuple[slice, Product]]:
-    """Products of the pairs, some at a time, and which of the pairs they are.
+    """Products of the pairs, in chunks, and which of the pairs each chunk holds.
 
-    Memory: some arrays of 1 MB on a CPU, 268 MB on a GPU.
+    Memory: a few arrays of 1 MB on a CPU, 268 MB on a GPU.
     """
     at_once = _CHUNK_GPU if rot_q.is_cuda else _CHUNK
     step = max(1, at_once // (geometry.n_heads * geometry.n_pairs))
     precision = torch.promote_types(rot_q.dtype, torch.float32)
     factor = scale_factor(scale, geometry)
-    # Where neighbours share a key, as everywhere but by hand, no key is copied for each of them.
+    # Where neighbouring heads share a key (always, except by hand), keys are not copied per head.
     neighbours = geometry.kv_head == share_keys(rot_q.shape[1], rot_k.shape[1])
     for start in range(0, len(pairs.q_pos), step):
         chunk = slice(start, start + step)

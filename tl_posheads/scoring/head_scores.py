@@ -1,4 +1,4 @@
-"""Scores of a model's heads: a table, its best, its comparison with another, its files."""
+"""Scores of a model's heads: tables, rankings, tests, comparison and files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head, Heads, as_heads, count_of
+from tl_posheads.hooks.heads import Head, Heads, as_head, as_heads, count_of
 from tl_posheads.io.result import Files, Result
 from tl_posheads.scoring.draws import MEASURES, Settings
 from tl_posheads.statistics.ranks import (
@@ -36,18 +36,18 @@ TESTED = ("rho", "rotation", "content")
 
 @dataclass(frozen=True)
 class Comparison:
-    """How alike two scorings of the same heads are.
+    """Agreement between two scorings of the same heads.
 
     Attributes:
         rank_correlation: Spearman's rho between the two lists of scores.
-        n_heads: heads that both scored.
-        k: how many of the best were compared.
-        overlap: how many of them are the same.
-        chance: overlap that two random choices would have on average.
-        p_chance: probability that two random choices overlap at least so much.
-        by_head: where both scored the same documents, a row per head: ``difference`` (the other's
-            rho minus this one's, mean over documents), ``ci_low``, ``ci_high``, ``p`` (paired t
-            test) and ``p_adjusted`` (over heads). Empty with fewer than two documents in common.
+        n_heads: number of heads scored by both.
+        k: number of top heads compared.
+        overlap: number of top heads in common.
+        chance: expected overlap of two random choices.
+        p_chance: probability that two random choices overlap at least that much.
+        by_head: one row per head, over the documents in common: ``difference`` (the other's rho
+            minus this one's, mean over documents), ``ci_low``, ``ci_high``, ``p`` (paired t test)
+            and ``p_adjusted`` (over heads). Empty with fewer than two documents in common.
     """
 
     rank_correlation: float
@@ -61,17 +61,17 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadScores(Result):
-    """Positional scores of every head that was scored; NaN elsewhere.
+    """Positional scores of all scored heads; NaN for others.
 
-    A head's numbers are means over documents. ``rho`` splits, up to an ``interaction``, into what
-    the rotation does to contents that can't know the distance and what contents do where the
-    rotation can't know it. Documents are the replicates of every interval and p-value.
+    A head's numbers are means over documents. ``rho`` splits, up to an ``interaction``, into
+    ``rotation`` (effect of the distance, with contents permuted across positions) and ``content``
+    (effect of the contents at permuted positions). Intervals and p-values are over documents.
 
     Attributes:
-        values: ``draws.MEASURES`` of every document.
+        values: ``draws.MEASURES`` for every document.
         document_names: the documents' hashes, ascending.
-        windows: sliding window of each layer, None without.
-        provenance: how the scores came about.
+        windows: sliding window of each layer; None without.
+        provenance: how the scores were computed.
     """
 
     values: Float64[Tensor, "measure doc layer head"]
@@ -100,7 +100,7 @@ class HeadScores(Result):
         settings: Settings,
         provenance: Mapping[str, Any],
     ) -> HeadScores:
-        """Put together what was measured of each document and layer, in whatever order."""
+        """Combine the measures of each document and layer, given in any order."""
         names = tuple(sorted(rows))
         shape = (len(MEASURES), len(names), geometry.n_layers, geometry.n_heads)
         values = torch.full(shape, float("nan"), dtype=torch.float64)
@@ -122,7 +122,7 @@ class HeadScores(Result):
         )
 
     def by_document(self, measure: str) -> Float[Tensor, "doc layer head"]:
-        """One of ``draws.MEASURES`` of every document."""
+        """One of ``draws.MEASURES`` for every document."""
         return self.values[MEASURES.index(measure)]
 
     @cached_property
@@ -130,10 +130,10 @@ class HeadScores(Result):
         return {name: mean_over_documents(self.by_document(name)) for name in TESTED}
 
     def test(self, measure: str = "rho") -> MeanTest:
-        """Mean, interval and t test over documents of ``"rho"``, ``"rotation"`` or ``"content"``.
+        """Mean, interval and t test of ``"rho"``, ``"rotation"`` or ``"content"`` over documents.
 
         Raises:
-            PosheadsError: another measure.
+            PosheadsError: an unknown measure.
         """
         if measure not in TESTED:
             raise PosheadsError(f"test({measure!r}) was asked; expected one of {', '.join(TESTED)}")
@@ -146,17 +146,17 @@ class HeadScores(Result):
 
     @property
     def ci_low(self) -> Float[Tensor, "layer head"]:
-        """Lower end of rho's 95 % interval over documents (Student's t)."""
+        """Lower end of rho's 95 % confidence interval over documents (Student's t)."""
         return self._tests["rho"].ci_low
 
     @property
     def ci_high(self) -> Float[Tensor, "layer head"]:
-        """Upper end of rho's 95 % interval over documents (Student's t)."""
+        """Upper end of rho's 95 % confidence interval over documents (Student's t)."""
         return self._tests["rho"].ci_high
 
     @property
     def p(self) -> Float[Tensor, "layer head"]:
-        """Two-sided p-value of a mean rho of zero, by a t test over documents."""
+        """Two-sided p-value of a t test over documents that the mean rho is zero."""
         return self._tests["rho"].p
 
     @property
@@ -166,12 +166,12 @@ class HeadScores(Result):
 
     @property
     def rotation(self) -> Float[Tensor, "layer head"]:
-        """What distance does to D when contents can't know it: contents at others' positions."""
+        """Effect of the distance alone on D: rho of permuted contents with their new distance."""
         return self._tests["rotation"].mean
 
     @property
     def content(self) -> Float[Tensor, "layer head"]:
-        """What contents do to D, by the distance that they came from, put at others' positions."""
+        """Effect of contents alone on D: rho of permuted contents with their original distance."""
         return self._tests["content"].mean
 
     @property
@@ -186,7 +186,7 @@ class HeadScores(Result):
 
     @cached_property
     def d_far(self) -> Float[Tensor, "layer head"]:
-        """Mean dominant dimension in the farthest octave of distances that the layer sees."""
+        """Mean dominant dimension in the layer's farthest octave of distances."""
         return mean_over_documents(self.by_document("d_far")).mean
 
     @property
@@ -195,12 +195,12 @@ class HeadScores(Result):
 
     @cached_property
     def n_qk_pairs(self) -> Int[Tensor, "layer head"]:
-        """Query-key pairs that rho was ranked over, all documents together."""
+        """Number of query-key pairs behind rho, over all documents."""
         return self.by_document("n_qk_pairs").nan_to_num(0.0).sum(0).long()
 
     @cached_property
     def documents(self) -> pd.DataFrame:
-        """A row per document, layer and head, with everything measured there."""
+        """One row per document, layer and head, with all measures."""
         scored = torch.nonzero(self.n_qk_pairs > 0)
         layer, head = (scored[:, i].repeat(self.n_documents).numpy() for i in (0, 1))
         columns = {
@@ -227,7 +227,7 @@ class HeadScores(Result):
         return self.summary().splitlines()[:2]
 
     def summary(self, *, alpha: float = 0.05) -> str:
-        """What was found, in a few sentences."""
+        """The findings in a few sentences."""
         n = len(self._ranked())
         if not n:
             return "No head has a score."
@@ -268,7 +268,7 @@ class HeadScores(Result):
         return found + (few if self.n_documents < FEW_DOCUMENTS else "")
 
     def split_half(self, *, seed: int = 0) -> float:
-        """Rank correlation of the heads' scores between two halves of the documents.
+        """Split-half reliability: rank correlation of scores between halves of the documents.
 
         The mean over a hundred random halvings; NaN with one document.
         """
@@ -285,32 +285,32 @@ class HeadScores(Result):
         """A head's row of :meth:`to_pandas`: ``scores[6, 6]`` or ``scores["L6H6"]``.
 
         Raises:
-            PosheadsError: no head, or one without a score.
+            PosheadsError: not a head, or one without a score.
         """
-        (layer, index), table = as_heads(head)[0], self.to_pandas()
+        (layer, index), table = as_head(head), self.to_pandas()
         found = table[(table["layer"] == layer) & (table["head"] == index)]
         if found.empty:
-            raise PosheadsError(f"L{layer}H{index} was asked for, but it has no score")
+            raise PosheadsError(f"L{layer}H{index} was requested, but it has no score")
         return found.iloc[0]
 
     def top(self, k: int | float) -> list[Head]:
-        """The best heads as ``(layer, head)``, best first.
+        """The top heads as ``(layer, head)``, best first.
 
         Args:
-            k: an integer is a count, a float between 0 and 1 a fraction of the scored heads
+            k: an int is a count; a float between 0 and 1 is a fraction of the scored heads
                 (rounded, at least one).
 
         Raises:
-            PosheadsError: another kind of number.
+            PosheadsError: ``k`` is neither.
         """
         ranked = self._ranked()
         return ranked[: count_of(k, len(ranked))]
 
     def positional(self, alpha: float = 0.05) -> list[Head]:
-        """Heads whose mean rho is above zero after correction for their number, best first.
+        """Heads whose mean rho is significantly above zero after correction, best first.
 
-        A two-sided t test over documents, Benjamini and Hochberg over heads. None with one
-        document: it gives no test.
+        A two-sided t test over documents, corrected over heads (Benjamini and Hochberg). Empty
+        with a single document, which gives no test.
         """
         return [
             place
@@ -319,15 +319,15 @@ class HeadScores(Result):
         ]
 
     def above(self, threshold: float) -> list[Head]:
-        """Heads whose whole confidence interval lies above ``threshold``, best first."""
+        """Heads whose confidence interval lies entirely above ``threshold``, best first."""
         return [place for place in self._ranked() if float(self.ci_low[place]) > threshold]
 
     def plot(self, *, highlight: Heads | None = None, ax: Axes | None = None) -> Any:
-        """Histogram of rho beside those of its parts, as a matplotlib figure.
+        """Plot histograms of rho and of rotation alone, with matplotlib.
 
         Args:
             highlight: heads to mark with their names: ``"L6H6"``, ``(6, 6)`` or a list.
-            ax: axes to draw into; they are then what is returned.
+            ax: axes to draw into, which are then returned.
 
         Raises:
             PosheadsError: no head has a score, or one of ``highlight`` has none.
@@ -341,10 +341,10 @@ class HeadScores(Result):
         return score_figure(table, self.provenance.get("model", "the model"), marked, ax=ax)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per head of the scored layers, in order of layer and head.
+        """One row per head of the scored layers, ordered by layer and head.
 
         ``rho``, ``rotation`` and ``content`` come with interval, p-value and corrected p-value;
-        those of the last two begin with their names, like ``rotation_p``.
+        columns of the last two are prefixed, like ``rotation_p``.
         """
         layer, head = torch.nonzero(self.n_qk_pairs > 0).T
         columns: dict[str, Any] = {"layer": layer.numpy(), "head": head.numpy()}
@@ -360,11 +360,11 @@ class HeadScores(Result):
         return pd.DataFrame(columns).astype({"window": "Int64"})
 
     def compare(self, other: HeadScores, *, k: int | float = 0.05) -> Comparison:
-        """Rank correlation with another scoring of the same heads, and overlap of the best ``k``.
+        """Rank correlation with another scoring of the same heads, and overlap of the top ``k``.
 
         Raises:
-            PosheadsError: other layers and heads than these, fewer than three in common, or a
-                ``k`` that :meth:`top` refuses.
+            PosheadsError: different layers and heads, fewer than three in common, or a ``k`` that
+                :meth:`top` refuses.
         """
         if self.rho.shape != other.rho.shape:
             raise PosheadsError(

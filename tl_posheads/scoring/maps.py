@@ -1,4 +1,4 @@
-"""What chosen heads attend to in one text, and the rotary dimension that each pair rests on."""
+"""Attention and dominant dimension of chosen heads on one text."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class HeadMaps(Result):
 
     Attributes:
         model: name.
-        heads: ``(layer, head)`` of each.
+        heads: ``(layer, head)`` of each head.
         tokens: the text's tokens as strings.
-        step: positions a side that are one cell of the maps.
+        step: positions per side of one cell of the maps.
         pattern: attention from a cell's queries to a cell's keys, mean over the queries.
-        dominant: mean dominant dimension of the cell's query-key pairs; NaN where there is none.
-        distance: mean distance of the tokens that each position attends to, weighted by attention;
-            its own is 0.
-        dimension: mean dominant dimension of its query with those keys, weighted alike, itself left
-            out; NaN at position 0.
-        q_pos: positions whose attention is kept token by token.
+        dominant: mean dominant dimension of the cell's query-key pairs; NaN without any.
+        distance: attention-weighted mean distance from each position to the tokens that it attends
+            to; 0 for itself.
+        dimension: attention-weighted mean dominant dimension of each query, without its own
+            position; NaN at position 0.
+        q_pos: query positions with full rows.
         row_pattern: their attention to every token.
-        row_dominant: dominant dimension of those query-key pairs; NaN where there is none.
+        row_dominant: dominant dimension of those query-key pairs; NaN where masked or itself.
         n_pairs: rotary pairs of each head.
-        wavelengths: tokens per full turn of each head's pairs; NaN where another head has more.
+        wavelengths: tokens per full turn of each head's pairs; NaN-padded where heads differ.
         scale: of the contributions, as in ``dimension_contributions``.
     """
 
@@ -88,7 +88,7 @@ class HeadMaps(Result):
         return f"{self.model}: {', '.join(self.names)} on {len(self.tokens)} tokens"
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per head and position: its token, how far back it attends, and by which D."""
+        """One row per head and position: token, mean attention distance and mean D."""
         n_pos = len(self.tokens)
         return pd.concat(
             pd.DataFrame(
@@ -96,7 +96,7 @@ class HeadMaps(Result):
                     "layer": layer,
                     "head": head,
                     "q_pos": range(n_pos),
-                    "token": pd.Series(self.tokens, dtype=object),  # half a character, too
+                    "token": pd.Series(self.tokens, dtype=object),  # may be half a character
                     "distance": self.distance[i].numpy(),
                     "dimension": self.dimension[i].numpy(),
                 }
@@ -110,7 +110,7 @@ class HeadMaps(Result):
         return [f"L{layer}H{head}" for layer, head in self.heads]
 
     def cell_tokens(self) -> list[str]:
-        """What stands at the cells: tokens, or the first token of each cell and its position."""
+        """Labels of the cells: tokens, or the first token of each cell and its position."""
         if self.step == 1:
             return list(self.tokens)
         at = range(0, len(self.tokens), self.step)
@@ -126,25 +126,25 @@ def head_maps(
     max_cells: int = 80,
     scale: Scale = "none",
 ) -> HeadMaps:
-    """Attention pattern and dominant-dimension map of chosen heads on one text.
+    """Attention pattern and map of the dominant dimension, for chosen heads on one text.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE and a tokenizer.
-        tokens: one text, without padding; a batch or a list of one is one, too.
-        heads: ``scores.top(4)``, or as for :func:`tl_posheads.ablate`.
-        q_pos: positions whose attention is kept token by token; negative ones from the end.
-        max_cells: cells a side of the maps at most; longer texts are put together.
-        scale: of the contributions that the dominant dimension is taken of, as in ``score_heads``.
+        tokens: one text without padding, or a batch or list of one.
+        heads: such as ``scores.top(4)``, or as for :func:`tl_posheads.ablate`.
+        q_pos: query positions whose full rows are kept; negative ones count from the end.
+        max_cells: most cells per side; longer texts are averaged over several positions per cell.
+        scale: of the contributions behind the dominant dimension, as in ``score_heads``.
 
     Returns:
-        :class:`HeadMaps`, which ``tl_posheads.views`` draws. The pattern is the lens's own.
+        :class:`HeadMaps`, for ``tl_posheads.views``. The pattern is TransformerLens's own.
 
-    Memory: the lens's eager attention, and 8 bytes for every query-key pair and chosen head of one
-    layer.
+    Memory: TransformerLens's eager attention, and 8 bytes per query-key pair and chosen head of
+    one layer.
 
     Raises:
-        PosheadsError: no heads, heads that the model hasn't or one twice, more than one text,
-            positions outside of it, ``max_cells`` below 2; what ``score_heads`` refuses.
+        PosheadsError: no heads, heads that the model doesn't have, duplicates, more than one text,
+            positions outside of it, ``max_cells`` below 2; whatever ``score_heads`` refuses.
 
     Example:
         >>> maps = head_maps(model, tokens[0], scores.top(4))           # doctest: +SKIP
@@ -203,7 +203,7 @@ def _read(
     step: int,
     scale: Scale,
 ) -> dict[tuple[int, int], tuple[Tensor, ...]]:
-    """Maps in cells, measures of every position and whole rows ``at`` some, by head."""
+    """Cell maps, per-position measures and full rows ``at`` some positions, for each head."""
     found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     dominant: dict[int, Tensor] = {}
 
@@ -236,16 +236,16 @@ def dominant_map(
 ) -> Float[Tensor, "*head q_pos k_pos"]:
     """Dominant dimension of every query-key pair of a text, as a square map.
 
-    Needs no model: rotated queries and keys, and the geometry. Arguments are those of
-    :func:`tl_posheads.dimension_contributions`, of one text.
+    Needs no model, only rotated queries and keys and the geometry. Takes the arguments of
+    :func:`tl_posheads.dimension_contributions`, for one text.
 
     Returns:
-        D in float64, ``[head, q_pos, k_pos]``, without the axis ``head`` where one number is given;
-        NaN where the query doesn't see the key or is the key itself.
+        D in float64, ``[head, q_pos, k_pos]``, without the axis ``head`` where ``head`` is an int;
+        NaN where the key is masked or at the query's own position.
 
     Raises:
-        PosheadsError: more than one text, shapes that don't belong to the geometry, a layer or head
-            that isn't there, an unknown ``scale``.
+        PosheadsError: more than one text, shapes that don't match the geometry, a layer or head
+            that doesn't exist, an unknown ``scale``.
 
     Example:
         >>> g = LayerGeometry.from_inv_freq(torch.tensor([1.0, 0.1]), n_heads=4, n_kv_heads=2)
@@ -277,7 +277,7 @@ def dominant_map(
 def _reduced(
     pattern: Float[Tensor, "q_pos k_pos"], dominant: Float[Tensor, "q_pos k_pos"], step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pattern and D in cells, and how far back and by which dimension every position attends."""
+    """Pattern and D in cells, and each position's mean attention distance and mean D."""
     n_pos = pattern.shape[0]
     seen = torch.isfinite(dominant)
     at = torch.arange(n_pos, device=pattern.device)

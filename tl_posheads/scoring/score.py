@@ -1,4 +1,4 @@
-"""Scores every head of a model: capture, measure, put together."""
+"""Score every head of a model: capture, measure, combine."""
 
 from __future__ import annotations
 
@@ -46,41 +46,41 @@ def score_heads(
 ) -> HeadScores:
     """The positional score of every head (Hong et al. 2024, arXiv 2410.08703), with uncertainty.
 
-    A document's score of a head is Spearman's rho between token distance and dominant dimension
-    over the query-key pairs that attention sees; a head's score is the mean over documents, which
-    are the replicates of its interval and p-value. Give eight or more.
+    In a document, a head's score is Spearman's rho between token distance and dominant dimension
+    over the query-key pairs under causal attention. Its overall score is the mean over documents,
+    which are the replicates for its interval and p-value. Give eight or more documents.
 
     Args:
-        model: HookedTransformer or TransformerBridge with RoPE. Hooks inside a
-            ``with model.hooks(...)`` stay in force; the model is left as it was.
+        model: HookedTransformer or TransformerBridge with RoPE. Hooks of an open
+            ``with model.hooks(...)`` stay active; the model is left unchanged.
         tokens: documents of at least two positions, no two the same, as ids (a tensor or numpy
             array) or as texts (a string or a list of them); a list holds texts of unequal
             length.
-        layers: those to score; all by default.
-        qk_pairs: ``"auto"`` draws, in every document, as many query-key pairs as ``target_se`` asks
-            for; ``"all"`` ranks every pair, at any length; a number draws that many a document.
-            Where a document has no more, all are taken. ``rotation`` and ``content`` are drawn
-            with ``"all"``, too.
-        weighting: ``"pair"``: every pair weighs the same, so that short distances, of which there
-            are more, weigh more; ``"distance"``: every distance weighs the same.
-        scale: ``"none"`` takes contributions as they are, ``"attention"`` times the factor on the
-            model's scores. The two rank heads differently.
-        target_se: standard error of a head's mean rho that drawing may cause with ``"auto"``.
+        layers: layers to score; all by default.
+        qk_pairs: ``"auto"`` draws as many query-key pairs per document as ``target_se`` needs;
+            ``"all"`` ranks every pair, at any length; a number draws that many per document.
+            If a document has no more, all are used. ``rotation`` and ``content`` use sampled
+            pairs even with ``"all"``.
+        weighting: ``"pair"``: every pair has the same weight, so short distances, which have more
+            pairs, count more; ``"distance"``: every distance has the same weight.
+        scale: ``"none"`` takes contributions to ``q . k``; ``"attention"`` multiplies them by the
+            model's factor on attention scores. The two rank heads differently.
+        target_se: with ``"auto"``, standard error that sampling may add to a head's mean rho.
         attention_mask: 1 for tokens, 0 for padding, on the left or the right. Each document is
-            run by itself and without its padding. A tensor with padding needs it.
-        skip_first: positions at the start of every document that are left out, as queries and as
-            keys (the attention sink).
-        seed: of everything drawn. The same seed gives the same numbers.
-        checkpoint: folder that keeps every finished document; the same call goes on from there.
-        progress: show a bar.
-        provenance: more facts to keep with the result, the corpus' name for one.
+            run alone and without its padding. A tensor with padding needs it.
+        skip_first: positions to leave out at the start of every document, as queries and as keys
+            (the attention sink).
+        seed: of all sampling. The same seed gives the same numbers.
+        checkpoint: folder for finished documents; the same call resumes from there.
+        progress: show a progress bar.
+        provenance: more facts to store with the result, such as the corpus's name.
 
     Returns:
-        :class:`HeadScores`, NaN for heads of layers that were not asked for, have no RoPE, or
-        whose dominant dimension is constant.
+        :class:`HeadScores`; NaN for heads of layers that were not requested or have no RoPE, and
+        for heads whose dominant dimension is constant.
 
-    Memory: one layer of one document at a time; beyond the model's own forward pass some 100 MB on
-    a CPU. ``qk_pairs="all"``: 1.8 GB.
+    Memory: one layer of one document at a time; about 100 MB on a CPU beyond the model's own
+    forward pass. ``qk_pairs="all"``: 1.8 GB.
 
     Raises:
         PosheadsError: a model without RoPE or with forgotten hooks; tokens that are too short,
@@ -118,7 +118,7 @@ def score_heads(
 def empty_accumulator(
     model: LensModel, units: Units, layers: Sequence[int], settings: Settings
 ) -> ScoreAccumulator:
-    """What these documents' measures are put into.
+    """An empty accumulator for these documents.
 
     Raises:
         PosheadsError: none of the layers has RoPE.
@@ -128,7 +128,7 @@ def empty_accumulator(
     accumulator = ScoreAccumulator.of(geometry, layers, settings)
     if not accumulator.layers:
         raise PosheadsError(
-            f"none of the layers asked for in {model_name(model)} has RoPE; ask for others"
+            f"none of the requested layers of {model_name(model)} has RoPE; choose others"
         )
     return accumulator
 
@@ -136,14 +136,14 @@ def empty_accumulator(
 def geometry_by_length(
     model: LensModel, geometry: RotaryGeometry, layers: Sequence[int]
 ) -> Callable[[int], RotaryGeometry]:
-    """A text's length to its geometry: another one where frequencies depend on the length."""
+    """Geometry by text length; the same for all unless frequencies depend on the length."""
     if not length_matters(model):
         return lambda length: geometry
     return cache(lambda length: RotaryGeometry.from_model(model, length=length, layers=layers))
 
 
 def plan_of(model: LensModel, accumulator: ScoreAccumulator, units: Units) -> dict[str, Any]:
-    """What decides the numbers: a checkpoint of another plan is another run's."""
+    """Everything that determines the numbers; identifies the run of a checkpoint."""
     geometry = accumulator.geometry
     return {
         **inputs_of(model, units),
@@ -182,7 +182,7 @@ def sweep(
     *,
     progress: bool = False,
 ) -> None:
-    """Measure every document, a pass each; those that the checkpoint holds are read from it."""
+    """Measure every document in one pass each, except those already in the checkpoint."""
     layers = accumulator.layers
     geometry_of = geometry_by_length(model, accumulator.geometry, layers)
     total = len(layers) * sum(len(document) for _, document in units)

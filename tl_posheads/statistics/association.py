@@ -1,4 +1,4 @@
-"""Does harm go with a score over heads? Ranks only, nothing needs a model."""
+"""Does ablation harm correlate with a score across heads? Ranks only, no model needed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tl_posheads.errors import PosheadsError
 from tl_posheads.statistics.effects import spearman
 
 _FEWEST_HEADS = 8
-# Squared length of what is left of n ranks, over n**3: below, nothing is left but rounding.
+# Squared length of n rank residuals, over n**3: anything below is rounding error.
 _NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
 class RankAssociation:
-    """How the harm of ablating single heads goes with a score of theirs.
+    """How the harm of ablating single heads correlates with a score of the heads.
 
     Attributes:
-        rho: Spearman's rho of score and harm over heads, adjusted; positive where heads with a
-            higher score do more harm when ablated.
-        ci_low, ci_high: 95 % interval over prompts; NaN with one prompt.
+        rho: adjusted Spearman's rho of score and harm over heads; positive where ablating heads
+            with a higher score does more harm.
+        ci_low, ci_high: 95 % confidence interval over prompts; NaN with one prompt.
         p: two-sided p-value, by permutation within layers.
         n_heads: heads with a score, an effect and a norm.
-        n_prompts: prompts.
+        n_prompts: number of prompts.
         raw_rho: Spearman's rho without adjustment.
     """
 
@@ -49,34 +49,34 @@ def rank_association(
 ) -> RankAssociation:
     """Spearman's rho over heads between a score and the harm of ablating each head by itself.
 
-    Harm is the mean effect over prompts with its sign turned. Layers differ in both, and so do
-    heads that write much and little; neither says anything about the score. Hence ``rho`` is the
-    partial correlation of the ranks given the layer, as a factor, and the rank of the norm.
+    Harm is the mean effect over prompts with its sign flipped. Both score and harm vary with the
+    layer and with the norm of a head's output, which confounds them. So ``rho`` is the partial
+    correlation of the ranks, given the layer as a factor and the rank of the norm.
 
-    The p-value permutes what layer and norm leave of the harm's ranks within layers (Freedman &
+    The p-value permutes the residuals of the harm's ranks within layers (Freedman &
     Lane 1983, J. Bus. Econ. Stat. 1, 292; Winkler et al. 2014, NeuroImage 92, 381), and is
-    ``(1 + #as large) / (1 + #permutations)``. Without ``norms`` it is exact where, within a layer,
-    any head could have had any score. Adjust the p-values of several scores or tasks with
+    ``(1 + #as large) / (1 + #permutations)``. Without ``norms`` it is exact if scores are
+    exchangeable within a layer. Adjust the p-values of several scores or tasks with
     :func:`~tl_posheads.statistics.ranks.benjamini_hochberg`.
 
-    The interval is Student's t with the jackknife's standard error over prompts; the heads are
-    those that there are. It is for the rho that this many prompts like these give on average.
-    Noise of a few prompts' means draws rho towards 0, so with more prompts it would be larger.
+    The interval is Student's t with the jackknife's standard error over prompts; heads are fixed.
+    It covers the rho that this many such prompts give on average. With few prompts, noise in the
+    means pulls rho towards 0, so more prompts would give a larger one.
 
-    Ablating heads one by one can't see heads that stand in for each other: the loss of either does
-    no harm, however high both score.
+    Ablating heads one by one misses redundant heads: losing either one does no harm, however high
+    both score.
 
     Args:
-        score: one number a head, like its positional score; NaN where it has none.
-        effects: ablated minus clean, nats a token, of every head by itself; NaN where it was not
-            ablated. A head without all prompts is left out.
-        norms: mean norm of what a head writes.
+        score: one number per head, like its positional score; NaN where it has none.
+        effects: ablated minus clean, nats per token, for each head ablated alone; NaN where it was
+            not ablated. A head that lacks any prompt is left out.
+        norms: mean norm of each head's output.
         n_permutations: permutations.
         seed: of the permutations.
 
     Returns:
-        :class:`RankAssociation`. ``rho`` and ``p`` are NaN where within layers, given the norm,
-        all scores or all effects are equal.
+        :class:`RankAssociation`. ``rho`` and ``p`` are NaN if all scores or all effects are equal
+        within layers, given the norm.
 
     Raises:
         PosheadsError: shapes that don't fit, no prompts, fewer than 8 heads with all numbers,
@@ -116,7 +116,7 @@ def rank_association(
     rho = float(_cosine(left, scores))
     low = high = p = float("nan")
     if np.isfinite(rho):
-        # Keys that grow with the layer: sorting them shuffles each layer's heads among themselves.
+        # Keys that grow with the layer: sorting them permutes heads within each layer.
         keys = np.random.default_rng(seed).random((n_permutations, n_heads)) + layer
         drawn = _cosine(adjusted(left[keys.argsort(1)]), scores)
         p = float((1 + (np.abs(drawn) >= abs(rho) - 1e-12).sum()) / (1 + n_permutations))
@@ -129,7 +129,7 @@ def rank_association(
 
 
 class _Adjusted:
-    """What the layer, as a factor, and the rank of the norm leave of values over heads."""
+    """Residuals of values over heads, given the layer as a factor and the rank of the norm."""
 
     def __init__(self, layer: Int[np.ndarray, " n"], norms: Float[np.ndarray, " n"] | None) -> None:
         self.layer = layer
@@ -149,7 +149,7 @@ class _Adjusted:
 
 
 def _cosine(x: Float[np.ndarray, "*draw n"], y: Float[np.ndarray, " n"]) -> np.ndarray:
-    """Correlation of what is left; NaN where nothing is."""
+    """Correlation of the residuals; NaN where there are none."""
     squares, square, least = (x * x).sum(-1), y @ y, _NOTHING * len(y) ** 3
     with np.errstate(invalid="ignore", divide="ignore"):
         some = (squares > least) & (square > least)

@@ -1,4 +1,4 @@
-"""What an ablation did, and whether the best heads' ablation did more than the controls'.
+"""The effect of an ablation, and whether ablating the top heads did more than the controls.
 
 Effects are differences of mean log-probability, ablated minus clean, in nats: lower is more harm.
 Everything here works on arrays; nothing needs a model.
@@ -15,7 +15,7 @@ from scipy import stats
 from tl_posheads.errors import PosheadsError
 from tl_posheads.statistics.log_bins import interval_of
 
-# Effects whose difference is below this share of the largest are the same up to rounding.
+# Effects that differ by less than this share of the largest are equal up to rounding.
 _ROUNDING = 1e-6
 _EXACT_SIGNS = 14
 
@@ -26,8 +26,8 @@ class Effect:
 
     Attributes:
         mean: ablated minus clean, in the unit of the data.
-        ci_low, ci_high: 95 % interval over prompts; NaN with fewer than two.
-        n_prompts: prompts.
+        ci_low, ci_high: 95 % confidence interval over prompts; NaN with fewer than two.
+        n_prompts: number of prompts.
     """
 
     mean: float
@@ -38,11 +38,11 @@ class Effect:
 
 @dataclass(frozen=True, eq=False)
 class RankTests:
-    """Rank of the top set's effect among the control draws', test by test.
+    """Rank of the top set's effect among those of the control draws, for each test.
 
     Attributes:
-        p: one-sided p-value of each test by itself, ``[test]``.
-        p_adjusted: corrected for all the tests together, ``[test]``; at least ``p``.
+        p: uncorrected one-sided p-value of each test, ``[test]``.
+        p_adjusted: corrected for all tests together, ``[test]``; at least ``p``.
     """
 
     p: Float[np.ndarray, " test"]
@@ -51,14 +51,14 @@ class RankTests:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well estimated effects foretell true ones.
+    """How well estimated effects predict the true ones.
 
     Attributes:
         rank_correlation: Spearman's rho over the sets.
-        ci_low, ci_high: 95 % bootstrap interval of it over the sets; NaN with fewer than four.
+        ci_low, ci_high: its 95 % bootstrap interval over the sets; NaN with fewer than four.
         slope: least-squares slope through the origin of true on estimated; 1 if the estimates are
             right on average.
-        n_sets: sets.
+        n_sets: number of sets.
     """
 
     rank_correlation: float
@@ -73,17 +73,16 @@ def paired_effect(
 ) -> Effect:
     """Mean of ablated minus clean over the prompts, with Student's 95 % interval.
 
-    What a prompt does to both runs cancels. The interval is for prompts like these: for normal
-    differences it covers exactly, with as few as two prompts. Where most prompts lose little and
-    some much, few prompts seldom hold one of those, and it covers less: .88 to .90 with three to
-    eight exponential differences.
+    What affects both runs of a prompt cancels. For normal differences the coverage is exact, with
+    as few as two prompts. If most prompts lose little and some lose much, a small sample often
+    misses the latter and coverage drops: .88 to .90 with three to eight exponential differences.
 
     Args:
         ablated, clean: the same prompts' values in the same order, log-probabilities in nats.
 
     Returns:
-        :class:`Effect`. If all differences are equal, the interval is the mean twice; with one
-        prompt it is NaN, with none the mean too.
+        :class:`Effect`. If all differences are equal, both ends of the interval are the mean. With
+        one prompt the interval is NaN; with none, the mean too.
 
     Raises:
         PosheadsError: arrays of different or more than one dimension.
@@ -105,7 +104,7 @@ def paired_effect(
     if n < 2 or not np.isfinite(mean):
         return Effect(mean, float("nan"), float("nan"), n)
     if np.ptp(difference) == 0:
-        # The mean of equal numbers may be off by a rounding; the number itself is not.
+        # The mean of equal numbers may have a rounding error; the number itself has none.
         mean = float(difference[0])
         return Effect(mean, mean, mean, n)
     half = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n))
@@ -118,28 +117,28 @@ def rank_tests(
     *,
     resolution: float = 0.0,
 ) -> RankTests:
-    """Is the top set's effect lower than the control draws'? By rank, for many tests at once.
+    """Rank test of whether the top set's effect is below the control draws', for many tests.
 
     For one test ``p = (1 + #draws at or below the top) / (1 + #draws)`` (Phipson & Smyth 2010,
     Stat. Appl. Genet. Mol. Biol. 9, 39): exact if under the null hypothesis the top set is one of
-    the draws, and never zero. A draw above the top by less than ``resolution``, or than rounding,
-    1e-6 of the test's largest absolute effect, counts as equal and so against the top.
+    the draws, and never zero. A draw above the top by less than ``resolution``, or by less than
+    rounding (1e-6 of the test's largest absolute effect), counts as equal, so against the top.
 
     Over all tests (tasks, fractions) the single-step procedure of Westfall & Young 1993
-    (*Resampling-Based Multiple Testing*, section 2.3.3) holds the chance of any false rejection:
-    every test is standardised by mean and standard deviation of its draws and the top together,
+    (*Resampling-Based Multiple Testing*, section 2.3.3) controls the family-wise error rate.
+    Every test is standardised by the mean and standard deviation of its draws and the top together,
     and the top's value is compared with each draw's most extreme one. Standardising with the top
-    included treats all rows alike, so that the family-wise test is exact as well; and tests that
-    go together, as nested sets do, cost less than by Bonferroni.
+    included treats all rows alike, so the family-wise test is exact too. Correlated tests, such as
+    those of nested sets, lose less power than with Bonferroni.
 
     Args:
         top: the top set's effect in each test; lower is more harm.
         draws: the control draws' effects. A row is the same draw in all tests.
-        resolution: differences below it are noise of the measurement, in the effects' unit.
+        resolution: differences below it are measurement noise, in the effects' unit.
 
     Returns:
-        :class:`RankTests`. A test whose effects are all equal has ``p = 1``. A test with a value
-        that is not finite gives NaN and takes no part in the others' correction.
+        :class:`RankTests`. A test whose effects are all equal has ``p = 1``. A test with a
+        non-finite value gives NaN and is left out of the correction of the others.
 
     Raises:
         PosheadsError: shapes that don't fit, or no draws.
@@ -172,7 +171,7 @@ def rank_tests(
     tolerance = np.where(flat, 0.0, tolerance / sd)
     extreme = standard.min(1, keepdims=True)
     adjusted = (extreme <= standard[0] + tolerance).sum(0) / n
-    # Equal up to the last bit of a standardised value; the larger one is the safe one.
+    # Equal up to the last bit of a standardised value; the larger p-value is the safe one.
     p_adjusted[known] = np.where(flat, 1.0, np.maximum(adjusted, p[known]))
     return RankTests(p, p_adjusted)
 
@@ -182,18 +181,17 @@ def sign_flip_p(
 ) -> float:
     """One-sided paired permutation test that the mean difference is below zero.
 
-    For a control that is a single set: the difference, prompt by prompt, is the top set's effect
-    minus the control's. Under the null hypothesis the two sets could change places in any prompt.
-    The p-value says that these two sets differ, and nothing about other sets.
+    For a control that is a single set: the difference on each prompt is the top set's effect minus
+    the control's. Under the null hypothesis the two sets are exchangeable on every prompt. The
+    p-value compares these two sets and says nothing about others.
 
     Args:
         difference: top minus control.
-        n_resamples: sign vectors drawn where there are more than 14 prompts; below, all of them
-            are taken.
+        n_resamples: sign vectors to draw with more than 14 prompts; with fewer, all are used.
         seed: of those draws.
 
     Returns:
-        p-value; NaN with fewer than two prompts or a difference that is not finite.
+        p-value; NaN with fewer than two prompts or a non-finite difference.
 
     Raises:
         PosheadsError: an array of other than one dimension.
@@ -225,7 +223,7 @@ def sign_flip_p(
 
 
 def holm(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """p-values corrected for their number, whatever their dependence (Holm 1979); NaN stays NaN.
+    """Family-wise corrected p-values, under any dependence (Holm 1979); NaN stays NaN.
 
     Example:
         >>> import numpy as np
@@ -260,10 +258,10 @@ def agreement(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Agreement:
-    """Whether a cheap estimate of the sets' effects agrees with the measured ones.
+    """How well a cheap estimate of the sets' effects agrees with the measured ones.
 
-    The order (Spearman's rho, with a bootstrap interval over the sets) and the size: an estimate
-    of no effect should go with none, so the slope is that through the origin.
+    Compares the order (Spearman's rho, with a bootstrap interval over the sets) and the size: zero
+    estimated should mean zero measured, so the slope goes through the origin.
 
     Args:
         estimated, true: effects of the same sets in the same order.
@@ -275,7 +273,7 @@ def agreement(
         than three sets; the slope where all estimates are zero.
 
     Raises:
-        PosheadsError: arrays of different or more than one dimension, a value that is not finite.
+        PosheadsError: arrays of different or more than one dimension, a non-finite value.
 
     Example:
         >>> import numpy as np
@@ -299,6 +297,6 @@ def agreement(
     if np.isfinite(rho):
         picks = np.random.default_rng(seed).integers(n, size=(n_boot, n))
         drawn = spearman(estimated[picks], true[picks])
-        # A resample of one set alone has no order and is left out.
+        # A resample that repeats a single set has no order and is left out.
         low, high = interval_of(drawn[np.isfinite(drawn)], n)
     return Agreement(rho, low, high, slope, n)

@@ -1,4 +1,4 @@
-"""Curves over bins of log distance, and how resamples of documents or heads are drawn from them."""
+"""Curves over bins of log distance, and resampling them over documents or heads."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from scipy import stats
 
 from tl_posheads.errors import PosheadsError
 
-# Fewer documents, or heads, say nothing about how others would differ.
+# Fewer documents, or heads, don't show how much others would differ.
 _FEWEST = 4
-# Distances with a smaller share of the pairs than the best-filled one: few queries, few keys.
+# Distances with a smaller share of the pairs than the fullest one: few queries, few keys.
 _SPARSE = 0.1
 
 
@@ -22,9 +22,9 @@ class LogBins:
     """Means over bins of equal width in log distance.
 
     Attributes:
-        distance: of each bin, the geometric mean over its pairs, in tokens.
+        distance: geometric mean over each bin's query-key pairs, in tokens.
         n_qk_pairs: query-key pairs in each bin.
-        mean: mean over the pairs, in rotary dimensions; NaN where there is none.
+        mean: mean over the pairs, in rotary dimensions; NaN in an empty bin.
     """
 
     distance: Float[np.ndarray, " bin"]
@@ -41,14 +41,14 @@ def log_bins(
 ) -> LogBins:
     """Means of curves over bins of equal width in log distance, weighted by pairs.
 
-    Near distances, where a bin is narrower than a token, keep a bin each. Bins without any pair
+    Near distances, where a bin is narrower than a token, get a bin each. Bins without any pair
     are left out.
 
     Args:
         distance: token distances, from 1 on.
         n_qk_pairs: query-key pairs behind each value; anything that broadcasts to ``values``.
-        values: NaN counts as no pair.
-        per_octave: bins in a doubling of the distance.
+        values: the curves; NaN counts as no pair.
+        per_octave: bins per doubling of the distance.
 
     Returns:
         :class:`LogBins`.
@@ -84,7 +84,7 @@ def log_bins(
     if not held.any():
         raise PosheadsError("no curve has a pair at any distance; give longer texts")
     log = np.log2(distance[held])
-    # Bins are centred on the powers of two, so that distances 1 and 2 lie in the middle of theirs.
+    # Bins are centred on the powers of two, so distances 1 and 2 lie in the middle of theirs.
     _, which = np.unique(np.round(log * per_octave), return_inverse=True)
     member = (which[:, None] == np.arange(which.max() + 1)).astype(np.float64)
     per_bin = per_distance[held] @ member
@@ -96,7 +96,7 @@ def log_bins(
 
 @dataclass(frozen=True, eq=False)
 class BinnedCurves:
-    """Sums over the pairs of every bin; what is drawn again is added up again."""
+    """Sums over the pairs of every bin, so that resampling only has to add them up."""
 
     octave: np.ndarray  # [bin], log2 of the distance
     total: np.ndarray  # [doc, head, bin]
@@ -145,11 +145,11 @@ class BinnedCurves:
         return cls(np.log2(bins.distance), np.nan_to_num(bins.mean) * n, n)
 
     def of_heads(self, chosen: np.ndarray) -> BinnedCurves:
-        """These heads alone."""
+        """Only these heads."""
         return BinnedCurves(self.octave, self.total[:, chosen], self.weight[:, chosen])
 
     def drawn(self, counts: np.ndarray, unit: str) -> np.ndarray:
-        """Curves ``[draw, head, bin]`` of the units drawn so many times; NaN without a pair."""
+        """Curves ``[draw, head, bin]`` of the resampled units; NaN without a pair."""
         if unit == "heads":
             picks = np.stack([np.repeat(np.arange(len(row)), row) for row in counts.astype(int)])
             alone = self.drawn(np.ones((1, len(self.total))), "documents")
@@ -163,7 +163,7 @@ class BinnedCurves:
 
 
 def bootstrap_counts(n_units: int, n_boot: int, seed: int) -> np.ndarray:
-    """How often each draw of as many units as there are has each of them, ``[draw, unit]``."""
+    """How often each bootstrap draw has each unit, ``[draw, unit]``."""
     if n_boot < 1:
         raise PosheadsError(f"n_boot={n_boot} was given; expected at least 1")
     chances = np.full(n_units, 1 / n_units)
@@ -173,7 +173,7 @@ def bootstrap_counts(n_units: int, n_boot: int, seed: int) -> np.ndarray:
 def interval_of(
     values: np.ndarray, n_units: int, method: Literal["linear", "nearest"] = "linear"
 ) -> tuple[float, float]:
-    """Percentiles, set further apart for few units (Hesterberg 2015, Am. Stat. 69, 371)."""
+    """Percentile interval, widened for few units (Hesterberg 2015, Am. Stat. 69, 371)."""
     if n_units < _FEWEST:
         return float("nan"), float("nan")
     t = stats.t.ppf(0.975, n_units - 1) * np.sqrt(n_units / (n_units - 1))

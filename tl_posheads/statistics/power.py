@@ -1,4 +1,4 @@
-"""How small an effect an experiment could have found, by resampling what it measured."""
+"""Minimum detectable effect of an experiment, by resampling its measurements."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 
 from tl_posheads.errors import PosheadsError
 
-# Shape that a tail is taken to have before its values are seen, and how many values that is worth:
-# few values say next to nothing of it. 0 is an exponential tail, a normal law's is near -0.2.
+# Prior for the shape of a tail, and how many values it counts as: few values say next to nothing
+# about the shape. 0 is an exponential tail; a normal distribution's is near -0.2.
 _SHAPE, _WORTH = -0.1, 20
 
 
@@ -22,39 +22,39 @@ def smallest_detectable(
     seed: int,
     n_sim: int = 1000,
 ) -> Float[np.ndarray, " test"]:
-    """The smallest harm that :func:`rank_tests` would have found in each test, by resampling.
+    """Minimum detectable harm of :func:`rank_tests` in each test, by resampling.
 
-    A result that is not significant says little where only a large effect could have been seen.
-    The answer for a test is ``delta``: a set of heads whose true effect in this test lies ``delta``
-    below the mean draw's would have had ``p_adjusted <= alpha`` in a share ``power`` of such
-    studies, each with new draws and new prompts.
+    A non-significant result says little if only a large effect could have been detected. The
+    answer for a test is ``delta``: a set of heads whose true effect in this test lies ``delta``
+    below the mean draw's would have ``p_adjusted <= alpha`` in a share ``power`` of such studies,
+    each with new draws and new prompts.
 
-    A simulated study takes as many draws as there are, with replacement, each with its effects in
-    all tests, so that the tests depend on each other as they do. One more is the top set in the
-    other tests, in which there is nothing to find. In this test the top set lies at the mean of
-    the draws less ``delta``, plus what resampled prompts do to its distance from them.
+    A simulated study resamples the draws with replacement, each with its effects in all tests,
+    which keeps the dependence between tests. One more draw serves as the top set in the other
+    tests, which have no true effect. In this test the top set lies at the mean of the draws minus
+    ``delta``, plus the noise in that distance from resampled prompts.
 
-    The rank test asks how low the lowest draws of a new study lie, and half of the time that is
-    lower than any that were seen. So the lowest quarter of the draws is not repeated but drawn
-    from a generalized Pareto law, the limit law of tails (Pickands 1975, Ann. Stat. 3, 119). Its
-    shape, by probability-weighted moments (Hosking & Wallis 1987, Technometrics 29, 339), is common
-    to all tests, its scale each test's own and as uncertain as so few values leave it. Simulated
-    studies with normal and skewed draws (-0.7 to -2.4) found an effect of ``delta`` in .75 to .95
-    of cases, where repeating the draws as they are would have found it in .5 to .75.
+    The rank test depends on the lowest draws of a new study, and half of the time these lie below
+    all observed ones. So the lowest quarter of the draws is not resampled but drawn from a
+    generalized Pareto distribution, the limit of tails (Pickands 1975, Ann. Stat. 3, 119). Its
+    shape, by probability-weighted moments (Hosking & Wallis 1987, Technometrics 29, 339), is shared
+    by all tests; its scale is per test, with the uncertainty of so few values. Simulated studies
+    with normal and skewed draws (-0.7 to -2.4) found an effect of ``delta`` in .75 to .95 of cases;
+    with the plain draws resampled, ``delta`` would have been found in .5 to .75.
 
     Args:
         top: the top set's effects, ablated minus clean; lower is more harm.
         draws: the control draws' effects on the same prompts.
         alpha: level of the adjusted test.
-        power: wanted probability to find the effect.
+        power: desired probability of finding the effect.
         resolution: as given to :func:`rank_tests`.
         seed: of the simulation.
-        n_sim: simulated studies; with 1000 the power is known to 0.03.
+        n_sim: number of simulated studies; 1000 give the power to within 0.03.
 
     Returns:
         ``delta`` of each test, in the effects' unit, to 0.1 %. Infinity where no effect is large
-        enough, as with fewer than ``1 / alpha - 1`` draws; NaN with fewer than two prompts or
-        draws, and in a test with a value that is not finite, which takes no part in the others.
+        enough, as with fewer than ``1 / alpha - 1`` draws. NaN with fewer than two prompts or
+        draws, and in a test with a non-finite value, which the other tests ignore.
 
     Raises:
         PosheadsError: shapes that don't fit, ``alpha`` or ``power`` outside (0, 1), ``n_sim``
@@ -95,11 +95,11 @@ def smallest_detectable(
     spread = values.std(1, keepdims=True)
     standard = (values - values.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
 
-    # What prompts do to all sets alike leaves the ranks alone: only the distance counts.
+    # A prompt's effect on all sets alike doesn't change the ranks: only the distance counts.
     distance = top - draws.mean(1)
     distance -= distance.mean(0)
     counts = generator.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=n_sim)
-    # Resampled means of n values spread too little by (n - 1) / n.
+    # The variance of resampled means of n values is too small by (n - 1) / n.
     noise = counts @ distance / np.sqrt(n_prompts * (n_prompts - 1))
     centre = draws.mean((0, 1))
     found = []
@@ -116,7 +116,7 @@ def _resampled(
     rows: Int[np.ndarray, "study row"],
     generator: np.random.Generator,
 ) -> Float[np.ndarray, "study row test"]:
-    """The draws in these rows, the lowest of each test anew from the tail's law."""
+    """The draws in these rows, with each test's lowest redrawn from the tail distribution."""
     n = len(means)
     k = min(max(3, -(-n // 4)), n - 1)
     ordered = np.sort(means, axis=0)
@@ -129,10 +129,10 @@ def _resampled(
         estimate = 2 - 1 / max(1 - 2 * float(weighted.mean()), 0.1)
         n_values = k * len(weighted)
         shape = (n_values * estimate + _WORTH * _SHAPE) / (n_values + _WORTH)
-        shape = float(np.clip(shape, -0.5, 0.5))  # where the moments tell it at all
+        shape = float(np.clip(shape, -0.5, 0.5))  # where the moments identify it at all
     scale = mean * (1 - shape) / generator.gamma(k, 1 / k, size=(len(rows), 1, 1))
     place = means.argsort(0).argsort(0)[rows]
-    # One number a row: in tests that are the same, so are the draws.
+    # One number per row: identical tests get identical draws.
     upto = np.minimum((place + 1 - generator.random((*rows.shape, 1))) / k, 1.0)
     beyond = -np.log(upto) if abs(shape) < 1e-6 else (upto**-shape - 1) / shape
     values: np.ndarray = np.where(place < k, ordered[k] - scale * beyond, means[rows])

@@ -1,4 +1,4 @@
-"""Ranks, rank correlations, and tests whose replicates are documents; numbers only."""
+"""Ranks, rank correlations, and tests with documents as replicates; no model needed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _N_SPLITS = 100  # random halves of the documents
 def midranks(
     values: Float[Tensor, "... n"], weights: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "... n"]:
-    """Mid-rank of each value along the last axis, from 0 on, ties sharing theirs; float64.
+    """Mid-rank of each value along the last axis, from 0 on; ties share a rank; float64.
 
-    With weights a rank is the weight below, and half of what is tied with it.
+    With weights, a rank is the weight below the value plus half the weight tied with it.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def ordered_midranks(
     at = torch.arange(n, device=values.device).expand(values.shape)
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    if weights is None and bool(starts.all()):  # no ties: most of the time
+    if weights is None and bool(starts.all()):  # no ties: the usual case
         return order, at.double() + 0.5
     ends = torch.ones_like(starts)
     ends[..., :-1] = starts[..., 1:]
@@ -69,7 +69,7 @@ def _argsort(values: Tensor) -> Tensor:
 def correlation(
     x: Float[Tensor, "... n"], y: Float[Tensor, "... n"], weights: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "..."]:
-    """Pearson's correlation along the last axis, weighted; NaN where one of them is constant."""
+    """Weighted Pearson correlation along the last axis; NaN where either side is constant."""
     flat = (x.amax(-1) == x.amin(-1)) | (y.amax(-1) == y.amin(-1))
     if weights is None:
         weights = torch.ones(x.shape[-1], dtype=torch.float64, device=x.device)
@@ -84,13 +84,13 @@ def spearman_by_distance(
     dominant: Float[Tensor, "head n"],
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " head"]:
-    """Spearman's rho between token distance and dominant dimension, exactly, per head.
+    """Exact Spearman's rho between token distance and dominant dimension, per head.
 
-    Ties share their mid-rank. Without weights it is ``scipy.stats.spearmanr``; with weights the
-    ranks and the correlation are weighted alike. A head whose D is constant gives NaN.
+    Ties share their mid-rank. Without weights it equals ``scipy.stats.spearmanr``; weights apply
+    to both the ranks and the correlation. A head whose D is constant gives NaN.
 
     Raises:
-        PosheadsError: shapes that don't belong together.
+        PosheadsError: shapes that don't match.
 
     Example:
         >>> import torch
@@ -105,13 +105,13 @@ def spearman_by_distance(
     return correlation(midranks(dominant, weights), midranks(distance, weights), weights)
 
 
-_EXACT = 8  # pairs at most, whose 8! orders are all looked at
+_EXACT = 8  # at most so many pairs: all 8! orders are enumerated
 
 
 def spearman_of_few(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Spearman's rho and its two-sided p-value, exact for few pairs.
 
-    The t approximation gives four pairs in perfect order a p-value of 0; of their 24 orders two
+    The t approximation gives four pairs in perfect order a p-value of 0, but two of their 24 orders
     are as extreme.
 
     Example:
@@ -129,11 +129,11 @@ def spearman_of_few(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> t
 
 
 def draws_for(error: float) -> int:
-    """Pairs, drawn evenly over distances, that give Spearman's rho a standard error of ``error``.
+    """Query-key pairs, drawn evenly over distances, for a standard error of rho of ``error``.
 
     The standard error is 1/sqrt(n) where D doesn't depend on the distance, and less where it does
-    (``draw_pairs``). The largest of SmolLM2's heads is 1.22/sqrt(n); 1.34 would be that of a head
-    whose D rises or falls with distance at random. Hence 1.5/error**2.
+    (``draw_pairs``). The largest among SmolLM2's heads is 1.22/sqrt(n); a head whose D rises or
+    falls with distance at random would have 1.34/sqrt(n). Hence 1.5/error**2.
 
     >>> draws_for(0.01)
     15000
@@ -143,11 +143,11 @@ def draws_for(error: float) -> int:
 
 @dataclass(frozen=True, eq=False)
 class MeanTest:
-    """The mean over documents of every head, beside zero; NaN where it can't be told.
+    """Every head's mean over documents, tested against zero; NaN where undefined.
 
     Attributes:
         mean: over the documents in which the head has a value.
-        n: how many these are.
+        n: number of those documents.
         se: standard error of the mean; NaN with fewer than two.
         ci_low, ci_high: interval by Student's t.
         p: two-sided p-value of a mean of zero, by the t test.
@@ -164,7 +164,7 @@ class MeanTest:
 
 
 def mean_over_documents(values: Float[Tensor, " doc *head"], *, level: float = 0.95) -> MeanTest:
-    """Mean over documents, with interval and test: documents are the replicates.
+    """Mean over documents, with confidence interval and test: documents are the replicates.
 
     Example:
         >>> import torch
@@ -180,7 +180,7 @@ def mean_over_documents(values: Float[Tensor, " doc *head"], *, level: float = 0
         spread = np.where(known, x - mean, 0)
         se = np.where(n > 1, np.sqrt((spread**2).sum(0) / (n - 1) / n), np.nan)
         half = stats.t.ppf((1 + level) / 2, n - 1) * se
-        # Documents that agree to the last digit leave no doubt, but of zero itself no test.
+        # Identical documents give a p-value of 0, except a mean of zero, which can't be tested.
         sure = np.where((se == 0) & (mean != 0), 0.0, np.nan)
         p = np.where(se > 0, 2 * stats.t.sf(np.abs(mean) / se, n - 1), sure)
     out = (mean, n, se, mean - half, mean + half, p, benjamini_hochberg(p))
@@ -207,7 +207,7 @@ def split_half(values: Float[Tensor, " doc *head"], *, seed: int = 0) -> float:
 
 
 def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """p-values corrected for their number (Benjamini & Hochberg 1995); NaN stays NaN."""
+    """p-values that control the false discovery rate (Benjamini & Hochberg 1995); NaN stays NaN."""
     out = np.full(p.shape, np.nan)
     known = np.isfinite(p)
     if known.any():
@@ -216,6 +216,6 @@ def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def chance_overlap(n: int, k: int, j: int, overlap: int) -> tuple[float, float]:
-    """Expected overlap of two random choices of ``k`` and ``j`` among ``n``, and P(at least it)."""
+    """Expected overlap of random sets of ``k`` and ``j`` out of ``n``, and P(at least this)."""
     law = stats.hypergeom(n, k, j)
     return float(law.mean()), float(law.sf(overlap - 1))

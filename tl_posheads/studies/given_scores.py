@@ -1,4 +1,4 @@
-"""Positional scores that a study is given to stand beside its own numbers."""
+"""Positional scores given to a study, to report beside its own numbers."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def require_scores_of(model: LensModel, scores: HeadScores | None) -> None:
 
 
 def facts_of_scores(scores: HeadScores) -> dict[str, Any]:
-    """Which scores they are, for provenance."""
+    """Identification of the scores, for provenance."""
     return {name: scores.provenance.get(name) for name in _FACTS}

@@ -1,4 +1,4 @@
-"""Long-context tasks, a file each; every prompt has its short-context control beside it."""
+"""Long-context tasks, one per file; every prompt comes with a short-context control."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tl_posheads.tasks import lm_eval
     from tl_posheads.tasks.lm_eval_task import LMEval
 
-# By the names that the command line has for them.
+# By their names on the command line.
 TASKS: dict[str, type] = {
     "passkey": Passkey,
     "needle": Needle,

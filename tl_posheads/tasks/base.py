@@ -1,4 +1,4 @@
-"""What a task is: prompts with scored tokens, and beside each the same question at short range."""
+"""Definition of a task: prompts with scored tokens, each with a short-context control."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A text that is run once, teacher-forced, and the tokens of it that are scored.
+    """A text that is run once, teacher-forced, and its scored tokens.
 
     Attributes:
-        tokens: ``[pos]``, the answer included.
+        tokens: ``[pos]``, including the answer.
         targets: ``[target]``, ascending positions of the scored tokens, each at least 1: the
-            logits at ``targets - 1`` are compared with ``tokens[targets]``.
-        facts: what tells this prompt from the task's others (``depth``, ``distance``, ...).
+            logits at ``targets - 1`` predict ``tokens[targets]``.
+        facts: this prompt's properties (``depth``, ``distance``, ...).
         short: the short-context control: the same question with everything near, or plain short
-            text. None where a task has none.
+            text. None if the task has none.
     """
 
     tokens: Int[Tensor, " pos"] = field(repr=False)
@@ -40,26 +40,26 @@ class Prompt:
 
 @runtime_checkable
 class Task(Protocol):
-    """Anything with a name and prompts is a task; the classes of this package are ready ones."""
+    """Anything with a name and prompts is a task; this package has ready-made ones."""
 
     @property
     def name(self) -> str: ...
 
     def prompts(self, model: LensModel) -> list[Prompt]:
-        """The same prompts at every call with the same model."""
+        """The task's prompts: the same at every call with the same model."""
         ...
 
 
 @runtime_checkable
 class Evaluated(Task, Protocol):
-    """A task that says itself what a prompt is worth: what the model writes, by a metric.
+    """A task with its own metric, computed from the text that the model generates.
 
-    Where a task has this method, a study records its value in place of the log-probability of the
-    scored tokens, and there is no teacher-forced pass. :class:`~tl_posheads.tasks.LMEval` is one.
+    A study then records the metric instead of the log-probability of the scored tokens, without a
+    teacher-forced pass. :class:`~tl_posheads.tasks.LMEval` is an example.
     """
 
     def evaluate(self, model: LensModel, prompt: Prompt) -> float:
-        """The value of one of the task's prompts; hooks on the model are in force."""
+        """The metric for one of the task's prompts; hooks on the model stay active."""
         ...
 
 
@@ -67,11 +67,11 @@ class Evaluated(Task, Protocol):
 class Calibrated(Task, Protocol):
     """A task that :func:`~tl_posheads.tasks.calibrate` can make easier or harder.
 
-    Where it has rungs it is a dataclass whose fields ``n`` and ``seed`` choose the prompts.
+    If it has rungs, it is a dataclass whose fields ``n`` and ``seed`` choose the prompts.
     """
 
     def rungs(self) -> Sequence[Task]:
-        """Variants of the task from easy to hard; empty: it is taken as it is."""
+        """Variants of the task from easy to hard; empty to use it as it is."""
         ...
 
 
@@ -79,7 +79,7 @@ AnyTask = TypeVar("AnyTask", bound="DataclassInstance")
 
 
 def climb(task: AnyTask, **fields: Sequence[Any]) -> list[AnyTask]:
-    """Variants of a dataclass from all fields' first values up, one field after the other."""
+    """Variants of a dataclass, raising one field after the other from its first value."""
     rung = replace(task, **{name: values[0] for name, values in fields.items()})
     rungs = [rung]
     for name, values in fields.items():
@@ -88,7 +88,7 @@ def climb(task: AnyTask, **fields: Sequence[Any]) -> list[AnyTask]:
 
 
 def doubled(first: int, last: int) -> list[int]:
-    """``first``, twice that and so on, up to ``last``.
+    """``first``, doubled repeatedly up to ``last``.
 
     Example:
         >>> doubled(2, 20)
@@ -98,7 +98,7 @@ def doubled(first: int, last: int) -> list[int]:
 
 
 def halved(length: int, least: int) -> list[int]:
-    """Lengths up to ``length``, each half the next, none below ``least``.
+    """Lengths up to ``length``, each half of the next, none below ``least``.
 
     Example:
         >>> halved(1000, 129)
@@ -108,14 +108,14 @@ def halved(length: int, least: int) -> list[int]:
 
 
 def check_length(model: LensModel, prompts: int | Iterable[Prompt]) -> None:
-    """Refuse prompts that are longer than the model's context, before anything is run.
+    """Refuse prompts longer than the model's context, before anything is run.
 
     Args:
-        model: anything; one without ``cfg.n_ctx`` takes any length.
-        prompts: prompts, with their short controls, or a number of tokens.
+        model: any model; without ``cfg.n_ctx`` it takes any length.
+        prompts: prompts with their short controls, or a number of tokens.
 
     Raises:
-        PosheadsError: there is a longer one.
+        PosheadsError: a prompt is longer.
 
     Example:
         >>> from types import SimpleNamespace as Namespace
@@ -137,7 +137,7 @@ def check_length(model: LensModel, prompts: int | Iterable[Prompt]) -> None:
 
 
 def check_fields(task: Any, **least: int) -> None:
-    """Refuse a task's fields that aren't whole numbers of at least so much.
+    """Refuse a task's fields that aren't whole numbers of at least the given values.
 
     Raises:
         PosheadsError: the first such field.
@@ -151,7 +151,7 @@ def check_fields(task: Any, **least: int) -> None:
 
 
 def check_short(short_length: int, length: int, *, least: int = 1) -> None:
-    """Refuse a short control that isn't shorter than a prompt by ``least`` tokens.
+    """Refuse a short control that isn't at least ``least`` tokens shorter than a prompt.
 
     Raises:
         PosheadsError: it is longer.
@@ -167,8 +167,8 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     """Tokens of a text that follows other text.
 
     Args:
-        tokenizer: of the model. text: any.
-        special: names of special tokens in the text stand for these tokens.
+        tokenizer: the model's. text: any text.
+        special: whether names of special tokens in the text become these tokens.
     """
 
     def ids(text: str) -> list[int]:
@@ -176,15 +176,15 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return token_ids(text, tokenizer)
 
-    # Some tokenizers put a space before whatever they are given. Behind an anchor that can't
-    # merge with the text, the text is tokenised as it would be in the middle of one.
+    # Some tokenizers prepend a space to their input. After an anchor that can't merge with it,
+    # the text is tokenised as in the middle of another text.
     anchor = "a" if text[:1].isspace() else "\n"
     alone, whole = ids(anchor), ids(anchor + text)
     return whole[len(alone) :] if whole[: len(alone)] == alone else ids(text)
 
 
 def plain(tokens: list[int], scored_from: int, short: Prompt | None = None, **facts: Any) -> Prompt:
-    """A text whose tokens from ``scored_from`` on are all scored."""
+    """A prompt whose tokens are all scored from ``scored_from`` on."""
     return Prompt(
         torch.tensor(tokens, dtype=torch.long),
         torch.arange(scored_from, len(tokens)),
@@ -194,6 +194,6 @@ def plain(tokens: list[int], scored_from: int, short: Prompt | None = None, **fa
 
 
 def plain_window(tokens: list[int], start: list[int], short_length: int) -> Prompt:
-    """Short control of a plain text: its end alone, behind ``start``; the second half scored."""
+    """Short control of a plain text: only its end, after ``start``; its second half is scored."""
     window = start + tokens[len(tokens) - (short_length - len(start)) :]
     return plain(window, short_length - short_length // 2)

@@ -1,4 +1,4 @@
-"""How hard tasks may be made for a model: at a ceiling or a floor no ablation shows harm."""
+"""Calibrate the difficulty of tasks: at a ceiling or a floor, ablation can't show harm."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from tl_posheads.hooks.model import LensModel
 from tl_posheads.tasks.base import Calibrated, Prompt, Task, check_length
 from tl_posheads.tasks.prompts import named, require_tasks
 
-LOW, HIGH = 0.3, 0.9  # probabilities between which harm and its absence both show
-_SHIFT = 1_000_003  # of the seed: other prompts than those of the study
+LOW, HIGH = 0.3, 0.9  # between these probabilities, harm and its absence can both be seen
+_SHIFT = 1_000_003  # added to the seed, for prompts other than the study's
 _COLUMNS = ["task", "rung", "settings", "n_tokens", "probability", "accuracy", "exact"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """Which variant of each task a model does neither surely nor not at all.
+    """The variants of tasks that are neither too easy nor too hard for a model.
 
     Attributes:
-        tasks: the variants taken, and tasks without rungs, in the order given.
-        left_out: why, by the name of the task; a second task of a name is ``name#2``.
-        table: a row for each rung tried, and one for a task without rungs. ``task``; ``rung``, 0
+        tasks: the chosen variants, and tasks without rungs, in the order given.
+        left_out: the reason for each task that was left out, by name; a second task of the same
+            name is ``name#2``.
+        table: one row per rung tried, and one per task without rungs. ``task``; ``rung``, 0 is
             the easiest; ``settings`` that differ between rungs; ``n_tokens`` of the longest
-            prompt; ``probability``, ``accuracy`` and ``exact`` as :func:`calibrate` has them;
-            ``taken``; ``note``, why a rung was passed over, empty elsewhere.
+            prompt; ``probability``, ``accuracy`` and ``exact`` as in :func:`calibrate`;
+            ``taken``; ``note``, why a rung was skipped, else empty.
     """
 
     tasks: tuple[Task, ...]
@@ -75,30 +76,28 @@ def calibrate(
     high: float = HIGH,
     progress: bool = True,
 ) -> Calibration:
-    """Make each task as hard as the model still does it, or leave it out.
+    """Make each task as hard as the model can still solve, or leave it out.
 
-    A task's rungs are tried from easy to hard, up to the first that is below ``low``; the hardest
-    one between ``low`` and ``high`` is taken. The prompts are others than those that the task
-    asks, so that the choice favours no outcome of a study of these. Of them, without their short
-    controls:
+    A task's rungs are tried from easy to hard, up to the first with a probability below ``low``;
+    the hardest one between ``low`` and ``high`` is taken. The prompts aren't the task's own, so the
+    choice doesn't bias a study of these. Measured on them, without their short controls:
 
-    - ``probability``: of a token of the answer, the geometric mean over its tokens, averaged over
-      prompts. An arithmetic mean would hide a first token that isn't found behind others that
-      follow from it.
-    - ``accuracy``: share of the answers' tokens that were likeliest.
-    - ``exact``: share of the prompts all tokens of whose answer were.
+    - ``probability``: geometric mean over the answer's tokens, averaged over prompts. An
+      arithmetic mean would hide a missed first token behind later ones that follow from it.
+    - ``accuracy``: share of the answers' tokens that were the most likely.
+    - ``exact``: share of the prompts for which all tokens of the answer were.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; hooks on it are in force.
-        tasks: of :mod:`tl_posheads.tasks`, or any that are
-            :class:`~tl_posheads.tasks.Calibrated`. One without rungs is taken as it is.
-        n: prompts for each rung.
-        low, high: probability at least and at most.
-        progress: show a bar.
+        model: a HookedTransformer or TransformerBridge; hooks on it stay active.
+        tasks: from :mod:`tl_posheads.tasks`, or any that are
+            :class:`~tl_posheads.tasks.Calibrated`. A task without rungs is taken as it is.
+        n: prompts per rung.
+        low, high: smallest and largest accepted probability.
+        progress: show a progress bar.
 
     Raises:
-        PosheadsError: before any pass for a task that isn't calibrated, or none of whose rungs
-            the model can read; log-probabilities that are no numbers.
+        PosheadsError: before any pass, a task that isn't ``Calibrated``, or whose prompts are too
+            long for the model on every rung; log-probabilities that are NaN or infinite.
 
     Example:
         >>> calibrate(model, [tasks.MultiKey(length=512)])             # doctest: +SKIP
@@ -154,7 +153,7 @@ def require_rungs(tasks: Sequence[Task]) -> None:
     """Refuse tasks that can't be calibrated.
 
     Raises:
-        PosheadsError: the first without rungs.
+        PosheadsError: for the first task without a method ``rungs``.
     """
     for task in tasks:
         if not isinstance(task, Calibrated):
@@ -165,13 +164,13 @@ def require_rungs(tasks: Sequence[Task]) -> None:
 
 
 def _built(model: LensModel, name: str, task: Any, n: int) -> list[_Rung]:
-    """A task's rungs, each with ``n`` other prompts than the task's, or with why it has none."""
+    """A task's rungs, each with ``n`` new prompts, or with the reason why it has none."""
     rungs, out = list(task.rungs()), []
     names = [{f.name for f in fields(x)} if is_dataclass(x) else set() for x in (task, *rungs)]
     if rungs and not all({"n", "seed"} <= own for own in names):
         raise PosheadsError(
             f"the task {name} has rungs without the fields n and seed; make it a dataclass that "
-            "has them, so that it can be asked other prompts"
+            "has them, so that it can draw other prompts"
         )
     differ = _differing(rungs)
     for rung in rungs:
@@ -187,12 +186,12 @@ def _built(model: LensModel, name: str, task: Any, n: int) -> list[_Rung]:
         own = replace(rung, n=task.n, seed=task.seed)
         out.append(_Rung(own, settings, [] if note else prompts, note))
     if out and all(rung.note for rung in out):
-        raise PosheadsError(f"no rung of {name} can be asked: {out[-1].note}")
+        raise PosheadsError(f"no rung of {name} can be run: {out[-1].note}")
     return out
 
 
 def _differing(rungs: Sequence[Any]) -> list[str]:
-    """Fields that tell rungs from each other, in their order."""
+    """Names of the fields that differ between rungs, in order."""
     names = [f.name for f in fields(rungs[0]) if f.compare] if rungs else []
     different = {x for x in names for r in rungs if getattr(r, x) != getattr(rungs[0], x)}
     return [x for x in names if x in different]
@@ -217,7 +216,7 @@ def _tried(
         row |= _measured(model, rung.prompts, bar)
         if not 0 <= row["probability"] <= 1:
             raise PosheadsError(
-                f"answers to {name} ({rung.settings}) have log-probabilities that are no numbers; "
+                f"answers to {name} ({rung.settings}) have log-probabilities that are not numbers; "
                 "load the model in float32"
             )
         if row["probability"] < low:
@@ -242,7 +241,7 @@ def _measured(model: LensModel, prompts: Sequence[Prompt], bar: Any) -> dict[str
 
 
 def _reason(rows: Sequence[dict[str, Any]], low: float) -> str:
-    """Why a task none of whose rungs fits is left out."""
+    """The reason for leaving out a task without a suitable rung."""
     first, last = rows[0], rows[-1]
     if first["probability"] < low:
         return f"at its floor on the easiest rung ({first['settings']}: {_figures(first)})"

@@ -1,4 +1,4 @@
-"""Loss on a repeated text against the distance to its first occurrence."""
+"""Loss on a repeated segment as a function of the distance to its first occurrence."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from tl_posheads.tasks.filler import CorpusTask, Filler
 
 @dataclass(frozen=True)
 class Copying(CorpusTask):
-    """A segment of a text occurs again at the end of the prompt, so many tokens later.
+    """A segment of text is repeated at the end of the prompt, at a chosen distance.
 
-    Olsson et al., "In-context learning and induction heads", 2022, arXiv 2209.11895, score
-    repeated text so; here at chosen distances. Plain text, no chat template. The short control is
-    the same segment twice, with nothing between. Facts: ``distance`` from the first token of one
-    occurrence to that of the other, ``needle`` the first occurrence's first position and
-    ``length``, in tokens.
+    After the repeated text of Olsson et al., "In-context learning and induction heads", 2022, arXiv
+    2209.11895. Plain text, no chat template. The short control is the same segment twice in a row.
+    Facts, in tokens: ``distance`` between the first tokens of the two occurrences, ``needle``, the
+    position of the first occurrence, and ``length``.
 
     Attributes:
-        length: tokens of a prompt.
+        length: tokens per prompt.
         segment: tokens of the repeated text.
-        distances: as many distances from twice the segment to ``length - segment - 1``, in equal
-            ratios, taken in turn; one alone is the longest.
-        skip: first tokens of the second occurrence that aren't scored, for nothing tells yet that
-            the segment comes again.
-        n: prompts. seed: chooses stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
+        distances: number of distances, spaced geometrically from twice the segment to
+            ``length - segment - 1`` and cycled through; a single one is the longest.
+        skip: first tokens of the second occurrence, not scored because nothing yet shows that
+            the segment is repeated.
+        n: number of prompts. seed: chooses passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> Copying(length=1024, segment=64, distances=4).distance_grid()
@@ -65,13 +64,13 @@ class Copying(CorpusTask):
             )
 
     def rungs(self) -> list[Copying]:
-        """Longer, then with shorter segments, of which less tells that they come again."""
+        """Longer prompts, then shorter segments, whose repetition is harder to notice."""
         lengths = halved(self.length, 3 * self.segment + 1)
         segments = halved(self.segment, self.skip + 4)[::-1] or [self.segment]
         return climb(self, length=lengths, segment=segments)
 
     def distance_grid(self) -> list[int]:
-        """The distances in the order in which they are taken, the longest first."""
+        """The distances in the order of use, the longest first."""
         low, high = 2 * self.segment, self.length - self.segment - 1
         if self.distances == 1:
             return [high]
@@ -81,7 +80,7 @@ class Copying(CorpusTask):
 
     def _prompt(self, filler: Filler, i: int, frame: list[int]) -> Prompt:
         distance = self.distance_grid()[i % self.distances]
-        # One unbroken stretch up to the second occurrence: the first stands in its own text.
+        # One unbroken passage up to the second occurrence: the first is in its natural context.
         tokens = frame + filler.stretch(i, self.length - self.segment - len(frame))
         first = len(tokens) - distance
         segment = tokens[first : first + self.segment]

@@ -1,4 +1,4 @@
-"""Stretches of a corpus, spread over it so that the first few never overlap."""
+"""Passages of a corpus, spread so that the first few never overlap."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tl_posheads.tasks.base import Prompt, check_length, encode
 
 T = TypeVar("T")
 
-# Multiples of it, modulo 1, lie far apart however many of them are taken, so that stretch i
-# need not know how many there will be.
+# Multiples of it, modulo 1, are well spread for any number of them, so passage i doesn't depend
+# on how many there will be.
 _GOLDEN = (5**0.5 - 1) / 2
-_CHARACTERS = 8  # of text for each token wanted, at first; more where they don't suffice
-# A hub data set has no end; so much of it is read whatever the number of prompts.
+_CHARACTERS = 8  # of text per requested token, at first; more where that isn't enough
+# A hub data set has no end; this much is read, whatever the number of prompts.
 _STREAMED = 4_000_000
-# Where a text may be cut: between sentences or paragraphs, else lines, else words.
+# Where a text may be split: between sentences or paragraphs, else lines, else words.
 _SENTENCES = r"""(?<=[^\W\d][.!?])(?=\s)|(?<=[)\]'"`][.!?])(?=\s)|(?<=[。！？])"""  # no "3."
 _ENDS = (_SENTENCES + r"|(?<=\S)(?=\n\s*\n)", r"(?<=\S)(?=\n)", r"(?<=\S)(?=\s)")
 _UNIT = 400  # characters; a longer sentence, like a table, is cut at line ends
@@ -34,8 +34,8 @@ class Filler:
 
     Args:
         corpus: what :func:`~tl_posheads.load_corpus` takes.
-        tokenizer: of the model.
-        seed: moves all stretches.
+        tokenizer: the model's.
+        seed: shifts all passages.
 
     Raises:
         PosheadsError: no such corpus, or an empty one.
@@ -49,7 +49,7 @@ class Filler:
         self._offset = random.Random(seed).random()
 
     def stretch(self, i: int, n_tokens: int) -> list[int]:
-        """The first ``n_tokens`` tokens of the i-th stretch, unbroken.
+        """The first ``n_tokens`` tokens of the i-th passage, unbroken.
 
         Raises:
             PosheadsError: the corpus is shorter.
@@ -58,10 +58,10 @@ class Filler:
         return ids[:n_tokens]
 
     def sentences(self, i: int, n_tokens: int) -> list[list[int]]:
-        """``n_tokens`` tokens of the i-th stretch, a list for each sentence, the last one whole.
+        """``n_tokens`` tokens of the i-th passage, one list per sentence, the last one complete.
 
-        The first lacks its beginning. A sentence begins with the white space before it. Very
-        long ones are in lines, and very long lines in words.
+        The first sentence lacks its beginning. A sentence includes the white space before it. Very
+        long sentences are split into lines, and very long lines into words.
 
         Raises:
             PosheadsError: the corpus is shorter.
@@ -90,7 +90,7 @@ class Filler:
         while True:
             share = (self._offset + i * _GOLDEN) % 1
             first = int(share * max(0, len(self.text) - size))
-            # Begin behind white space, so that no word is cut and tokenised as another.
+            # Begin after white space, so that no word is cut and tokenised as another.
             space = re.compile(r"\s").search(self.text, first - 1) if first else None
             first = space.end() if space else first
             found = cut(self.text[first : first + size])
@@ -114,7 +114,7 @@ def _units(text: str, ends: tuple[str, ...] = _ENDS) -> list[str]:
 
 
 class CorpusTask(ABC):
-    """A task of texts of a corpus; a subclass is a dataclass with these fields."""
+    """A task on texts of a corpus; a subclass is a dataclass with these fields."""
 
     length: int
     n: int
@@ -122,22 +122,22 @@ class CorpusTask(ABC):
     corpus: str
 
     def _lengths(self) -> tuple[int, ...]:
-        """Tokens of the prompts, taken in turn."""
+        """Prompt lengths in tokens, cycled through."""
         return (self.length,)
 
     def _frame(self, tokenizer: Any) -> Any:
-        """What every prompt stands in: behind BOS, where there is one."""
+        """What surrounds every prompt: BOS, if there is one."""
         return begin(tokenizer)
 
     @abstractmethod
     def _prompt(self, filler: Filler, i: int, frame: Any) -> Prompt:
-        """The i-th prompt, with its short control."""
+        """The i-th prompt with its short control."""
 
     def prompts(self, model: LensModel) -> list[Prompt]:
-        """``n`` prompts, each with its short control; the i-th depends on the seed and i alone.
+        """``n`` prompts, each with its short control; the i-th depends only on the seed and i.
 
         Args:
-            model: anything with ``.tokenizer``, and with ``.cfg.n_ctx`` if it has a limit.
+            model: anything with ``.tokenizer``, and ``.cfg.n_ctx`` if it has a limit.
 
         Raises:
             PosheadsError: no tokenizer, too long for the model, too short for the question, or

@@ -1,4 +1,4 @@
-"""What surrounds the user's message: the chat template of instruction-tuned models."""
+"""Text around the user's message: the chat template of instruction-tuned models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _MESSAGE = "THE-USERS-MESSAGE"
 
 
 class Frame:
-    """What surrounds the user's message: a chat template, or BOS alone.
+    """Text around the user's message: a chat template, or only BOS.
 
     Args:
-        tokenizer: of the model.
-        instruct: use the tokenizer's chat template (True), don't (False), or do where there
+        tokenizer: the model's.
+        instruct: use the tokenizer's chat template (True), don't (False), or use it if there
             is one (None).
 
     Raises:
-        PosheadsError: a template was asked for and there is none, or it can't be used.
+        PosheadsError: a template was requested but there is none, or it can't be used.
     """
 
     def __init__(self, tokenizer: Any, instruct: bool | None) -> None:
@@ -55,7 +55,7 @@ def _template(tokenizer: Any) -> tuple[str, str]:
             date_string="26 Jul 2024",  # Llama 3's template would put today's date in
             **({} if begin(tokenizer) else {"bos_token": ""}),
         )
-    # Templates are programs; theirs can raise whatever they like.
+    # Templates are programs and can raise anything.
     except Exception as error:
         raise PosheadsError(
             f"the tokenizer's chat template failed ({error}); give instruct=False for plain text"
@@ -63,7 +63,7 @@ def _template(tokenizer: Any) -> tuple[str, str]:
     parts = rendered.split(_MESSAGE)
     if len(parts) != 2:
         raise PosheadsError(
-            f"the tokenizer's chat template has the user's message {len(parts) - 1} times; "
+            f"the tokenizer's chat template repeats the user's message {len(parts) - 1} times; "
             "expected it once; give instruct=False for plain text"
         )
     return parts[0], parts[1]

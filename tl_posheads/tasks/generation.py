@@ -1,4 +1,4 @@
-"""Answers in a model's own words, for those who want more than log-probabilities."""
+"""Generated answers to prompts, in addition to log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from tl_posheads.tasks.base import Prompt, check_length
 def generate_answers(
     model: LensModel, prompts: Iterable[Prompt], *, max_new_tokens: int | None = None
 ) -> pd.DataFrame:
-    """Greedy continuations of prompts that were cut before their answers.
+    """Greedy continuations of prompts that are cut before their answers.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; hooks on it are in force. Its own
-            ``generate`` is called, up to an end token of the checkpoint, with a cache of keys and
-            values where it reads one.
+        model: a HookedTransformer or TransformerBridge; hooks on it stay active. Its own
+            ``generate`` runs until an end token of the checkpoint, with a KV cache if it uses one.
         prompts: of any task.
-        max_new_tokens: at most so many; by default as many as the answer has.
+        max_new_tokens: most new tokens; by default as many as the answer has.
 
     Returns:
-        A row per prompt: ``prompt`` (its index), ``answer`` (text from the first scored token to
-        the last), ``generated`` (text), both without outer white space, and ``exact``, whether
-        the generated text begins with the answer and its last word doesn't go on.
+        One row per prompt: ``prompt`` (its index), ``answer`` (text of the scored tokens) and
+        ``generated`` (text), both stripped, and ``exact``: whether the generated text
+        begins with the answer and its last word ends there.
 
     Raises:
-        PosheadsError: a count below 1, or a prompt with its answer is too long for the model.
+        PosheadsError: a count below 1, or a prompt too long for the model with its answer.
 
     Example:
         >>> generate_answers(None, [], max_new_tokens=0)

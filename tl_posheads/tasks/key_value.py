@@ -24,33 +24,33 @@ from tl_posheads.tasks.questions import (
 _INTRO = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 _DATA = "JSON data:\n"
 _DIGITS = "0123456789abcdef"
-_VERSION = (14, 19)  # places in a UUID
-_MOST_NEAR = 30 * 15  # ways to change one of a UUID's digits that aren't its version
+_VERSION = (14, 19)  # indices in a UUID
+_MOST_NEAR = 30 * 15  # ways to change one digit of a UUID other than its version
 
 
 @dataclass(frozen=True)
 class KeyValue(QuestionTask):
-    """The value of one key in a JSON object whose keys and values are random UUIDs.
+    """Retrieve the value of one key from a JSON object of random UUIDs.
 
     Liu et al., "Lost in the middle: how language models use long contexts", 2023, arXiv
-    2307.03172, their wording. As many pairs as fit; what is missing to the full length, less
-    than a pair, is text of the corpus before the object. The pair asked for lies at each depth
-    in turn. Facts: ``depth`` of the pair as asked for, ``pairs`` of the object, ``needle`` the
+    2307.03172, with their wording. The object has as many key-value pairs as fit; text of the
+    corpus before it makes up the exact length. The queried pair cycles through the depths.
+    Facts: ``depth`` of the queried pair as requested, ``pairs`` in the object, ``needle``, the
     pair's first position, ``distance`` from there to the answer and ``length``, in tokens.
 
     Attributes:
-        length: tokens of a prompt, the answer included.
-        depths: as many depths from 0 to 1, equally far apart, taken in turn.
-        n: prompts. seed: chooses the UUIDs and stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
-        short_length: tokens of the short controls, which have at least two pairs.
-        instruct: use the chat template (True), don't (False), or do where there is one (None).
-        near_duplicates: so many of the other keys, or as many as fit, are the asked one but for
-            one hexadecimal digit; each digit of their values is that of the asked one's value or
-            one other.
+        length: tokens per prompt, including the answer.
+        depths: number of evenly spaced depths from 0 to 1, cycled through.
+        n: number of prompts. seed: chooses the UUIDs and passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
+        short_length: tokens per short control, which has at least two pairs.
+        instruct: use the chat template (True), don't (False), or use it if there is one (None).
+        near_duplicates: number of other keys (or as many as fit) that differ from the queried key
+            in one hexadecimal digit; each digit of their values is that of the queried key's
+            value or one alternative.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> KeyValue(n=0)
@@ -76,7 +76,7 @@ class KeyValue(QuestionTask):
             )
 
     def rungs(self) -> list[KeyValue]:
-        """More pairs, in longer prompts; then near-duplicates of the asked key among them."""
+        """More pairs in longer prompts, then near-duplicates of the queried key."""
         near_duplicates = sorted({0, *doubled(1, self.length // 128), self.near_duplicates})
         return climb(self, length=self._shorter(), near_duplicates=near_duplicates)
 
@@ -86,7 +86,7 @@ class KeyValue(QuestionTask):
             intro=_INTRO,
             needles=[(depth_grid(self.depths)[i % self.depths], f'"{key}": "{value}"')],
             question=f'\n\nKey: "{key}"',
-            # The quotation mark is no part of the answer: whether to set it is a matter of taste.
+            # The quotation mark isn't part of the answer: models may or may not write it.
             prefix='\nCorresponding value: "',
             answer=[value],
         )
@@ -102,7 +102,7 @@ class KeyValue(QuestionTask):
     def _object(
         self, frame: Frame, filler: Filler, i: int, question: Question, length: int, *, exact: bool
     ) -> Prompt:
-        """Two pairs or as many as fit; filled up to ``length`` tokens if that has to be exact."""
+        """As many pairs as fit, at least two; padded to ``length`` tokens if it must be exact."""
         encoded = lru_cache(None)(partial(encode, frame.tokenizer))
         [(depth, asked)] = question.needles
         opening, closing = frame.opening(_INTRO), frame.closing(question.question, question.prefix)
@@ -129,7 +129,7 @@ class KeyValue(QuestionTask):
                 break
         if not records:
             raise too_short(length, length - left)
-        # Only less than a pair is missing, so that this is a line or two.
+        # Less than a pair is missing, so this is a line or two.
         end = encoded("\n\n")[: room if exact else 0]
         filling = [*filler.sentences(i, room - len(end) if exact else 0), end]
         body = [opening, *filling, encoded(_DATA), *records]
@@ -143,7 +143,7 @@ def _uuid(rng: random.Random) -> str:
 
 
 def _near_duplicates(key: str, value: str, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Pairs whose keys are one digit of ``key`` away, each another one."""
+    """Pairs with different keys that each differ from ``key`` in one digit."""
     places = [j for j, digit in enumerate(key) if digit != "-" and j not in _VERSION]
     changes = [(j, digit) for j in places for digit in _DIGITS if digit != key[j]]
     keys = [key[:j] + digit + key[j + 1 :] for j, digit in rng.sample(changes, n)]
@@ -152,7 +152,7 @@ def _near_duplicates(key: str, value: str, rng: random.Random, n: int) -> list[t
 
 
 def _records(pairs: list[str]) -> list[str]:
-    """The text of a JSON object, a piece for each pair."""
+    """The text of a JSON object, one piece per pair."""
     last = len(pairs) - 1
     return [
         ("{" if j == 0 else " ") + pair + ("}" if j == last else ",\n")

@@ -1,4 +1,4 @@
-"""A TransformerLens model as a model of lm-eval."""
+"""A TransformerLens model as an lm-eval model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ else:
         from lm_eval.api.model import TemplateLM
 
         _MISSING = None
-    except ImportError as problem:  # the package works without; this module says so when used
+    except ImportError as problem:  # optional; this module raises when it is used
         TemplateLM, _MISSING = object, problem
 
 _SAMPLING = ("top_k", "top_p", "temperature", "freq_penalty", "repetition_penalty")
-# What a checkpoint's generation_config may say that changes greedy texts, and what says nothing.
+# Options of a checkpoint's generation_config that change greedy text, with their neutral values.
 _GREEDY: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -63,25 +63,25 @@ def require_lm_eval() -> None:
 class LensLM(TemplateLM):  # type: ignore[misc]
     """A TransformerLens model as lm-eval's ``lm``, for ``lm_eval.simple_evaluate(model=...)``.
 
-    It calls the live model: inside ``with tl_posheads.ablate(model, heads)``, or any other hooks,
-    the same object gives the ablated model's answers. No text is padded; batches hold texts of
-    equal length, so the batch size decides nothing but the speed.
+    It calls the live model: inside ``with tl_posheads.ablate(model, heads)``, or with any other
+    hooks, the same object gives the ablated model's answers. Texts aren't padded; a batch holds
+    texts of equal length, so the batch size affects only the speed.
 
     Args:
         model: HookedTransformer or TransformerBridge with a tokenizer.
-        batch_size: at most so many texts at once.
-        max_length: context in tokens, by default all that the model was set up for. Longer texts
-            lose their middle, see :func:`cut_middle`; room for new tokens stays free.
-        max_gen_toks: new tokens at most, where a task doesn't say.
-        tokenizer: None takes the checkpoint's own, from ``model.tokenizer.name_or_path``:
-            TransformerLens changes its copy to begin every text with BOS, and the benchmarks'
-            published numbers have it only where the checkpoint does. The model's copy is used
-            where there is no other.
+        batch_size: most texts at once.
+        max_length: context length in tokens, by default the model's. Longer texts lose their
+            middle, see :func:`cut_middle`; room for new tokens is reserved.
+        max_gen_toks: most new tokens, where a task doesn't set it.
+        tokenizer: None loads the checkpoint's own from ``model.tokenizer.name_or_path``:
+            TransformerLens changes its copy to begin every text with BOS, but in the
+            benchmarks' published numbers only checkpoints that do so have it. The model's copy
+            is used if there is no other.
 
     Raises:
-        PosheadsError: no lm-eval, no TransformerLens model or no tokenizer; a batch size or length
-            that can't be. From its methods: a request that the context can't hold, or an option
-            that the model's ``generate`` doesn't have.
+        PosheadsError: no lm-eval, not a TransformerLens model, no tokenizer, or an invalid batch
+            size or length. From its methods: a request that doesn't fit into the context, or an
+            option that the model's ``generate`` doesn't have.
 
     Example:
         >>> lm = LensLM(model)                                  # doctest: +SKIP
@@ -125,7 +125,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, else EOS."""
+        """Token before a text without context: BOS, else EOS."""
         return int((begin(self.tokenizer) or [self.eot_token_id])[0])
 
     @property
@@ -135,7 +135,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; a text that begins with BOS, as chat templates write it, gets no other."""
+        """Token ids; a text that already begins with BOS (from a chat template) gets no second."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         bos = self.tokenizer.bos_token if begin(self.tokenizer) else None
         if add_special_tokens is None and bos and string.startswith(bos):
@@ -158,7 +158,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         return {"model": model_name(self.model), "model_class": type(self.model).__name__}
 
     def _batches(self, keys: Sequence[tuple[int, str]], desc: str, disable: bool) -> Any:
-        """Indices of requests whose keys, length first, are equal; the longest come first."""
+        """Indices of requests with equal keys (length first), longest first."""
         groups = defaultdict(list)
         for i, key in enumerate(keys):
             groups[key].append(i)
@@ -180,9 +180,10 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         longest = max((len(wanted) for _, _, wanted in requests), default=0)
         if longest > self.max_length:
             raise PosheadsError(
-                f"a continuation of {longest} tokens came, but the context holds {self.max_length}"
+                f"a continuation of {longest} tokens was given, but the context "
+                f"holds {self.max_length}"
             )
-        # The last token is wanted, not seen.
+        # The last token is predicted, not part of the input.
         rows = [
             cut_middle(context, self.max_length + 1 - len(wanted)) + wanted
             for _, context, wanted in requests
@@ -204,7 +205,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         return out
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in nats, in windows of the context that don't overlap."""
+        """Log-probability of whole texts in nats, in non-overlapping windows of the context."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         owners, windows = [], []
@@ -224,10 +225,10 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         return out
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Texts that the model writes, up to an end token, a stop string or the greatest length.
+        """Generated texts, up to an end token, a stop string or the maximum length.
 
-        What the checkpoint's ``generation_config`` says of greedy texts holds, as in transformers:
-        its end tokens, its ``repetition_penalty``; a task's own options come first.
+        As in transformers, the checkpoint's ``generation_config`` applies to greedy text (end
+        tokens, ``repetition_penalty``); a task's own options take precedence.
         """
         contexts, plans = [], []
         for request in requests:
@@ -245,14 +246,14 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         return out
 
     def room_before(self, n_new: int) -> int:
-        """Tokens that a prompt may have before ``n_new`` others.
+        """Longest prompt, in tokens, that leaves room for ``n_new`` new tokens.
 
         Raises:
-            PosheadsError: it may have no token.
+            PosheadsError: there is no room for a prompt.
         """
         if n_new >= self.max_length:
             raise PosheadsError(
-                f"{n_new} new tokens were asked for, but the context holds "
+                f"{n_new} new tokens were requested, but the context holds "
                 f"{self.max_length}; give a larger max_length or a smaller max_gen_toks"
             )
         return self.max_length - n_new
@@ -261,7 +262,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         self, rows: list[list[int]], stop: list[str], max_new_tokens: int, **options: Any
     ) -> list[str]:
         start = len(rows[0])
-        # Decoding leaves special tokens out, so that a stop string of that name wouldn't be met.
+        # Decoding drops special tokens, so stop strings with a special token's name wouldn't match.
         added = self.tokenizer.get_added_vocab()
         silent = [self.tokenizer.eos_token_id, *(added[s] for s in stop if s in added)]
         ends = [*end_tokens(self.model, self.tokenizer), *silent[1:]]
@@ -269,7 +270,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
         def text(row: Tensor) -> str:
             ids = row[start:].tolist()
             n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-            # lm-eval keeps other end tokens; of a chat's, which are special, nothing is seen.
+            # lm-eval keeps other end tokens; a chat's are special, so they aren't shown.
             n += n < len(ids) and ids[n] not in silent
             return str(self.tokenizer.decode(ids[:n], skip_special_tokens=True))
 
@@ -281,7 +282,7 @@ class LensLM(TemplateLM):  # type: ignore[misc]
 
 
 class _Stop(StoppingCriteria):
-    """Stops each row once what was written after the prompt holds one of the strings."""
+    """Stops each row once its generated text contains one of the strings."""
 
     def __init__(self, stop: list[str], text: Callable[[Tensor], str]) -> None:
         self.stop, self.text = stop, text
@@ -295,11 +296,11 @@ class _Stop(StoppingCriteria):
 
 
 def cut_middle(tokens: list[int], room: int) -> list[int]:
-    """The first and the last ``room / 2`` tokens, where there are more than ``room``.
+    """The first and the last ``room / 2`` tokens, if there are more than ``room``.
 
-    LongBench cuts so (Bai et al. 2024, arXiv 2308.14508), since its prompts begin and end with the
-    instruction. Of an odd number the second half gets one more, as in lm-eval. What is kept isn't
-    tokenised again.
+    LongBench truncates this way (Bai et al. 2024, arXiv 2308.14508) because its prompts begin and
+    end with the instruction. If ``room`` is odd, the second half gets one more, as in lm-eval. The
+    remaining tokens aren't tokenised again.
 
     Example:
         >>> cut_middle([1, 2, 3, 4, 5, 6], 3)
@@ -311,7 +312,7 @@ def cut_middle(tokens: list[int], room: int) -> list[int]:
 
 
 def new_tokens(given: Mapping[str, Any], default: int = MAX_GEN_TOKS) -> int:
-    """How many tokens a task's generation_kwargs ask for at most."""
+    """The largest number of new tokens in a task's generation_kwargs."""
     return int(next((n for name in _LENGTHS if (n := given.get(name)) is not None), default))
 
 
@@ -326,7 +327,7 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _plan(model: LensModel, given: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
-    """A task's generation_kwargs as arguments of the lens's ``generate``, and stop strings."""
+    """A task's generation_kwargs as arguments of the model's ``generate``, and stop strings."""
     left = {name: value for name, value in given.items() if name not in _LENGTHS}
     until = left.pop("until", None) or []
     temperature = float(left.pop("temperature", None) or 0.0)
@@ -347,7 +348,7 @@ def _plan(model: LensModel, given: Mapping[str, Any], max_gen_toks: int) -> dict
         raise PosheadsError(
             f"{'the checkpoint' if ours else 'the task'} generates with {', '.join(unknown)}, "
             f"which {type(model).__name__}.generate doesn't have; set gen_kwargs "
-            + (f"to do without ({neutral})" if ours else "without")
+            + (f"to turn it off ({neutral})" if ours else "without it")
         )
     if sample:
         left["temperature"] = temperature
@@ -366,5 +367,5 @@ def _own_tokenizer(model: LensModel) -> Any:
         own = AutoTokenizer.from_pretrained(theirs.name_or_path, local_files_only=True)
     except (OSError, ValueError):
         return theirs
-    # A tokenizer that was trained on may still carry the name of the one it was made from.
+    # A modified tokenizer may still carry the name of the one that it was made from.
     return own if own.get_vocab().items() <= theirs.get_vocab().items() else theirs

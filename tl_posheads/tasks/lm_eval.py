@@ -1,7 +1,7 @@
-"""lm-eval's tasks on a TransformerLens model: LongBench and RULER under ablation, for one.
+"""lm-eval's tasks on a TransformerLens model, such as LongBench and RULER under ablation.
 
 The harness is EleutherAI's lm-evaluation-harness (Gao et al. 2024, doi 10.5281/zenodo.12608602),
-which ``pip install 'tl-posheads[evals]'`` brings. LongBench (Bai et al. 2024, arXiv 2308.14508):
+installed by ``pip install 'tl-posheads[evals]'``. LongBench (Bai et al. 2024, arXiv 2308.14508):
 ``longbench_qasper``, ``longbench_hotpotqa``, ``longbench_multifieldqa_en`` and others, or the
 groups ``longbench_single`` and ``longbench_multi``. RULER (Hsieh et al. 2024, arXiv 2404.06654):
 ``niah_single_1``, ``niah_multikey_1``, ``ruler_vt``, ``ruler_qa_squad`` and others, or all in
@@ -38,27 +38,27 @@ def evaluate(
     seed: int = 0,
     **kwargs: Any,
 ) -> pd.DataFrame:
-    """Run lm-eval's tasks on the model, with the hooks that are in force.
+    """Run lm-eval's tasks on the model, with its active hooks.
 
     Args:
         model: HookedTransformer, TransformerBridge or a :class:`LensLM`.
-        tasks: names of tasks, groups or tags, or what else ``lm_eval.simple_evaluate`` takes.
-        limit: documents per task; below 1 a share.
-        num_fewshot: examples in the prompt; the task's own by default.
-        include_path: folder with task files of one's own.
+        tasks: names of tasks, groups or tags, or anything that ``lm_eval.simple_evaluate`` takes.
+        limit: documents per task; a share if below 1.
+        num_fewshot: examples in the prompt; by default the task's own number.
+        include_path: folder with your own task files.
         batch_size, max_length: of the :class:`LensLM`.
-        seed: of the choice of examples and of sampling; the global generators are set to it.
+        seed: of the choice of examples and of sampling; the global generators are seeded with it.
         kwargs: for ``lm_eval.simple_evaluate``: ``apply_chat_template``, ``gen_kwargs``,
             ``metadata={"max_seq_lengths": [4096]}`` for RULER's lengths.
 
     Returns:
         One row per task, metric and filter: ``task``, ``metric``, ``filter``, ``value``,
-        ``stderr`` (NaN where lm-eval has none) and ``n``, the documents. RULER's metrics are
-        lengths in tokens, with -1 where there were no texts so long.
+        ``stderr`` (NaN where lm-eval has none) and ``n``, the number of documents. RULER's metrics
+        are lengths in tokens, with -1 where no text had that length.
 
     Raises:
         PosheadsError: lm-eval isn't installed, it has no such task, or ``use_cache`` was given,
-            which would answer for an ablated model with what another said.
+            which would return another model's answers for an ablated model.
 
     Example:
         >>> clean = evaluate(model, ["longbench_qasper"], limit=20)     # doctest: +SKIP
@@ -76,7 +76,7 @@ def evaluate(
     if not isinstance(model, LensLM):
         lm = LensLM(model, batch_size=batch_size, max_length=max_length)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    # RULER writes its texts to length, with a tokenizer that it loads by name.
+    # RULER makes texts of a given length with a tokenizer that it loads by name.
     metadata = {"tokenizer": str(lm.tokenizer.name_or_path), **(kwargs.pop("metadata", None) or {})}
     manager = kwargs.pop("task_manager", None) or _task_manager(names, include_path, metadata)
     results = lm_eval.simple_evaluate(
@@ -95,7 +95,7 @@ def _task_manager(names: Sequence[Any], include_path: Any, metadata: Mapping[str
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)
-    # lm-eval reads thousands of files to know its own tasks: not where one's own will do.
+    # lm-eval reads thousands of files to list its own tasks; skipped where include_path is enough.
     for defaults in (True,) if path is None else (False, True):
         manager = TaskManager(include_path=path, include_defaults=defaults, metadata=dict(metadata))
         strings = [name for name in names if isinstance(name, str) and not Path(name).is_file()]
@@ -103,8 +103,8 @@ def _task_manager(names: Sequence[Any], include_path: Any, metadata: Mapping[str
         if not unknown:
             return manager
     raise PosheadsError(
-        f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, longbench_qasper and "
-        "niah_single_1 among them"
+        f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, such as "
+        "longbench_qasper and niah_single_1"
     )
 
 

@@ -1,4 +1,4 @@
-"""A task of lm-eval as a task of this package: LongBench and others inside an ablation study."""
+"""An lm-eval task as a task of this package: LongBench and others in an ablation study."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KINDS = ("generate_until", "loglikelihood", "multiple_choice")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Document(Prompt):
-    """A prompt with what lm-eval asks about its document, and its task there."""
+    """A prompt with lm-eval's requests for its document, and the lm-eval task."""
 
     harness: Any
     requests: Sequence[Any]
@@ -38,42 +38,43 @@ class _Document(Prompt):
 
 @dataclass(frozen=True)
 class LMEval:
-    """A task of lm-eval, one value a document, for studies that pair documents over ablations.
+    """An lm-eval task with one value per document, for studies that pair documents over ablations.
 
-    The value is the log-likelihood of the reference answer, in one teacher-forced pass, or the
-    task's own metric, for which the model writes. A study averages the former over the answer's
-    tokens, where lm-eval adds them up. Prompts longer than ``max_length`` lose their middle, as in
-    LongBench (Bai et al. 2024, arXiv 2308.14508), so that the instruction at both ends is kept.
-    Room for the answer, or for all that the task lets the model write, stays free.
+    The value is the log-likelihood of the reference answer from one teacher-forced pass, or the
+    task's own metric on generated text. A study averages the log-likelihood over the answer's
+    tokens; lm-eval sums it. Prompts longer than ``max_length`` lose their middle, as in LongBench
+    (Bai et al. 2024, arXiv 2308.14508), which keeps the instructions at both ends. Room for the
+    answer, or for the longest text that the task lets the model generate, is reserved.
 
     Plain text, no chat template. No short controls. Facts: ``document`` (its number), ``length``
-    in tokens and how many were ``cut``.
+    in tokens and the number of tokens ``cut``.
 
-    Supported are lm-eval's kinds ``generate_until``, ``loglikelihood`` and ``multiple_choice``:
+    Supports lm-eval's kinds ``generate_until``, ``loglikelihood`` and ``multiple_choice``:
 
-    - of several reference answers the first is scored, after the task's ``target_delimiter``;
-    - in multiple choice it is the right choice, and there has to be one; ``value="metric"`` scores
-      all choices;
-    - the metric is the first that the task lists, after its first filter, and has to be a number
-      for each document; of RULER it is the one of the document's length.
+    - if there are several reference answers, the first is scored, after the task's
+      ``target_delimiter``;
+    - in multiple choice the correct choice is scored, and there must be one; ``value="metric"``
+      scores all choices;
+    - the metric is the first that the task lists, after its first filter, and must be one number
+      per document; for RULER, it is the one for the document's length.
 
-    Whole texts (``loglikelihood_rolling``), images and sounds are refused; with
-    ``value="metric"`` also code that would be run, and several answers to one prompt.
+    Whole texts (``loglikelihood_rolling``), images and audio are refused; with ``value="metric"``
+    also metrics that execute generated code, and several answers to one prompt.
 
     Attributes:
-        name: of one task, as ``lm_eval ls tasks`` lists it; no group.
-        limit: documents, counted from the first; None takes all.
-        value: ``"loglikelihood"`` or ``"metric"``. With the latter it has the method
-            ``evaluate`` of :class:`~tl_posheads.tasks.Evaluated`.
-        include_path: folder with task files of one's own.
-        max_length: tokens of a prompt with its answer; by default the model's context. RULER
-            writes its texts to this length, by default to 4,096 tokens.
+        name: of one task, as in ``lm_eval ls tasks``; not a group.
+        limit: number of documents, from the first; None takes all.
+        value: ``"loglikelihood"`` or ``"metric"``. The latter adds the method ``evaluate`` of
+            :class:`~tl_posheads.tasks.Evaluated`.
+        include_path: folder with your own task files.
+        max_length: most tokens of a prompt with its answer; by default the model's context length.
+            RULER makes texts of this length, by default 4,096 tokens.
         seed: of the choice of examples and of sampling.
 
     Raises:
-        PosheadsError: lm-eval isn't installed, or a field that can't be. From ``prompts``, before
-            any pass: no such task, a group, data or packages that aren't at hand, a kind that
-            isn't supported, a document without a reference answer, no room for an answer.
+        PosheadsError: lm-eval isn't installed, or an invalid field. From ``prompts``, before any
+            pass: no such task, a group, missing data or packages, an unsupported kind, a document
+            without a reference answer, no room for an answer.
 
     Example:
         >>> task = LMEval("longbench_qasper", limit=50)                  # doctest: +SKIP
@@ -106,17 +107,17 @@ class LMEval:
         if self.include_path is not None:
             object.__setattr__(self, "include_path", str(self.include_path))
         if self.value == "metric":
-            # No method of the class: a study asks whether a task has it.
+            # Not a method of the class: a study checks whether a task has it.
             object.__setattr__(self, "evaluate", self._evaluate)
 
     def rungs(self) -> Sequence[Task]:
-        """Not calibrated: it has no rungs."""
+        """None: it isn't calibrated."""
         return ()
 
     def prompts(self, model: LensModel) -> list[Prompt]:
-        """A prompt for each document, in their order; its tokens end with the reference answer.
+        """One prompt per document, in order; its tokens end with the reference answer.
 
-        With ``value="metric"`` an answer is cut where the model would have to stop.
+        With ``value="metric"`` an answer is truncated where the model would have to stop.
 
         Args:
             model: a HookedTransformer or TransformerBridge.
@@ -158,9 +159,9 @@ class LMEval:
         elif getattr(harness, "MULTIMODAL", False):
             what = "about images or sounds; expected text"
         elif metric and getattr(harness, "UNSAFE_CODE", False):
-            what = "one whose metric runs what the model writes; use value='loglikelihood'"
+            what = "whose metric executes generated code; use value='loglikelihood'"
         elif metric and (harness.config.repeats or 1) > 1:
-            what = "one of several answers to each prompt; use value='loglikelihood'"
+            what = "with several answers to each prompt; use value='loglikelihood'"
         if what:
             raise PosheadsError(f"{self.name} is a task {what}")
 
@@ -177,7 +178,7 @@ class LMEval:
             self._metric(harness, requests, made_up)
 
     def _wanted(self, harness: Any, requests: Sequence[Any]) -> tuple[str, str]:
-        """A document's context, and what is to follow it."""
+        """A document's context, and the expected continuation."""
         doc, context = requests[0].doc, requests[0].args[0]
         if harness.OUTPUT_TYPE == "loglikelihood":
             return context, requests[0].args[1]
@@ -259,14 +260,14 @@ class LMEval:
             return float(found[metric])
         except (KeyError, TypeError, ValueError):
             raise PosheadsError(
-                f"the metric {metric} of {self.name} is no number for a document alone; use "
+                f"the metric {metric} of {self.name} is no number for a single document; use "
                 "value='loglikelihood'"
             ) from None
 
 
 @contextmanager
 def _prepared(name: str) -> Iterator[None]:
-    """Say in one line that data or packages of lm-eval's task aren't there."""
+    """Report missing data or packages of an lm-eval task in one line."""
     try:
         yield
     except PosheadsError:

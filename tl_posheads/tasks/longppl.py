@@ -24,36 +24,36 @@ from tl_posheads.tasks.base import (
 )
 from tl_posheads.tasks.filler import Filler
 
-_TRIES = 4  # stretches looked at for each prompt wanted
+_TRIES = 4  # passages tried per prompt
 
 
 @dataclass(frozen=True)
 class LongPPL:
-    """Long texts of which only key tokens are scored, those that far context makes likely.
+    """Long texts scored only on key tokens, which distant context makes more likely.
 
     Fang et al., "What is wrong with perplexity for long-context language modeling?", 2024, arXiv
-    2410.23771. A token is a key token if the long context raises its log-probability by more than
-    ``alpha`` over a short one (LSD, long-short difference) and to more than ``beta`` (LCL,
-    long-context likelihood), in natural logarithms, under the model itself. As in the paper's
-    code, short contexts come from windows that move by ``stride``, so that they have
-    ``short_length`` to ``short_length + stride - 1`` tokens; other than there, each window begins
-    with BOS where the checkpoint has one. Stretches without key tokens are passed over.
+    2410.23771. A token is a key token if, under the model itself, the long context raises its
+    log-probability by more than ``alpha`` over a short context (LSD, long-short difference) and to
+    more than ``beta`` (LCL, long-context likelihood), in nats. As in the paper's code, short
+    contexts come from windows that move by ``stride``, so they have ``short_length`` to
+    ``short_length + stride - 1`` tokens; unlike there, each window begins with BOS if there is
+    one. Passages without key tokens are skipped.
 
-    Plain text, no chat template. The short control is a window that ends where the long text
-    ends, its second half scored, key tokens or not. Facts: ``key_tokens``, ``stretch`` of the
-    corpus and ``length``.
+    Plain text, no chat template. The short control is a window at the end of the long text, and its
+    second half is scored, key tokens or not. Facts: ``key_tokens``, ``stretch`` (the passage of the
+    corpus) and ``length``.
 
     Attributes:
-        length: tokens of a prompt.
-        alpha: least LSD. beta: least LCL.
-        stride: of the windows; a smaller one takes more passes.
-        n: prompts. seed: chooses stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
+        length: tokens per prompt.
+        alpha: threshold of LSD. beta: threshold of LCL.
+        stride: of the windows; a smaller one needs more passes.
+        n: number of prompts. seed: chooses passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
         short_length: tokens of the short contexts and controls.
-        evaluator: chooses the key tokens instead of the model; it needs the same vocabulary.
+        evaluator: model that chooses the key tokens instead; needs the same vocabulary.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> LongPPL(length=128)
@@ -75,7 +75,7 @@ class LongPPL:
 
     def __post_init__(self) -> None:
         check_fields(self, n=1, length=4, short_length=2, stride=1)
-        # One token more than in other tasks, since BOS is no context.
+        # One token more than in other tasks, because BOS isn't context.
         check_short(self.short_length, self.length, least=2)
 
     def rungs(self) -> tuple[()]:
@@ -83,7 +83,7 @@ class LongPPL:
         return ()
 
     def prompts(self, model: LensModel) -> list[Prompt]:
-        """Up to ``n`` prompts, each with its short control; takes several passes for each.
+        """Up to ``n`` prompts, each with its short control; needs several passes for each.
 
         Key tokens are those of the model as it is: call this before heads are ablated.
 
@@ -91,14 +91,14 @@ class LongPPL:
             model: a HookedTransformer or TransformerBridge.
 
         Raises:
-            PosheadsError: no tokenizer, too long for a model, an evaluator with another
+            PosheadsError: no tokenizer, too long for a model, an evaluator with a different
                 vocabulary, a corpus that can't be read or is too small, or no key tokens.
         """
         tokenizer = tokenizer_of(model)
         judge = model if self.evaluator is None else self.evaluator
         if tokenizer_of(judge).get_vocab() != tokenizer.get_vocab():
             raise PosheadsError(
-                "the evaluator's tokenizer has another vocabulary than the model's; give an "
+                "the evaluator's tokenizer has a different vocabulary than the model's; give an "
                 "evaluator of the same family"
             )
         check_length(model, self.length)
@@ -118,9 +118,9 @@ class LongPPL:
                 return found
         if not found:
             raise PosheadsError(
-                f"none of {_TRIES * self.n} stretches of {self.corpus} has a token that the "
+                f"none of {_TRIES * self.n} passages of {self.corpus} has a token that the "
                 f"longer context makes likely (alpha={self.alpha}, beta={self.beta}); lower alpha "
-                "or beta, raise length, or give a text that refers further back"
+                "or beta, raise length, or give a text with longer-range references"
             )
         warnings.warn(
             f"only {len(found)} of {self.n} prompts have key tokens, of {_TRIES * self.n} tried",
@@ -132,8 +132,8 @@ class LongPPL:
         """Ascending positions of a text's key tokens under a model.
 
         Args:
-            model: a HookedTransformer or TransformerBridge; hooks on it are in force.
-            tokens: BOS first where the checkpoint has one.
+            model: a HookedTransformer or TransformerBridge; hooks on it stay active.
+            tokens: with BOS first if the checkpoint has one.
         """
         n_start = len(begin(tokenizer_of(model)))
         first = n_start + self.short_length

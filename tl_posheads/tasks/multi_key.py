@@ -1,4 +1,4 @@
-"""RULER's needle among needles."""
+"""RULER's multi-key needle in a haystack."""
 
 from __future__ import annotations
 
@@ -117,27 +117,27 @@ _MOST_NEAR = len(_ADJECTIVES) + len(_NOUNS) - 2  # keys that share a word with a
 
 @dataclass(frozen=True)
 class MultiKey(QuestionTask):
-    """A number that was given to one key, in a text that gives others to other keys.
+    """Retrieve the number of one key from a text that gives other keys other numbers.
 
     Hsieh et al., "RULER: what's the real context size of your long-context language models?",
-    2024, arXiv 2404.06654: needle in a haystack with multiple keys, RULER's wording. The needle
-    asked for lies at each depth in turn, the others anywhere. Facts: ``depth`` of the needle as
-    asked for, ``needle`` its first position, ``distance`` from there to the answer and ``length``,
-    in tokens; ``n_keys``.
+    2024, arXiv 2404.06654: needle in a haystack with multiple keys, with RULER's wording. The
+    queried needle cycles through the depths; the others are anywhere. Facts: ``depth`` of the
+    needle as requested, ``needle``, its first position, ``distance`` from there to the answer and
+    ``length``, in tokens; ``n_keys``.
 
     Attributes:
-        length: tokens of a prompt, the answer included.
-        depths: as many depths from 0 to 1, equally far apart, taken in turn.
-        n_keys: needles in each text.
-        n: prompts. seed: chooses keys, numbers and stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
-        short_length: tokens of the short controls; where the needles need more, as few as go.
-        instruct: use the chat template (True), don't (False), or do where there is one (None).
-        near_duplicates: so many of the other keys differ from the asked one in one of its words;
-            each digit of their numbers is that of the asked one's number or one other.
+        length: tokens per prompt, including the answer.
+        depths: number of evenly spaced depths from 0 to 1, cycled through.
+        n_keys: number of needles in each text.
+        n: number of prompts. seed: chooses keys, numbers and passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
+        short_length: tokens per short control; as few as possible if the needles need more.
+        instruct: use the chat template (True), don't (False), or use it if there is one (None).
+        near_duplicates: number of other keys that differ from the queried key in one of its words;
+            each digit of their numbers is that of the queried key's number or one alternative.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> MultiKey(n_keys=1)
@@ -169,7 +169,7 @@ class MultiKey(QuestionTask):
             )
 
     def rungs(self) -> list[MultiKey]:
-        """Longer, then with more keys, then with near-duplicates among them."""
+        """Longer prompts, then more keys, then near-duplicates among them."""
         n_keys = sorted({2, *doubled(2, min(2048, self.length // 40)), self.n_keys})
         most = min(n_keys[-1] - 1, _MOST_NEAR)
         near = sorted({0, *doubled(1, most), self.near_duplicates, most})
@@ -179,7 +179,7 @@ class MultiKey(QuestionTask):
         keys = rng.sample([f"{a}-{b}" for a in _ADJECTIVES for b in _NOUNS], self.n_keys)
         values = rng.sample(range(1_000_000, 10_000_000), self.n_keys)
         depth = depth_grid(self.depths)[i % self.depths]
-        # The asked one first would always stand before others at its place.
+        # Listed first, the queried needle would always precede others at the same place.
         asked = rng.randrange(self.n_keys)
         depths = [depth if j == asked else rng.random() for j in range(self.n_keys)]
         if self.near_duplicates:
@@ -211,7 +211,7 @@ class MultiKey(QuestionTask):
 
 
 def _one_word_apart(asked: str, rng: random.Random, n: int, near: int) -> list[str]:
-    """Other keys, of which the first ``near`` share a word with ``asked`` and the rest none."""
+    """Other keys: the first ``near`` share a word with ``asked``, the rest share none."""
     keys = [(a, b) for a in _ADJECTIVES for b in _NOUNS]
     shared = {key: sum(x == y for x, y in zip(key, asked.split("-"))) for key in keys}
     one, none = ([key for key in keys if shared[key] == k] for k in (1, 0))

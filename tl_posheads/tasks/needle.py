@@ -117,26 +117,26 @@ _PARTS = (_DOING, _WHERE, _WHEN)
 
 @dataclass(frozen=True)
 class Needle(QuestionTask):
-    """The best thing to do in some city, said once in a long text and asked for at its end.
+    """Needle in a haystack: a statement about a city in a long text, and a question at its end.
 
     Kamradt, "Needle in a haystack: pressure testing LLMs", 2023,
     github.com/gkamradt/LLMTest_NeedleInAHaystack. City and activity are drawn from thousands of
-    combinations, so that only the text tells the answer. Lengths are taken in turn, then depths.
-    Facts: ``depth`` of the needle as asked for, ``needle`` its first position, ``distance`` from
-    there to the answer and ``length``, in tokens.
+    combinations, so the answer can only come from the text. Prompts cycle through lengths, then
+    depths. Facts: ``depth`` of the needle as requested, ``needle``, its first position,
+    ``distance`` from there to the answer and ``length``, in tokens.
 
     Attributes:
-        lengths: tokens of the prompts, the answer included.
-        depths: as many depths from 0 to 1, equally far apart.
-        n: prompts. seed: chooses answers and stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
-        short_length: tokens of the short controls.
-        instruct: use the chat template (True), don't (False), or do where there is one (None).
-        distractors: other cities' best things in the text, anywhere. They are put together from
-            as few phrases as make all different, so that no phrase tells the next.
+        lengths: tokens of the prompts, including the answer.
+        depths: number of evenly spaced depths from 0 to 1.
+        n: number of prompts. seed: chooses answers and passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
+        short_length: tokens per short control.
+        instruct: use the chat template (True), don't (False), or use it if there is one (None).
+        distractors: number of statements about other cities, anywhere in the text. They combine as
+            few phrases as are needed to make all different, so no phrase predicts the next.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> Needle(lengths=())
@@ -174,9 +174,9 @@ class Needle(QuestionTask):
             )
 
     def rungs(self) -> list[Needle]:
-        """Longer, then with more distractors."""
+        """Longer prompts, then more distractors."""
         shortest = min(self.lengths)
-        # The shortest of them decides how often all can be halved.
+        # The shortest of them limits how often all can be halved.
         times = len(halved(shortest, self.short_length + 1))
         lengths = [tuple(x >> k for x in self.lengths) for k in reversed(range(times))]
         distractors = sorted({0, *doubled(1, min(32, shortest // 64)), self.distractors})
@@ -196,7 +196,7 @@ class Needle(QuestionTask):
             found = lookalikes(parts, _PARTS, rng, self.distractors)
             best |= zip(others, map(" ".join, found))
             depths |= {other: rng.random() for other in others}
-            # The asked one first would always stand before others at its place.
+            # Listed first, the queried needle would always precede others at the same place.
             cities = rng.sample([city, *others], 1 + self.distractors)
         return Question(
             intro=_INTRO,

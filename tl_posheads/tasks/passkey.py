@@ -52,25 +52,25 @@ _COLOURS = (
 
 @dataclass(frozen=True)
 class Passkey(QuestionTask):
-    """A five-digit key hidden in a text and asked for at its end.
+    """Retrieve a five-digit key hidden in a text.
 
     Mohtashami and Jaggi, "Landmark attention: random-access infinite context length for
-    transformers", 2023, arXiv 2305.16300. Their wording; the text around it is the corpus's.
-    Facts: ``depth`` of the needle as asked for, ``needle`` its first position, ``distance`` from
-    there to the answer and ``length``, in tokens.
+    transformers", 2023, arXiv 2305.16300, with their wording; the surrounding text is from the
+    corpus. Facts: ``depth`` of the needle as requested, ``needle``, its first position,
+    ``distance`` from there to the answer and ``length``, in tokens.
 
     Attributes:
-        length: tokens of a prompt, the answer included.
-        depths: as many depths from 0 to 1, equally far apart, taken in turn.
-        n: prompts. seed: chooses keys and stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
-        short_length: tokens of the short controls.
-        instruct: use the chat template (True), don't (False), or do where there is one (None).
-        distractors: other keys in the text, of which each digit is the asked one's or one other.
-            Where there are any, all keys have colours, and the question names one.
+        length: tokens per prompt, including the answer.
+        depths: number of evenly spaced depths from 0 to 1, cycled through.
+        n: number of prompts. seed: chooses keys and passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
+        short_length: tokens per short control.
+        instruct: use the chat template (True), don't (False), or use it if there is one (None).
+        distractors: number of other keys in the text; each digit is that of the queried key or one
+            alternative. With distractors all keys have colours, and the question names one.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> Passkey(depths=0)
@@ -97,7 +97,7 @@ class Passkey(QuestionTask):
             )
 
     def rungs(self) -> list[Passkey]:
-        """Longer, then with more distractors."""
+        """Longer prompts, then more distractors."""
         fitting = min(self.length // 48, len(_COLOURS) - 1)
         distractors = sorted({0, *doubled(1, fitting), self.distractors})
         return climb(self, length=self._shorter(), distractors=distractors)
@@ -113,7 +113,7 @@ class Passkey(QuestionTask):
             depths = [depth, *(rng.random() for _ in colours[1:])]
             stated = [(d, f"{c} pass key", k) for d, c, k in zip(depths, colours, keys)]
         name = stated[0][1]
-        # The asked one first would always stand before others at its place.
+        # Listed first, the queried key would always precede others at the same place.
         order = rng.sample(range(len(stated)), len(stated)) if self.distractors else [0]
         return Question(
             intro=_INTRO,

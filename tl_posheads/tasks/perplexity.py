@@ -27,22 +27,21 @@ from tl_posheads.tasks.filler import CorpusTask, Filler
 
 @dataclass(frozen=True)
 class Perplexity(CorpusTask):
-    """Ordinary long texts, all tokens of whose last part are scored.
+    """Ordinary long texts, with every token of the last part scored.
 
-    Press et al., "Train short, test long", 2021, arXiv 2108.12409, and many since measure long
-    contexts so. Plain text, no chat template. The short control is a window that ends where the
-    long text ends, its second half scored. Facts: ``first`` scored position and ``length``, in
-    tokens.
+    A common measure of long-context use since Press et al., "Train short, test long", 2021, arXiv
+    2108.12409. Plain text, no chat template. The short control is a window at the end of the long
+    text, with its second half scored. Facts: ``first`` scored position and ``length``, in tokens.
 
     Attributes:
-        length: tokens of a prompt.
-        last: share of the tokens that are scored, counted from the end; 1 is all but the first.
-        n: prompts. seed: chooses stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
-        short_length: tokens of the short controls.
+        length: tokens per prompt.
+        last: share of tokens to score, from the end; 1 scores all but the first.
+        n: number of prompts. seed: chooses passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
+        short_length: tokens per short control.
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> Perplexity(last=0)
@@ -80,20 +79,20 @@ class Perplexity(CorpusTask):
 def loss_by_position(
     model: LensModel, task: Task | Iterable[Prompt], *, edges: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """Mean loss of the scored tokens, by their position in the prompt.
+    """Mean loss of the scored tokens by position in the prompt.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; hooks on it are in force.
+        model: a HookedTransformer or TransformerBridge; hooks on it stay active.
         task: a task or its prompts; short controls are left out.
-        edges: ascending positions, bin k from ``edges[k]`` up to but without ``edges[k + 1]``;
-            by default eight equal bins from the first scored position to the last.
+        edges: ascending positions; bin k is ``edges[k]`` to ``edges[k + 1]``, exclusive. By default
+            eight equal bins from the first to the last scored position.
 
     Returns:
-        A row per bin: ``start``, ``end`` (not part of it), ``loss`` (mean negative natural
-        logarithm, NaN in an empty bin) and ``n`` (tokens).
+        One row per bin: ``start``, ``end`` (exclusive), ``loss`` (nats, NaN in an empty bin) and
+        ``n`` (tokens).
 
     Raises:
-        PosheadsError: edges that don't ascend, or prompts that are too long for the model.
+        PosheadsError: edges that don't ascend, or prompts too long for the model.
 
     Example:
         >>> loss_by_position(None, [], edges=[0, 512, 512])

@@ -1,4 +1,4 @@
-"""Prompts of tasks, checked before anything runs, and what names them in a result."""
+"""Prompts of tasks, checked before anything runs, and their identification in results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_posheads.tasks.base import Prompt, Task, check_length
 
 
 def named(tasks: Sequence[Task]) -> list[tuple[str, Task]]:
-    """Tasks by name; a second one of a name gets a number."""
+    """Tasks by name; a second task of the same name gets a number."""
     out: list[tuple[str, Task]] = []
     for task in tasks:
         n = sum(name.partition("#")[0] == task.name for name, _ in out)
@@ -31,7 +31,7 @@ def require_tasks(tasks: Any) -> None:
     """Refuse what isn't a sequence of tasks.
 
     Raises:
-        PosheadsError: no tasks, or what is none.
+        PosheadsError: no tasks, or something that isn't a task.
     """
     given = list(tasks) if isinstance(tasks, Sequence) else []
     wrong = [task for task in given if not isinstance(task, Task)]
@@ -43,11 +43,11 @@ def require_tasks(tasks: Any) -> None:
 
 
 def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt]]:
-    """Each task's prompts, checked, by its name.
+    """Checked prompts by task name.
 
     Raises:
-        PosheadsError: no tasks, or what is none; a task without prompts; prompts that are too long
-            for the model, score nothing or hold tokens that it doesn't have.
+        PosheadsError: no tasks, or something that isn't a task; a task without prompts; prompts
+            that are too long for the model, score nothing or hold unknown token ids.
     """
     require_tasks(tasks)
     out = {}
@@ -74,7 +74,7 @@ def prompts_of(model: LensModel, tasks: Sequence[Task]) -> dict[str, list[Prompt
 
 
 def in_turns(prompts: Mapping[str, Sequence[Prompt]]) -> list[list[tuple[str, int]]]:
-    """Rounds of one prompt of every task that still has one: task and number.
+    """Rounds with one prompt of each task that has any left: task and number.
 
     Example:
         >>> in_turns({"passkey": [None, None], "copying": [None]})
@@ -89,7 +89,7 @@ def in_turns(prompts: Mapping[str, Sequence[Prompt]]) -> list[list[tuple[str, in
 def request_of(
     model: LensModel, tasks: Sequence[Task], prompts: Mapping[str, Sequence[Prompt]]
 ) -> dict[str, Any]:
-    """What a checkpoint has to know of model, tasks and prompts."""
+    """Model, tasks and prompts, as identified by a checkpoint."""
     return {
         "model": [model_name(model), str(next(model.parameters()).dtype)],
         "prompts": {name: prompts_digest(these) for name, these in prompts.items()},
@@ -98,18 +98,18 @@ def request_of(
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Of the numbers, whatever device they are on."""
+    """Digest of a tensor's numbers, on any device."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:24]
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Of tokens and targets, the short controls' among them."""
+    """Digest of tokens and targets, including the short controls'."""
     tensors = [tensor for p in with_short(prompts) for tensor in (p.tokens, p.targets)]
     return hashlib.sha256("".join(map(tensor_digest, tensors)).encode()).hexdigest()[:24]
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """Class and settings of a task, to be kept with a result."""
+    """Class and settings of a task, to be stored with a result."""
     fields = getattr(task, "__dataclass_fields__", {})
     rungs = getattr(task, "rungs", tuple)
     return {
@@ -121,6 +121,6 @@ def task_facts(task: Task) -> dict[str, Any]:
 
 
 def evaluator(task: Task) -> Callable[[LensModel, Prompt], float] | None:
-    """A task's own metric of a prompt, where it has one; others are scored by their targets."""
+    """A task's own metric for a prompt; None if it is scored by log-probability."""
     evaluate: Callable[[LensModel, Prompt], float] | None = getattr(task, "evaluate", None)
     return evaluate

@@ -1,4 +1,4 @@
-"""Questions about a haystack: prompts of an exact length, and the same question at short range."""
+"""Questions about a haystack: prompts of an exact length, with short-context controls."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tl_posheads.tasks.framing import Frame
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt's text.
+    """The text of one prompt.
 
     Attributes:
-        intro: what stands before the haystack. gap: between the two.
-        needles: where in the haystack, from 0 (start) to 1 (end), and what, in their order.
+        intro: text before the haystack. gap: text between the two.
+        needles: depth in the haystack, from 0 (start) to 1 (end), and text of each, in order.
         question: ends the user's message.
-        prefix: begins the reply; the answer follows at once. Behind plain text it keeps its
-            leading white space, at the start of an assistant's turn it loses it.
-        answer: pieces of the answer, all scored, white space excepted.
-        asked: index of the needle that the answer's distance is counted from.
-        facts: of this prompt alone.
+        prefix: begins the reply, directly before the answer. It keeps its leading white space
+            after plain text but loses it at the start of an assistant's turn.
+        answer: pieces of the answer, all scored except white space.
+        asked: index of the needle from which the answer's distance is counted.
+        facts: specific to this prompt.
     """
 
     intro: str
@@ -50,9 +50,9 @@ def join(
     answer: Sequence[str],
     facts: dict[str, Any],
 ) -> Prompt:
-    """A prompt from its pieces; ``asked`` is the index in ``body`` that the distance counts from.
+    """A prompt from its pieces; the distance counts from index ``asked`` in ``body``.
 
-    White space that is a token of its own is no part of the answer.
+    White space that is a separate token isn't part of the answer.
     """
     tokens = [token for piece in body for token in piece]
     needle = sum(map(len, body[:asked]))
@@ -82,9 +82,9 @@ def too_short(length: int, needed: int) -> PosheadsError:
 def in_haystack(
     frame: Frame, filler: Filler, i: int, question: Question, length: int, *, exact: bool = True
 ) -> Prompt:
-    """The question in ``length`` tokens, needles at the sentence ends nearest to their depths.
+    """A prompt of ``length`` tokens, with needles at the sentence ends nearest to their depths.
 
-    Where it doesn't fit and the length needn't be ``exact``, it is as short as possible.
+    If it doesn't fit and the length needn't be ``exact``, it is as short as possible.
 
     Raises:
         PosheadsError: it doesn't fit and the length has to be exact.
@@ -118,7 +118,7 @@ def in_haystack(
 
 
 def depth_grid(depths: int) -> list[float]:
-    """Depths from 0 to 1, ordered so that the first few are spread too.
+    """Depths from 0 to 1, ordered so that the first few are spread out too.
 
     Example:
         >>> depth_grid(5)
@@ -134,13 +134,13 @@ def depth_grid(depths: int) -> list[float]:
 def lookalikes(
     parts: Sequence[str], choices: Sequence[Sequence[str]], rng: random.Random, n: int
 ) -> list[tuple[str, ...]]:
-    """Other answers, whose parts are the right one's or one of few alternatives, evenly.
+    """Wrong answers whose parts come evenly from the right answer or from few alternatives.
 
-    Among answers drawn freely the first token would tell all others.
+    Among freely drawn answers the first token would determine all others.
 
     Args:
-        parts: of the right answer. choices: what may stand for each, like the digits.
-        n: how many; all differ. Of alternatives there are no more than that needs.
+        parts: of the right answer. choices: possible values of each part, like the digits.
+        n: number of answers, all different. There are no more alternatives than that needs.
     """
     few = next(k for k in count(2) if k ** len(parts) > n)
     rest = [[x for x in words if x != part] for part, words in zip(parts, choices)]
@@ -151,7 +151,7 @@ def lookalikes(
     return list(found)[1:]
 
 
-_LEAST = {  # of fields that some tasks have
+_LEAST = {  # smallest values of fields that some tasks have
     "depths": 1,
     "distractors": 0,
     "n_keys": 2,
@@ -162,7 +162,7 @@ _LEAST = {  # of fields that some tasks have
 
 
 class QuestionTask(CorpusTask):
-    """A task of questions; a subclass is a dataclass with these fields and says what is asked."""
+    """A task of questions; a subclass is a dataclass with these fields and defines the question."""
 
     name: ClassVar[str]
     short_length: int
@@ -176,12 +176,12 @@ class QuestionTask(CorpusTask):
         check_fields(self, **{name: m for name, m in _LEAST.items() if hasattr(self, name)})
 
     def _shorter(self) -> list[int]:
-        """Lengths of the easiest rungs: none above the task's own, none as short as the control."""
+        """Lengths of the easiest rungs: up to the task's own, all longer than the control."""
         return halved(self.length, self.short_length + 1)
 
     @abstractmethod
     def _question(self, i: int, rng: random.Random) -> Question:
-        """What the i-th prompt asks."""
+        """The question of the i-th prompt."""
 
     def _frame(self, tokenizer: Any) -> Frame:
         return Frame(tokenizer, self.instruct)

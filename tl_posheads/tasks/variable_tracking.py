@@ -13,25 +13,25 @@ from tl_posheads.tasks.questions import Question, QuestionTask
 
 @dataclass(frozen=True)
 class VariableTracking(QuestionTask):
-    """All variables that have a value, when most have it from another variable.
+    """Find all variables with a given value, which most of them get from another variable.
 
     Hsieh et al., "RULER: what's the real context size of your long-context language models?",
-    2024, arXiv 2404.06654: variable tracking, RULER's wording without its solved example. The
-    assignments of each chain lie anywhere in the text, in their order; the answer is the names of
-    one chain's variables in that order, and all their tokens are scored. Facts: ``hops`` and
-    ``chains``; ``depth`` of the asked chain's first assignment, ``needle`` its first position,
-    ``distance`` from there to the answer and ``length``, in tokens.
+    2024, arXiv 2404.06654: variable tracking, with RULER's wording but without its solved example.
+    The assignments of each chain are anywhere in the text, in order. The answer is the names of one
+    chain's variables in that order, with all their tokens scored. Facts: ``hops`` and ``chains``;
+    ``depth`` of the queried chain's first assignment, ``needle``, its first position, ``distance``
+    from there to the answer and ``length``, in tokens.
 
     Attributes:
-        length: tokens of a prompt, the answer included.
-        hops: assignments of a variable to another in each chain. chains: how many chains.
-        n: prompts. seed: chooses names, values and stretches of the corpus.
-        corpus: what :func:`~tl_posheads.load_corpus` takes.
-        short_length: tokens of the short controls; where the assignments need more, as few as go.
-        instruct: use the chat template (True), don't (False), or do where there is one (None).
+        length: tokens per prompt, including the answer.
+        hops: assignments of one variable to another in each chain. chains: number of chains.
+        n: number of prompts. seed: chooses names, values and passages of the corpus.
+        corpus: as for :func:`~tl_posheads.load_corpus`.
+        short_length: tokens per short control; as few as possible if the assignments need more.
+        instruct: use the chat template (True), don't (False), or use it if there is one (None).
 
     Raises:
-        PosheadsError: a field that can't be.
+        PosheadsError: an invalid field.
 
     Example:
         >>> VariableTracking(hops=0)
@@ -50,7 +50,7 @@ class VariableTracking(QuestionTask):
     name: ClassVar[str] = "variable_tracking"
 
     def rungs(self) -> list[VariableTracking]:
-        """Longer, then with more hops, then with more chains."""
+        """Longer prompts, then more hops, then more chains."""
         hops = sorted({1, 2, 3, 4, self.hops})
         chains = sorted({1, *doubled(1, self.length // (20 * (hops[-1] + 2))), self.chains})
         return climb(self, length=self._shorter(), hops=hops, chains=chains)

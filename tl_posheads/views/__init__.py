@@ -1,4 +1,4 @@
-"""What to look at: each view shows itself in a notebook and saves as one file that works offline.
+"""Interactive views: each displays in a notebook and saves as one file that works offline.
 
 >>> from tl_posheads import views                                       # doctest: +SKIP
 >>> maps = ph.head_maps(model, tokens[0], scores.top(4))                # doctest: +SKIP

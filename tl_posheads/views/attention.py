@@ -1,4 +1,4 @@
-"""Attention of chosen heads beside the rotary dimension that each query-key pair rests on."""
+"""Attention of chosen heads beside the dominant dimension of each query-key pair."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ draw(view, "AttentionHeads", data.shown);
 def attention(maps: HeadMaps) -> View:
     """Each head twice: its attention pattern, and its dominant dimension (0 the fastest pair).
 
-    ``circuitsvis.attention.attention_heads`` draws them; a head is opened by a click, and a pair's
-    number is shown under the pointer. Dominant dimensions are shades of the head's own range: its
-    2nd percentile is white and 0, its 98th blue and 1, what lies beyond has the same colours, and
-    cells without a pair are white. Colour bars say which pairs and wavelengths these are.
+    ``circuitsvis.attention.attention_heads`` draws them: click a head to open it, hover over a
+    cell to see its value. Dominant dimensions are scaled to the head's own range: its 2nd
+    percentile is 0 (white), its 98th is 1 (blue), values beyond are clipped, and cells without a
+    query-key pair are white. Colour bars show the rotary pairs and wavelengths.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
@@ -34,8 +34,9 @@ def attention(maps: HeadMaps) -> View:
         bars.append(pair_bar(f"{name} D", low, high, maps.wavelengths[i, : maps.n_pairs[i]]))
     return page(
         f"Attention and dominant dimension: {maps.model}",
-        said_of_cells(maps) + " Rows are queries, columns are keys. D: the dominant dimension, on "
-        "the head's own range (2nd to 98th percentile), as its colour bar says. Choose a head.",
+        said_of_cells(maps)
+        + " Rows are queries, columns are keys. D: the dominant dimension, scaled to "
+        "the head's own range (2nd to 98th percentile; see the colour bar). Choose a head.",
         {
             "bars": bars,
             "shown": {
@@ -53,11 +54,11 @@ def attention(maps: HeadMaps) -> View:
 
 
 def said_of_cells(maps: HeadMaps) -> str:
-    """How the text was put together, if it was."""
+    """How tokens were merged into cells, if they were."""
     n = len(maps.tokens)
     if maps.step == 1:
         return f"{n:,} tokens."
     return (
-        f"{n:,} tokens, {maps.step} a side put together into one cell (attention from a cell's "
+        f"{n:,} tokens; each cell merges {maps.step} by {maps.step} of them (attention from its "
         "queries to all of its keys, mean dimension of its pairs)."
     )

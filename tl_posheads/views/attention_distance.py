@@ -1,4 +1,4 @@
-"""Tokens coloured by how far back, and by which dimension, heads attend."""
+"""Tokens coloured by mean attention distance and by mean dominant dimension."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LONGEST = 2048  # tokens of a page
 
 
 def attention_distance(maps: HeadMaps, *, start: int = 0, length: int = 512) -> View:
-    """Tokens of a stretch, coloured by what each one does as a query; a button for every measure.
+    """Tokens of a passage, coloured by each query's mean attention distance or dominant dimension.
 
-    Of each head how far back the token attends, in tokens, and by which dimension, both means
-    weighted by attention. Tokens back are divided by their largest in the stretch; dimensions are
-    shades of the head's own range in it, its 2nd percentile white and 0, its 98th blue and 1, as
-    the colour bar says. ``circuitsvis.tokens`` draws it.
+    A button for each head and measure; both measures are means weighted by attention. Distances
+    (tokens back) are divided by their maximum in the passage; dimensions are scaled to the head's
+    own range in it, from its 2nd percentile (0, white) to its 98th (1, blue), as the colour bar
+    shows. ``circuitsvis.tokens`` draws it.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
-        start, length: stretch of the text; a longer one is cut, and the note says so.
+        start, length: passage of the text; a longer one is cut, and the note says so.
 
     Raises:
-        PosheadsError: the stretch holds no token.
+        PosheadsError: the passage holds no token.
 
     Example:
         >>> attention_distance(maps, start=1000)                        # doctest: +SKIP
@@ -53,9 +53,9 @@ def attention_distance(maps: HeadMaps, *, start: int = 0, length: int = 512) -> 
         bars.append(bar)
     whole = stop - start == len(maps.tokens)
     return page(
-        f"How far back, and by which dimension: {maps.model}",
+        f"Attention distance and dominant dimension of each token: {maps.model}",
         ("" if whole else f"Tokens {start:,} to {stop - 1:,} of {len(maps.tokens):,}. ")
-        + "Each token is coloured by what it attends to as a query; choose a head and a measure.",
+        + "Each token is coloured by its value as a query; choose a head and a measure.",
         {"bars": bars, "shown": _shown(maps.tokens[start:stop], columns, labels)},
         _SCRIPT,
         height=600 + 60 * len(bars),
@@ -63,11 +63,11 @@ def attention_distance(maps: HeadMaps, *, start: int = 0, length: int = 512) -> 
 
 
 def attention_from(maps: HeadMaps, q_pos: int | None = None) -> View:
-    """What one position attends to: tokens coloured by attention, and by the dimension it uses.
+    """What one query attends to: tokens coloured by attention weight or by dominant dimension.
 
-    ``circuitsvis.tokens`` draws it; a button for every head and measure. Attention is divided by
-    its largest; dimensions are shades of the head's own range there, as in
-    :func:`attention_distance`; tokens that the position doesn't see are 0.
+    ``circuitsvis.tokens`` draws it; a button for every head and measure. Attention weights are
+    divided by their maximum; dimensions are scaled to the head's own range there, as in
+    :func:`attention_distance`; tokens that the query can't attend to are 0.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
@@ -96,8 +96,8 @@ def attention_from(maps: HeadMaps, q_pos: int | None = None) -> View:
         bars.append(bar)
     return page(
         f"What position {at:,} attends to: {maps.model}",
-        f"Tokens {first:,} to {at:,}, coloured by what the last of them sees in each; choose a "
-        "head and a measure.",
+        f"Tokens {first:,} to {at:,}, coloured by the last one's attention to each or by the "
+        "pair's dominant dimension; choose a head and a measure.",
         {"bars": bars, "shown": _shown(maps.tokens[first : at + 1], columns, labels)},
         _SCRIPT,
         height=600 + 60 * len(bars),
@@ -107,7 +107,7 @@ def attention_from(maps: HeadMaps, q_pos: int | None = None) -> View:
 def _dimensions(
     maps: HeadMaps, i: int, values: Float[Tensor, " pos"]
 ) -> tuple[list[float], dict[str, Any]]:
-    """Dimensions of a head as shades of their own range, and the range's colour bar."""
+    """Dimensions of a head scaled to their own range, and the range's colour bar."""
     low, high = own_range(values)
     wavelengths = maps.wavelengths[i, : maps.n_pairs[i]]
     bar = pair_bar(f"{maps.names[i]} dimension", low, high, wavelengths)
@@ -115,7 +115,7 @@ def _dimensions(
 
 
 def _shown(tokens: list[str], columns: list[list[float]], labels: list[str]) -> dict[str, Any]:
-    """What ColoredTokensMulti is given; 1 is the darkest, also where no token reaches it."""
+    """Input of ColoredTokensMulti; 1 is the darkest, even if no token reaches it."""
     return {
         "tokens": as_html(tokens),
         "values": [list(values) for values in zip(*columns)],

@@ -14,13 +14,13 @@ draw(view, "TopkSamples", data);
 def farthest_tokens(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
     """The ``k`` positions of each head that attend farthest back, each with the tokens before it.
 
-    Tokens are coloured by how far back each attends as a query, in tokens, or by which dimension,
+    Tokens are coloured by each query's mean attention distance, in tokens, or dominant dimension,
     both weighted by attention.
     ``circuitsvis.topk_samples`` draws it.
 
     Args:
         maps: what :func:`tl_posheads.head_maps` returned.
-        k: samples a head, at least 1; those of one stretch stand once.
+        k: samples per head, at least 1; overlapping ones are shown once.
         around: tokens before and after the position.
 
     Raises:
@@ -46,8 +46,8 @@ def farthest_tokens(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
         values.append([[of[stretch].tolist() for stretch in stretches] for of in measures])
     return page(
         f"Tokens that attend farthest back: {maps.model}",
-        f"Of {len(maps.tokens):,} tokens those that attend farthest back, with what stands around "
-        "them. Each token's value is how far back it attends itself, or by which dimension.",
+        f"The queries that attend farthest back among {len(maps.tokens):,} tokens, in context. "
+        "Each token's value is its own mean attention distance, or its mean dominant dimension.",
         {
             "tokens": tokens,
             "activations": values,
@@ -62,7 +62,7 @@ def farthest_tokens(maps: HeadMaps, *, k: int = 10, around: int = 12) -> View:
 
 
 def _apart(distance: list[float], k: int, around: int) -> list[int]:
-    """The positions that attend farthest back, none within another's stretch."""
+    """The positions that attend farthest back, none in another's context."""
     chosen: list[int] = []
     for position in sorted(range(len(distance)), key=lambda i: -distance[i]):
         if all(abs(position - other) > around for other in chosen):

@@ -1,7 +1,7 @@
-"""A page around circuitsvis that holds what it shows as data, and asks no network for anything.
+"""A page around circuitsvis that embeds its data and needs no network.
 
-circuitsvis writes tokens into an inline script as they are, so that one holding ``</script>`` ends
-it, shows some of them as HTML, and asks the internet whether it is there whenever it shows itself.
+circuitsvis writes tokens unescaped into an inline script, so that one holding ``</script>`` ends
+it, shows some of them as HTML, and checks for an internet connection at every display.
 Here its JavaScript is inlined whole, with that HTML escaped; everything shown is JSON without a
 character that could leave its element; and the page's content policy allows the scripts of this
 package and of circuitsvis by their hash alone.
@@ -45,9 +45,9 @@ class View:
         return self.frame("tl_posheads")
 
     def frame(self, title: str) -> str:
-        """The page in a frame of its own: nothing around it touches it, and it touches nothing.
+        """The page in a sandboxed frame, isolated from the page around it.
 
-        A page with a content policy must let :attr:`scripts` in.
+        A page with a content policy must allow :attr:`scripts`.
         """
         return (
             f'<iframe sandbox="allow-scripts" srcdoc="{escape(self.html)}" title="{_text(title)}" '
@@ -69,9 +69,9 @@ def page(title: str, note: str, data: Mapping[str, Any], script: str, *, height:
 
     Args:
         title: shown as the heading.
-        note: what one sees, in a sentence or two.
+        note: what the view shows, in a sentence or two.
         data: JSON values; NaN becomes null.
-        script: JavaScript of this package; nothing of a model or text may be in it.
+        script: JavaScript of this package; it must contain nothing from a model or text.
         height: of its frame in a notebook.
     """
     library = _circuitsvis()[0]
@@ -131,8 +131,8 @@ def _circuitsvis() -> tuple[str, bool]:
 def as_html(tokens: Sequence[str]) -> list[str]:
     """Tokens for a drawing that shows them as HTML.
 
-    As they are where circuitsvis' script could be mended; of a version whose script isn't known,
-    entities keep them text, and are seen as such under the pointer.
+    Unchanged where circuitsvis' script could be patched; for unknown versions HTML entities keep
+    them text, and show as entities on hover.
     """
     _, escapes = _circuitsvis()
     return list(tokens) if escapes else [escape(token, quote=False) for token in tokens]

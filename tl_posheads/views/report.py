@@ -1,4 +1,4 @@
-"""One self-contained page about a run: a map of the heads, the best of them, how scores spread.
+"""One self-contained page about a run: a map of the heads, the best heads, all scores.
 
 The page loads nothing from anywhere, and its content policy forbids it to: whatever a model's name
 or a corpus' name holds, it is shown as text.
@@ -60,7 +60,7 @@ def write_report(
     Args:
         scores: what ``score_heads`` returned or ``HeadScores.load`` read.
         path: the HTML file; an old one is replaced.
-        curve: of ``dominant_dimension_curve``, to show what the best heads rest on.
+        curve: of ``dominant_dimension_curve``, to show the best heads' dominant dimension.
         maps: of ``head_maps``, to show what they attend to; 1.3 MB more.
         ablation: of ``ablation_study``, to show its verdicts.
         extrapolation: of ``compare_extrapolations``.
@@ -285,8 +285,8 @@ def _best(rows: Sequence[Row]) -> str:
     columns = "".join(f'<th scope="col">{name}</th>' for name in _NAMES)
     return f"""<section aria-labelledby="best-title">
 <h2 id="best-title">The {len(best)} highest scores</h2>
-<p>In the small pictures: dot and line are rho and its interval, the ring is rotation, the square
-content, the thin upright line zero.</p>
+<p>In the last column, the dot and bar show rho and its interval, the ring rotation, the square
+content, and the thin vertical line zero.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="table: best heads">
 <table class="rows"><thead><tr><th scope="col">rank</th>{columns}
 <th scope="col"><span class="vh">picture</span></th></tr></thead>
@@ -327,8 +327,8 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
         for key, value in _flat(provenance)
     )
     return f"""<section aria-labelledby="run-title">
-<h2 id="run-title">What was run</h2>
-<div class="scroll" tabindex="0" role="region" aria-label="table: what was run">
+<h2 id="run-title">Run settings</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="table: run settings">
 <table class="facts"><tbody>{lines}</tbody></table></div>
 </section>"""
 

@@ -136,27 +136,26 @@ SCRIPT = """
 PROSE = """<section aria-labelledby="read-title">
 <h2 id="read-title">How to read the numbers</h2>
 <dl>
-<dt>rho</dt><dd>The positional score. In one document it is Spearman's rank correlation between the
-distance of a query from an earlier key and the head's dominant dimension D, over the query-key
-pairs that attention sees; a token beside itself is no pair. D is the mean index of the head's
-rotary pairs, weighted by the softmax of their shares in query times key. The number here is the
-mean over documents. Above zero: the further apart the tokens, the slower the pairs that decide.
-Below zero: the faster ones do; that is a finding like any other. Near zero: distance doesn't order
-the pairs that decide.</dd>
+<dt>rho</dt><dd>The positional score: the mean over documents of Spearman's rank correlation between
+token distance and the head's dominant dimension D, over the query-key pairs that attention allows,
+except a token with itself. D is the mean index of the head's rotary pairs, weighted by the softmax
+of their contributions to the query-key product. Above zero: the dominant dimension shifts from fast
+to slow rotary pairs as token distance grows. Below zero: it shifts from slow to fast, which is a
+finding like any other. Near zero: it doesn't follow distance.</dd>
 <dt>95% interval</dt><dd>Of the mean over documents, by Student's t. Query-key pairs of one text are
 not independent, so their number says nothing about certainty; one document gives no interval.</dd>
 <dt>p (adjusted)</dt><dd>Two-sided t test over documents of a mean rho of zero, corrected for the
 number of heads (Benjamini-Hochberg).</dd>
-<dt>rotation</dt><dd>The same contents, put at positions drawn from other pairs, so that they
-can't know the distance: what the rotation alone does to the order of D. It is computed exactly, as
-RoPE can be turned on.</dd>
-<dt>content</dt><dd>The same D, with the distance that the contents came from: what contents alone do,
-where the rotation can't know it. What rotation and content leave of rho is their interaction.</dd>
+<dt>rotation</dt><dd>rho of the rotation alone: the same contents at positions drawn from other
+query-key pairs, so that content carries no information about distance. It is exact, since rotated
+vectors can be rotated further.</dd>
+<dt>content</dt><dd>rho of the content alone: the same D against the distance that the contents came
+from, about which the rotation carries no information. The rest of rho is their interaction.</dd>
 <dt>D near → far</dt><dd>Mean D of tokens 1 or 2 apart, and in the farthest octave of distances that
-the layer sees. rho knows order alone: it can be high where D hardly moves.</dd>
+the layer sees. rho measures only order: it can be high where D hardly changes.</dd>
 <dt>window</dt><dd>The layer's sliding window, where it has one.</dd>
 </dl>
-<p>A high score says that a head is positional, not that it is important; ablation tells that.</p>
+<p>A high score says that a head is positional, not that it is important; ablate it to find out.</p>
 <h2>How to cite</h2>
 <p>The score is that of Hong et al., <cite>On the token distance modeling ability of higher RoPE
 attention dimension</cite>, Findings of EMNLP 2024,

@@ -25,14 +25,14 @@ _OF_A_HEAD = {
     "slow_text": "share of usage in pairs that do not turn once in a text",
     "slow_trained": "the same, in a training text",
     "preferred": "distance at which mean query and mean key agree most, in tokens",
-    "curve_correlation": "of that curve over distance with the mean scores found",
-    "separation": "of queries from keys, in spreads of their clouds",
+    "curve_correlation": "of that curve with the measured mean scores, over distance",
+    "separation": "of queries from keys, in units of their spread",
     "pairs_needed": "pairs that have to be rotated for an error of 10 %",
 }
 
 
 def curve_section(curve: DominantDimensionCurve) -> str:
-    """What some heads rest on by token distance, and where the first one puts its weight."""
+    """Dominant dimension of some heads by token distance, and the first one's softmax weights."""
     names = ", ".join(f"layer {layer} head {head}" for layer, head in curve.heads)
     ends = "; ".join(
         f"layer {layer} head {head}: {_number(curve.mean[i, 0])} at distance 1, "
@@ -44,7 +44,7 @@ def curve_section(curve: DominantDimensionCurve) -> str:
         "curves",
         "Dominant dimension by token distance",
         f"<p>Mean dominant dimension by token distance of {escape(names)}, with the band that "
-        "holds the middle of the pairs; below, the first head's weight on every rotary pair.</p>"
+        "holds the middle of the pairs; below, the first head's softmax weights.</p>"
         + _image(curve.plot(), f"Mean dominant dimension by token distance. {ends}.")
         + _image(
             curve.plot_allocation(),
@@ -67,7 +67,7 @@ def maps_section(maps: HeadMaps) -> tuple[str, list[str]]:
 
 
 def atlas_section(atlas: RotaryAtlas) -> str:
-    """Which rotary pairs the heads use, two heads closely, and the first heads as a table."""
+    """Which rotary pairs the heads use, two heads in detail, and the first heads as a table."""
     table = atlas.ranked()
     by = "positional score" if "rho" in table else "share of usage in slow pairs"
     sort = "rho" if "rho" in table else "layer"
@@ -86,7 +86,7 @@ def atlas_section(atlas: RotaryAtlas) -> str:
         "are large: pairs on the left turn within a few tokens and can tell positions, those on "
         "the right hardly turn in a text and can carry content.</p>"
         + _image(atlas.plot(sort=sort), said)
-        + f"<p>The heads with the highest {by}, closely:</p>{spectra}<details><summary>The "
+        + f"<p>The heads with the highest {by}, in detail:</p>{spectra}<details><summary>The "
         f"{len(rows)} heads with the highest {by}</summary><p>{escape(terms.capitalize())}.</p>"
         f"{_table(rows, 'heads of the atlas')}</details>",
     )
@@ -120,18 +120,18 @@ def ablation_section(study: AblationStudy) -> str:
         "control_effect",
         "p_adjusted",
     ]
-    said = f"Effects of ablating the top heads beside {', '.join(study.controls)} heads, by task."
+    said = f"Effects of ablating the top heads and {', '.join(study.controls)} heads, by task."
     return _section(
         "ablation",
-        "Do these heads matter?",
+        "Effect of ablating the top heads",
         f"<ul>{verdicts}</ul><p>{escape(_positive_control(study))}</p>{_image(study.plot(), said)}"
         "<details><summary>Every effect: change of the scored tokens' mean log-probability, in "
-        f"nats a token</summary>{_table(table[columns], 'effects of ablation')}</details>",
+        f"nats per token</summary>{_table(table[columns], 'effects of ablation')}</details>",
     )
 
 
 def _positive_control(study: AblationStudy) -> str:
-    """What ablating as many retrieval heads did."""
+    """Effect of ablating the same number of retrieval heads."""
     table = study.positive_control()
     if table.empty:
         return "There is no positive control: no retrieval heads were ablated."
@@ -143,19 +143,19 @@ def _positive_control(study: AblationStudy) -> str:
 
 
 def spread_section(scores: HeadScores) -> str:
-    """How the heads' scores are spread, beside what the rotation alone gives."""
+    """Distribution of the heads' scores, beside that of the rotation alone."""
     rho = scores.rho[scores.rho.isfinite()]
     said = (
         f"{len(rho)} heads; lowest {float(rho.min()):+.3f}, median {float(rho.median()):+.3f}, "
         f"highest {float(rho.max()):+.3f}."
     )
     return _section(
-        "spread", "How the scores are spread", f"<p>{said}</p>{_image(scores.plot(), said)}"
+        "spread", "Distribution of the scores", f"<p>{said}</p>{_image(scores.plot(), said)}"
     )
 
 
 def extrapolation_section(comparison: ExtrapolationComparison) -> str:
-    """What the comparison says of each method, its picture and its table."""
+    """The comparison's verdict on each method, its picture and its table."""
     verdicts = "".join(f"<li>{escape(text)}</li>" for text in comparison.verdict().values())
     said = (
         f"Curves, loss and answers of {', '.join(comparison.methods)} beyond a training length of "
@@ -163,7 +163,7 @@ def extrapolation_section(comparison: ExtrapolationComparison) -> str:
     )
     return _section(
         "extrapolation",
-        "Beyond the training length",
+        "Extrapolation beyond the training length",
         f"<p>{escape(said)}</p><ul>{verdicts}</ul>{_image(comparison.plot(), said)}"
         + _table(comparison.to_pandas(), "methods compared"),
     )

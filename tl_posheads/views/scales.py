@@ -1,4 +1,4 @@
-"""Dominant dimensions as shades of a head's own range, and what a colour bar says of them."""
+"""Dominant dimensions scaled to a head's own range, and their colour bar."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TICKS = 5
 
 
 def own_range(values: Float[Tensor, "..."]) -> tuple[float, float]:
-    """Where the middle 96 % of a head's dominant dimensions lie; NaN counts as none.
+    """Range of the middle 96 % of a head's dominant dimensions; NaN is ignored.
 
-    Of the whole scale, 0 to the slowest pair, many heads use a small part, and in its colours all
-    that they do is one.
+    Many heads use a small part of the whole scale, 0 to the slowest pair, so that all their values
+    would share one colour on it.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ def own_range(values: Float[Tensor, "..."]) -> tuple[float, float]:
 
 
 def shades(values: Float[Tensor, "..."], low: float, high: float) -> Float[Tensor, "..."]:
-    """Values from ``low`` to ``high`` as 0 to 1, what lies beyond cut; NaN is 0."""
+    """Values from ``low`` to ``high`` as 0 to 1, those beyond clipped; NaN is 0."""
     return ((values - low) / max(high - low, 1e-9)).clamp(0, 1).nan_to_num(0.0)
 
 

@@ -69,7 +69,7 @@ view.append(wide, panel);
 def score_map(
     scores: HeadScores, maps: HeadMaps | None = None, *, highlight: Heads | None = None
 ) -> View:
-    """The positional score of every head; a click tells about a head.
+    """The positional score of every head; click a head for details.
 
     Args:
         scores: what ``score_heads`` returned or ``HeadScores.load`` read.
@@ -96,7 +96,7 @@ def score_map(
         assert maps is not None
         low, high = own_range(maps.dominant[i])
         bar = pair_bar(f"{maps.names[i]} D", low, high, maps.wavelengths[i, : maps.n_pairs[i]])
-        name = "Dominant dimension (D), on the head's own range"
+        name = "Dominant dimension (D), scaled to the head's own range"
         panels = {"Attention": maps.pattern[i], name: shades(maps.dominant[i], low, high)}
         opened[f"{layer},{head}"] = {"bar": {**bar, "of": name}, "panels": panels}
     return page(
@@ -119,7 +119,7 @@ def score_map(
 
 
 def _facts(row: dict[Any, Any]) -> str:
-    """What a chosen head's panel says; what isn't known is left out."""
+    """Text of a chosen head's panel; unknown values are left out."""
     n = row["n_documents"]
     said = f"Score {row['rho']:.3f}" + (f", the mean over {n} documents" if n > 1 else "")
     if isfinite(row["p_adjusted"]):

@@ -44,7 +44,7 @@ class CLEX(FrequencyMethod):
         dx/dt = act((x + log ntk(t)) @ up) @ down + d/dt log ntk(t)
 
     where ``ntk(t)`` are NTK-aware frequencies of the factor ``2 t - 1``. Without training (``down``
-    zero) that is what is left. Chen et al., "CLEX: continuous length extrapolation for large
+    zero) only the last term is left. Chen et al., "CLEX: continuous length extrapolation for large
     language models", ICLR 2024, arXiv 2310.16450, section 3; equations, fourth-order Runge-Kutta
     and names of the weights are those of the authors' code. The ODE is solved by ``torchdiffeq``
     (``pip install 'tl-posheads[clex]'``). :func:`~tl_posheads.extrapolation.train_clex` learns it.
@@ -52,9 +52,9 @@ class CLEX(FrequencyMethod):
 
     Attributes:
         up: ``[pair, hidden]``. down: ``[hidden, pair]``.
-        max_factor: the longest texts over the training length, a whole number.
+        max_factor: longest text length over the training length, a whole number.
         act: ``"silu"`` or ``"tanh"``.
-        base: of ``ntk``; the authors keep 10,000 whatever the model's is.
+        base: of ``ntk``; the authors use 10,000 for every model.
         time_dt: step of the solver.
         log_scale: scores times ``log(length) / log(trained)``, as some of the authors' models have
             it, shorter texts included; of the rotated coordinates alone.
@@ -109,7 +109,7 @@ class CLEX(FrequencyMethod):
     def untrained(
         cls, n_pairs: int, max_factor: int, *, hidden: int | None = None, seed: int = 0, **more: Any
     ) -> CLEX:
-        """Where training begins: ``up`` uniform as the authors have it, ``down`` zero."""
+        """Initial weights for training: ``up`` uniform, as in the authors' code, ``down`` zero."""
         require_whole("CLEX", n_pairs=(n_pairs, 1))
         width = hidden or 2 * n_pairs
         bound = math.sqrt(1 / width)
@@ -164,10 +164,10 @@ class CLEX(FrequencyMethod):
     def from_published(
         cls, weights: Mapping[str, Tensor] | str | os.PathLike[str], config: Any = None
     ) -> CLEX:
-        """The authors' published form.
+        """Load weights in the authors' published form.
 
-        Only the ODE's weights are read of a checkpoint. Put it on the model that the checkpoint
-        holds, with ``trained=`` the config's ``max_position_embeddings``.
+        Only the ODE's weights are read from a checkpoint. Use it on the model in that checkpoint,
+        with ``trained=`` the config's ``max_position_embeddings``.
 
         Args:
             weights: a state dict with ``...proj_func.ode_up_proj`` and ``...ode_down_proj``, one

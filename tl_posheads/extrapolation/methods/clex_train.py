@@ -1,4 +1,4 @@
-"""Training of CLEX's ODE on a live model whose weights stay."""
+"""Training of CLEX's ODE on a live model with frozen weights."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def train_clex(
     seed: int = 0,
     progress: bool = True,
 ) -> CLEX:
-    """Learn how the frequencies should follow the length, from texts that are no longer.
+    """Learn how the frequencies should follow the length, from texts within the training length.
 
     Each step takes a text, a factor ``t`` from 2 to ``max_factor``, and spreads the text's tokens
     over ``t`` times its length: positions are drawn and sorted, first and last are kept (Chen et
-    al. 2024, arXiv 2310.16450, section 3.3). The model's loss is then made smaller by the ODE's
-    weights alone. The authors train the model along with it; here it stays as it is, so that a
-    model without their budget can be extended.
+    al. 2024, arXiv 2310.16450, section 3.3). Only the ODE's weights are then trained on the
+    model's loss. The authors also train the model; here it stays frozen, so that a model can be
+    extended without their budget.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE; its weights are left bit for bit.
         tokens: texts of at most the training length, at least 8 tokens.
-        max_factor: the longest texts over the training length, 2 or more.
+        max_factor: longest text length over the training length, 2 or more.
         steps: texts seen. lr: of Adam.
         trained: positions that the model was trained on; its checkpoint's own by default.
         act, time_dt: as in :class:`CLEX`; the solver's steps take most of the time of small models.
@@ -76,6 +76,11 @@ def train_clex(
     Raises:
         PosheadsError: no RoPE, a method in force, texts that are too long or too short, a loss
             that isn't finite.
+
+    Example:
+        >>> method = train_clex(model, tokens, max_factor=4)         # doctest: +SKIP
+        >>> with method(model):                                      # doctest: +SKIP
+        ...     scores = ph.score_heads(model, long_tokens)
     """
     require_rotary(model)
     require_clean(model)
@@ -111,8 +116,7 @@ def train_clex(
             loss = cross_entropy(logits[:-1], text[1:].to(device))
             if not loss.isfinite():
                 raise PosheadsError(
-                    f"train_clex(lr={lr}) lost its way: the loss is {loss.item()}; give a smaller "
-                    "lr"
+                    f"train_clex(lr={lr}) diverged: the loss is {loss.item()}; give a smaller lr"
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -158,7 +162,7 @@ def _hooks(
 
 @contextmanager
 def _frozen(model: LensModel) -> Iterator[None]:
-    """Inside, no weight of the model takes a gradient."""
+    """Freeze the model's weights inside the block."""
     before = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         for weight, _ in before:

@@ -21,7 +21,7 @@ KeyPairs = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True, repr=False)
 class DPE(DistanceMethod):
-    """Keys within ``window`` as ever; farther ones at positions that each pair divides by its own.
+    """Keep positions within ``window``; each pair divides those of farther keys by its own scale.
 
     In pair ``m`` with scale ``s`` a far query at position ``i`` stands at
     ``i // s + window - window // s``, its key at ``j // s``; pairs that are not among the head's
@@ -65,7 +65,7 @@ class DPE(DistanceMethod):
     def __repr__(self) -> str:
         chosen = "None"
         if self.key_pairs is not None:
-            # Some thousand numbers; what tells them apart is enough.
+            # Thousands of numbers; a digest identifies them.
             digest = hashlib.sha256(repr(self.key_pairs).encode()).hexdigest()[:16]
             n = sum(len(pairs) for heads in self.key_pairs for pairs in heads)
             chosen = f"<{len(self.key_pairs)} layers, {n} pairs in all, sha256 {digest}>"

@@ -1,4 +1,4 @@
-"""What DPE is set to: how far each group of pairs carries, and which pairs a head rests on."""
+"""Settings for DPE: the effective distance of each group of pairs, and each head's key pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TRIED = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16)
 
 @dataclass(frozen=True, eq=False)
 class EffectiveLengths:
-    """How far apart tokens may seem to each group of neighbouring pairs.
+    """The largest effective token distance of each group of neighbouring pairs.
 
     Attributes:
         lengths: of each group, fastest first, the largest relative distance, in tokens, at which
@@ -72,7 +72,7 @@ def detect_effective_lengths(
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE, no method in force.
-        tokens: texts as long as those that the method is for.
+        tokens: texts as long as those that the method will read.
         targets: positions scored in each text; None scores all past the training length, or the
             last half where that is more.
         trained: positions that the model was trained on; its checkpoint's own by default.
@@ -82,6 +82,10 @@ def detect_effective_lengths(
         chosen: key pairs, from :func:`key_pairs`; None changes all.
         tolerance: nats by which a larger distance may be worse than the best one.
         progress: show a bar.
+
+    Example:
+        >>> found = detect_effective_lengths(model, long_tokens)        # doctest: +SKIP
+        >>> found.lengths                                               # doctest: +SKIP
     """
     known, window = _settings(model, trained, window)
     if not 0 <= tolerance < float("inf"):
@@ -122,7 +126,7 @@ def key_pairs(
     trained: int | None = None,
     progress: bool = True,
 ) -> KeyPairs:
-    """The pairs that each head's scores rest on most, by the DPE paper's 2-norm contribution.
+    """The pairs that contribute most to each head's scores, by the DPE paper's 2-norm.
 
     That is the length of the query in the pair times that of the key at the same position, mean
     over a text and then over texts, as in the paper's code.
@@ -133,6 +137,10 @@ def key_pairs(
 
     Returns:
         ``key_pairs[layer][head]``, ascending; empty in layers without RoPE.
+
+    Example:
+        >>> chosen = key_pairs(model, long_tokens, share=0.75)          # doctest: +SKIP
+        >>> chosen[6][6]  # rotary pairs of L6H6                        # doctest: +SKIP
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise PosheadsError(f"share={share!r} was given; expected a number above 0 and up to 1")

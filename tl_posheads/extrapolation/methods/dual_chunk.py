@@ -15,7 +15,7 @@ from tl_posheads.rotary.remapping import Region, Remapping
 
 @dataclass(frozen=True)
 class DualChunk(DistanceMethod):
-    """Distances within a chunk as ever; keys of earlier chunks are seen from near a chunk's end.
+    """Keep distances within a chunk of the text; cap those to keys of earlier chunks.
 
     The text is cut into chunks of ``size = chunk - local`` tokens, and a key ``j`` stands at
     ``j % size``. A query ``i`` sees its own chunk from ``i % size``, so that distances stay; the

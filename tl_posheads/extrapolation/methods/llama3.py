@@ -19,7 +19,7 @@ from tl_posheads.extrapolation.base import (
 
 @dataclass(frozen=True)
 class Llama3(FrequencyMethod):
-    """Pairs that turn seldom within the training length interpolated, those that turn often kept.
+    """Interpolate pairs that turn seldom within the training length; keep those that turn often.
 
     Dubey et al., "The Llama 3 herd of models", 2024, arXiv 2407.21783; ``rope_type="llama3"`` in
     transformers. Between ``low_freq_factor`` and ``high_freq_factor`` turns within the training

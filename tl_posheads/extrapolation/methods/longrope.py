@@ -22,7 +22,7 @@ from tl_posheads.extrapolation.base import (
 
 @dataclass(frozen=True)
 class LongRoPE(FrequencyMethod):
-    """Every pair slower by a factor of its own, found by search; others within training.
+    """Slow every pair by its own factor, found by search; other factors within training.
 
     Ding et al., "LongRoPE: extending LLM context window beyond 2 million tokens", ICML 2024,
     arXiv 2402.13753; ``rope_type="longrope"`` in transformers.
@@ -90,7 +90,7 @@ class LongRoPE(FrequencyMethod):
                 or ``attention_factor`` among them.
 
         Raises:
-            PosheadsError: it has no factors, or doesn't say from which length on they hold.
+            PosheadsError: it has no factors, or doesn't say at which length they begin to apply.
         """
         config = getattr(getattr(config, "original_model", config), "config", config)
         is_plain = isinstance(config, Mapping)
@@ -101,7 +101,7 @@ class LongRoPE(FrequencyMethod):
                 f"{type(config).__name__} holds no long_factor; expected the config of a model "
                 "with rope_type 'longrope', or its rope_parameters"
             )
-        # As in transformers: here what stands beside the rope parameters goes before.
+        # As in transformers: values beside the rope parameters take precedence here.
         longest, name = read("max_position_embeddings"), "original_max_position_embeddings"
         original = read(name) or rope.get(name) or longest
         given = {

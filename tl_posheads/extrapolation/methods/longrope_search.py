@@ -38,7 +38,7 @@ def search_longrope(
     seed: int = 0,
     progress: bool = True,
 ) -> LongRoPE:
-    """Evolve one factor per pair until the model reads ``tokens`` with little loss.
+    """Evolve one factor per pair to lower the model's loss on ``tokens``.
 
     A small form of the evolutionary search in section 3 of Ding et al. 2024, arXiv 2402.13753.
     It begins with linear interpolation, NTK, YaRN and mutations of these. The better half of each
@@ -63,7 +63,7 @@ def search_longrope(
         The best candidate: no worse on ``tokens`` than linear interpolation, NTK or YaRN factors.
 
     Raises:
-        PosheadsError: a setting that can't be, texts that aren't longer than ``trained``, or what
+        PosheadsError: an invalid setting, texts that aren't longer than ``trained``, or what
             entering a method raises.
 
     Example:

@@ -16,7 +16,7 @@ from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod, require
 
 @dataclass(frozen=True)
 class NoPE(FrequencyMethod):
-    """Some pairs don't turn: what they add to a score no longer knows the distance.
+    """Stop the rotation of some pairs: their contribution no longer depends on distance.
 
     Without positions: Kazemnejad et al., "The impact of positional encoding on length
     generalization in transformers", NeurIPS 2023, arXiv 2305.19466. On the slow pairs alone:

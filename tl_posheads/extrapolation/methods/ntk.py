@@ -24,7 +24,7 @@ def raise_base(inv_freq: Tensor, factor: float) -> Tensor:
 
 @dataclass(frozen=True)
 class NTK(FrequencyMethod):
-    """A higher base: slow pairs turn up to ``factor`` times slower, the fastest as ever.
+    """A higher base: slow pairs turn up to ``factor`` times slower, the fastest doesn't change.
 
     bloc97, "NTK-aware scaled RoPE", 2023; Peng et al., "YaRN", ICLR 2024, arXiv 2309.00071,
     section 3.1.

@@ -1,4 +1,4 @@
-"""ReRoPE: one distance for everything that is far."""
+"""ReRoPE: one distance for all far tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tl_posheads.rotary.remapping import Region, Remapping
 
 @dataclass(frozen=True)
 class ReRoPE(DistanceMethod):
-    """Distances below ``window`` as ever; all others are ``window``, or grow slower from there.
+    """Keep distances below ``window``; cap larger ones at it, or let them grow more slowly.
 
     Plain (``leak`` None): a far query stands at ``window`` and its key at 0. Leaky: the far
     distance ``d`` is ``window + (d - window) / leak``. Su, "Rectified rotary position embeddings",

@@ -41,7 +41,7 @@ class Resonance(FrequencyMethod):
                 f"Resonance({self.inner!r}) was given; expected a method that only changes "
                 "frequencies, like YaRN(4)"
             )
-        # Whether the length matters is the other's to say; it is no setting of this one.
+        # The inner method decides whether the length matters; it is not a setting of this one.
         object.__setattr__(self, "length_matters", self.inner.length_matters)
 
     def border(self, trained: int) -> int | None:

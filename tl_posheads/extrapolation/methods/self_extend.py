@@ -1,4 +1,4 @@
-"""SelfExtend: grouped positions for what is far."""
+"""SelfExtend: grouped positions for far tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_posheads.rotary.remapping import Region, Remapping
 
 @dataclass(frozen=True)
 class SelfExtend(DistanceMethod):
-    """Keys within ``window`` as ever; farther ones at positions divided by ``group`` and floored.
+    """Keep positions within ``window``; divide those of farther keys by ``group`` and round down.
 
     A far query at position ``i`` stands at ``i // group + window - window // group``, its key at
     ``j // group``. Texts of up to ``(trained - window) * group + window`` tokens then hold no

@@ -1,4 +1,4 @@
-"""Another base of the frequencies."""
+"""A different base of the RoPE frequencies."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tl_posheads.extrapolation.base import Frequencies, FrequencyMethod
 class Theta(FrequencyMethod):
     """The frequencies of another base: pair ``m`` of ``n`` turns by ``base ** (-m / n)`` a token.
 
-    Su et al., "RoFormer", 2021, arXiv 2104.09864, section 3.2, with the base free. What the model
-    learned with its own base it keeps.
+    Su et al., "RoFormer", 2021, arXiv 2104.09864, section 3.2, with the base free. The
+    model's weights, learned with its own base, stay.
 
     Attributes:
         base: of the geometric series, above 1; 10,000 in the paper.

@@ -1,4 +1,4 @@
-"""No method: the bare model on longer texts."""
+"""No method: the unmodified model on longer texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tl_posheads.extrapolation.base import Method
 
 @dataclass(frozen=True)
 class Unchanged(Method):
-    """The bare model, allowed to read past its training length: what methods are compared with.
+    """The unmodified model, allowed to read past its training length: the baseline of all methods.
 
     Example:
         >>> Unchanged()

@@ -20,7 +20,7 @@ from tl_posheads.extrapolation.base import (
 
 @dataclass(frozen=True)
 class YaRN(FrequencyMethod):
-    """Slow pairs interpolated, fast ones kept, those between in part; attention sharpened.
+    """Interpolate slow pairs, keep fast ones, mix those between, and sharpen attention.
 
     Peng et al., "YaRN: efficient context window extension of large language models", ICLR 2024,
     arXiv 2309.00071, section 3; ``rope_type="yarn"`` in transformers. A pair is kept if it turns

@@ -1,4 +1,4 @@
-"""What every process that measures a corpus has to know."""
+"""The job description shared by all processes that measure a corpus."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Rows = dict[str, dict[int, Tensor]]  # document -> layer -> [measure, head]
 
 @dataclass(frozen=True)
 class Job:
-    """A corpus to score, as the caller asked.
+    """A corpus to score, with the caller's settings.
 
     Attributes:
         model: name, hub id, folder or GGUF file.
         corpus: name or path, or the documents themselves.
-        n_docs, length: documents to take of it and their tokens.
+        n_docs, length: number of documents, and tokens per document.
         layers, qk_pairs, weighting, scale, target_se, skip_first, seed: as in ``score_heads``.
-        checkpoint: folder that all processes reach.
-        model_options: of ``load_model``.
+        checkpoint: folder that all processes can access.
+        model_options: for ``load_model``.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Job:
         """Load the model and the corpus, and check both.
 
         Raises:
-            PosheadsError: what ``load_model``, ``load_corpus`` and ``score_heads`` refuse.
+            PosheadsError: whatever ``load_model``, ``load_corpus`` and ``score_heads`` refuse.
         """
         self.settings(1)
         options = dict(self.model_options)
@@ -93,7 +93,7 @@ class Job:
 
 @dataclass
 class Begun:
-    """A process's model, and what all processes share."""
+    """A process's model, and the state that all processes share."""
 
     model: Any  # None in a process that measures nothing
     units: Units

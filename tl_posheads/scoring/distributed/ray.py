@@ -1,4 +1,4 @@
-"""A corpus measured by Ray: Ray Data hands documents out, schedules and retries."""
+"""Measure a corpus with Ray: Ray Data distributes, schedules and retries documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def score_with_ray(
 ) -> HeadScores:
     """Scores of a corpus, measured by ``workers`` actors that each hold the model.
 
-    One task reads the corpus and checks it. A lost actor's documents are done again by another.
+    One task reads and checks the corpus. If an actor is lost, another measures its documents.
 
     Raises:
         PosheadsError: Ray isn't installed; what :meth:`Job.begin` refuses.
@@ -42,7 +42,7 @@ def score_with_ray(
     bars = context.enable_progress_bars
     context.enable_progress_bars = progress
     try:
-        # A process of its own: its memory is free again before the actors load the model.
+        # In a separate process, so that its memory is freed before the actors load the model.
         task = ray.remote(max_calls=1, **ray_options)(_begin)
         begun = ray.get(task.remote(job))
         if isinstance(begun, PosheadsError):
@@ -57,7 +57,7 @@ def _begin(job: Job) -> Begun | PosheadsError:
     try:
         return job.begin().without_model()
     except PosheadsError as problem:
-        return problem  # the caller raises it, without Ray's story around it
+        return problem  # the caller raises it, without Ray's traceback
 
 
 class _Worker:
@@ -67,7 +67,7 @@ class _Worker:
         import ray
 
         begun: Begun = ray.get(shared[0])
-        # One document is enough to load the model; what all share is the caller's.
+        # One document is enough to load the model; the shared state comes from the caller.
         alone = replace(begun.job, corpus=[begun.units[0][1]])
         self.begun = replace(begun, model=alone.begin().model)
 
@@ -89,11 +89,11 @@ class _Worker:
 def _measured(begun: Begun, workers: int, ray_options: Mapping[str, Any]) -> Rows:
     import ray.data
 
-    # A worker's last batch is what is done again when it is lost.
+    # When a worker is lost, only its last batch is measured again.
     size = max(1, len(begun.units) // (_BATCHES * workers))
     n_batches = -(-len(begun.units) // size)
     items = [{"unit": unit, "tokens": tokens.numpy().tobytes()} for unit, tokens in begun.units]
-    # Held here until all is measured, so that an actor can be started anew.
+    # Referenced until everything is measured, so that an actor can be restarted.
     shared = ray.put(replace(begun, units=begun.units[:1]))
     found = ray.data.from_items(items, override_num_blocks=n_batches).map_batches(
         _Worker,

@@ -1,4 +1,4 @@
-"""A corpus measured by the processes that ``torchrun`` or SLURM started, one model in each."""
+"""Measure a corpus in processes started by ``torchrun`` or SLURM, each with its own model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tl_posheads.scoring.head_scores import HeadScores
 
 
 def score_with_torchrun(job: Job, *, progress: bool) -> HeadScores:
-    """Scores of a corpus; every process of the group calls it and gets the same.
+    """Scores of a corpus; every process of the group calls it and gets the same result.
 
-    Backend nccl where each process has a GPU, gloo elsewhere.
+    Uses the backend nccl if each process has a GPU, else gloo.
 
     Raises:
         PosheadsError: no process group and no torchrun; what :meth:`Job.begin` refuses, on
@@ -24,7 +24,7 @@ def score_with_torchrun(job: Job, *, progress: bool) -> HeadScores:
     """
     if not dist.is_initialized() and "RANK" not in os.environ:
         raise PosheadsError(
-            "engine='torchrun' was asked for outside of torchrun; start the script with "
+            "engine='torchrun' was given outside of torchrun; start the script with "
             "`torchrun --nproc-per-node N script.py`, or initialise torch.distributed before"
         )
     ours = not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""Does the harm of ablating a head go with its score?"""
+"""Does the harm of ablating a head correlate with its score?"""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def association(
     n_permutations: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Does harm go with the score, over all heads? Rank correlations with their tests.
+    """Does harm correlate with the score, over all heads? Rank correlations with their tests.
 
     Spearman's rho between a column of ``scores`` and the harm of ablating each head by itself
-    (minus its mean effect over prompts), given the head's layer and the norm of what it writes:
-    positive where heads with a higher score do more harm. See
+    (minus its mean effect over prompts), controlling for the head's layer and output norm: positive
+    where heads with a higher score do more harm. See
     :func:`tl_posheads.statistics.association.rank_association`.
 
     Args:
@@ -44,7 +44,7 @@ def association(
     Returns:
         A row per task, variant and column: ``rho``, ``ci_low`` and ``ci_high`` (95 %, over
         prompts), ``p`` (permutation within layers), ``p_adjusted`` for all rows of the table
-        (Benjamini and Hochberg), ``raw_rho`` (neither layer nor norm allowed for), ``n_heads``,
+        (Benjamini and Hochberg), ``raw_rho`` (without controlling for layer and norm), ``n_heads``,
         ``n_prompts``. ``rho`` and ``p`` are NaN where nothing is left to compare.
 
     Raises:

@@ -26,7 +26,7 @@ from tl_posheads.rotary.precision import widened
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What one forward and one backward pass say of every head.
+    """Estimates for every head from one forward and one backward pass.
 
     Attributes:
         logprob: mean log-probability of the targets, natural logarithm.
@@ -49,7 +49,7 @@ def attributed_effects(
     Args:
         model: HookedTransformer or TransformerBridge; hooks on it are in force.
         tokens, targets: as in :class:`tl_posheads.tasks.Prompt`.
-        replacement: what an ablation puts in the place of z, ``[head, d_head]`` or
+        replacement: what the ablation puts in place of z, ``[head, d_head]`` or
             ``[pos, head, d_head]`` by layer; None and layers left out are zero.
 
     Memory: that of a forward pass with gradient; with eager attention three
@@ -108,7 +108,7 @@ def _fit(new: Tensor, z: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen(model: LensModel) -> Iterator[None]:
-    """Inside, no weight asks for a gradient: autograd then keeps no input of a weight for it."""
+    """Inside, no weight requires a gradient, so that autograd keeps no inputs for weights."""
     asking = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         for weight in asking:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 from tl_posheads.errors import PosheadsError
 
-# Left for what no plan foresees: another program on the machine, the statistics in the end.
+# Reserve for what no plan foresees: other programs on the machine, the final statistics.
 _MARGIN = 0.95
 _UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -45,7 +45,7 @@ def seconds_of(budget: str | float | timedelta | None) -> float | None:
 
 @dataclass
 class Clock:
-    """What a run has spent, an earlier part that was stopped included.
+    """Time that a run has spent, including an earlier part that was stopped.
 
     Attributes:
         budget: seconds, None without a limit.
@@ -68,7 +68,7 @@ class Clock:
         """Refuse a budget in which not even ``what`` fits.
 
         Raises:
-            PosheadsError: as it says.
+            PosheadsError: it doesn't fit.
         """
         if self.budget is not None and not self.allows(seconds):
             least = math.ceil((self.spent + seconds) / _MARGIN / 60)

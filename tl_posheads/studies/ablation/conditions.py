@@ -47,9 +47,9 @@ def conditions_of(
     norms: Float[Tensor, "layer head"] | None,
     retrieval: Sequence[Head],
 ) -> list[Condition]:
-    """The top sets, as many retrieval heads, then draw after draw of every control.
+    """The top sets, equally many retrieval heads, then every control draw by draw.
 
-    The conditions of fewer draws are the first of those of more.
+    The conditions of fewer draws come first among those of more.
 
     Args:
         retrieval: the model's retrieval heads, best first; none gives no such sets.

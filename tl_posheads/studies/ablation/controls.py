@@ -1,6 +1,6 @@
-"""Which heads are ablated beside the best ones, so that their effect can be compared.
+"""Control heads, ablated for comparison with the top heads.
 
-A control answers one rival explanation: any heads would do (``"random"``), heads of these layers
+Each control tests one rival explanation: any heads would do (``"random"``), heads of these layers
 would do (``"layer_matched"``), heads that write as much would do (``"norm_matched"``). The heads
 with the lowest scores (``"lowest"``) are the score's other end.
 """
@@ -23,7 +23,7 @@ from tl_posheads.scoring.head_scores import HeadScores
 
 CONTROLS = ("random", "layer_matched", "lowest", "norm_matched")
 
-# A norm bin this small still leaves a choice, and its heads still write about as much.
+# A norm bin this small still leaves a choice, and its heads have about the same norm.
 _BIN_HEADS = 10
 _BINS = 20
 
@@ -41,7 +41,7 @@ def _checked(fractions: Sequence[float]) -> list[float]:
 
 
 def top_sets(scores: HeadScores, fractions: Sequence[float]) -> list[list[Head]]:
-    """The best heads for each fraction of the scored heads, best first; each set holds the former.
+    """The best heads for each fraction of the scored heads, best first, in nested sets.
 
     Args:
         scores: only heads with a score take part.
@@ -173,7 +173,7 @@ def control_sets(
             )
         return [[sorted(ranked[-len(heads) :]) for heads in top]]
 
-    # Each kind is a stratified draw: the heads of a stratum change places among themselves.
+    # Each kind is a stratified draw: the heads of a stratum are permuted among themselves.
     if kind == "random":
         stratum = dict.fromkeys(ranked, 0)
     elif kind == "layer_matched":

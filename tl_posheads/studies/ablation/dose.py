@@ -1,4 +1,4 @@
-"""Effect against strength: rotary pairs of some heads edited more and more, beside controls."""
+"""Dose response: effect by strength of editing rotary pairs of some heads, with controls."""
 
 from __future__ import annotations
 
@@ -55,43 +55,43 @@ def dose_response(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> DoseResponse:
-    """What a task loses as rotary pairs of ``heads`` are edited, beside other pairs and heads.
+    """Harm to a task by strength of an edit to rotary pairs of ``heads``, with controls.
 
-    A cause should act by degrees: if these pairs of these heads carry the task, the more of them is
-    taken the more is lost, and taking as much elsewhere does less. In the retrieval heads of OLMo-2
+    A cause should act by degrees: if these pairs of these heads carry the task, removing more of
+    them does more harm, and removing as much elsewhere does less. In the retrieval heads of OLMo-2
     the 32 slowest of 128 dimensions take recall from 1.00 to 0.18, 32 random ones to 0.98 (Bayram
     2026, arXiv 2606.21249).
 
-    Each control answers one rival explanation:
+    Each control tests one rival explanation:
 
     - ``"layer_matched_heads"``, any heads would do: the same pairs of as many heads from each
       layer. They are drawn from all of the layer's heads, ``heads`` among them, so that the rank
       of the effect among the draws' is an exact test.
     - ``"random_rotary_pairs"``, any pairs would do: the same heads and as many of the pairs that
       aren't edited, at random.
-    - ``"norm_matched_rotary_pairs"``, pairs that weigh as much would do: the same, but each edited
-      pair gives its place to one of the four nearest others by ``E|q_m| E|k_m|``, the product of
-      mean lengths, averaged over ``heads`` and measured in an unedited pass over the prompts.
-      Where there is nothing alike, the result's ``norm_ratio`` says so.
+    - ``"norm_matched_rotary_pairs"``, pairs of similar norm would do: the same, but each edited
+      pair is replaced by one of the four nearest others by ``E|q_m| E|k_m|``, the product of mean
+      lengths, averaged over ``heads`` and measured in an unedited pass over the prompts. The
+      result's ``norm_ratio`` shows how close the match is.
 
-    Draws of pairs are different sets that leave the edited ones out: ``p`` tells how rare their
-    harm is among other pairs. It is no test of how they were chosen. If one of ``n`` pairs does it
-    all, ``k`` pairs named blindly hold it with probability ``k / n``, and ``p`` is then as low as
-    it can be.
+    Draws of pairs are distinct sets that exclude the edited ones: ``p`` says how rare their harm is
+    among other pairs. It doesn't test how they were chosen. If a single one of ``n`` pairs does all
+    the harm, ``k`` pairs chosen blindly include it with probability ``k / n``, and ``p`` is then as
+    low as it can be.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE.
         heads: edited together; as for :func:`tl_posheads.ablate`.
         rotary_pairs: of every head's dimensions, 0 being the fastest: one, a range or several.
         strengths: for ``"scale"`` the share of the pairs' contribution that is taken away (0 none,
-            1 all); for ``"shift"`` tokens that the query is moved on. At 0 nothing is run.
-        task: its prompts' scored tokens are the measure.
+            1 all); for ``"shift"`` tokens by which the query is moved forward. At 0 nothing is run.
+        task: effects are measured on its prompts' scored tokens.
         edit: ``"scale"`` or ``"shift"``.
         controls: some of the three above. Each costs as many passes.
         draws: of each control; 19 can show p = 0.05. Where there are fewer sets of other pairs, all
             that were found are taken.
         seed: of the draws, 0 or more.
-        checkpoint: folder that keeps every finished prompt; the same call goes on from there.
+        checkpoint: folder that keeps every finished prompt; the same call resumes from it.
         progress: show a bar.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is edited beside the rotary pairs and heads that a dose-response run asks about."""
+"""Controls of a dose-response run: other rotary pairs and heads to edit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EditedSet:
     """What is edited together.
 
     Attributes:
-        control: whose draw it is; empty for what was asked about.
+        control: whose draw it is; empty for the edit under test.
         heads: ``(layer, head)``, ascending.
         rotary_pairs: 0 being the fastest, ascending.
     """
@@ -94,10 +94,10 @@ def edited_sets(
     n: int,
     seed: int,
 ) -> list[EditedSet]:
-    """What was asked about, then every control's draws.
+    """The edit under test, then every control's draws.
 
     Args:
-        heads, rotary_pairs: what was asked about.
+        heads, rotary_pairs: of the edit under test.
         controls: some of ``CONTROLS``.
         n_heads: heads of a layer.
         others: pairs to draw from.
@@ -144,10 +144,10 @@ def pair_draws(
     *,
     norms: Float[np.ndarray, " pair"] | None = None,
 ) -> list[list[int]]:
-    """Different sets of as many others: any or, with ``norms``, some of like norm.
+    """Distinct sets of as many other pairs: any, or with ``norms`` those of similar norm.
 
-    For like norms the pairs are taken in random order. Each gives its place to one of the four
-    others of nearest log norm that no pair before it got, with equal chances.
+    To match norms, pairs are taken in random order. Each is replaced by one of the four others of
+    nearest log norm that are still free, with equal probability.
 
     Returns:
         ``n`` sets, ascending; fewer where no more were found. With a larger ``n`` the first stay.

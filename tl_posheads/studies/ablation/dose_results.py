@@ -15,21 +15,23 @@ from tl_posheads.studies.ablation.dose_controls import CONTROLS, EditedSet
 
 _RESOLUTION = 1e-4  # nats; what is below is rounding
 _LABELS = dict(
-    zip(CONTROLS, ("other heads", "other rotary pairs", "rotary pairs of like norm"), strict=True)
+    zip(
+        CONTROLS, ("other heads", "other rotary pairs", "rotary pairs of similar norm"), strict=True
+    )
 )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DoseResponse(Result):
-    """Every prompt's answer at every strength, under the edit asked about and under each draw.
+    """Every prompt's answer at every strength, under the edit under test and under each draw.
 
     Attributes:
         cells: a row per prompt, set and strength: ``logprob``, mean log-probability of the scored
             tokens in nats; ``exact``, all of them were the likeliest; ``clean``, ``logprob``
             without an edit.
-        sets: what each set edits: ``control`` (empty for set 0, which was asked about), ``heads``
+        sets: what each set edits: ``control`` (empty for set 0, which is under test), ``heads``
             and ``rotary_pairs``.
-        norms: of every rotary pair ``E|q_m| E|k_m|``, the mean over the heads asked about; empty
+        norms: of every rotary pair ``E|q_m| E|k_m|``, the mean over the heads under test; empty
             where no control draws pairs.
         provenance: how it came about.
     """
@@ -54,13 +56,13 @@ class DoseResponse(Result):
         if not all(one.heads and one.rotary_pairs for one in self.sets):
             raise ValueError("a set that edits nothing")
         if self.sets[0].control or not all(one.control in CONTROLS for one in self.sets[1:]):
-            raise ValueError("controls that there are not")
+            raise ValueError("unknown controls")
         highest = max(m for one in self.sets for m in one.rotary_pairs)
         known = np.asarray(self.norms)
         if len(known) and (highest >= len(known) or not (np.isfinite(known) & (known >= 0)).all()):
-            raise ValueError("norms that are none")
+            raise ValueError("invalid norms")
         if not np.isfinite(self.cells["strength"]).all():
-            raise ValueError("a strength that is no number")
+            raise ValueError("a strength that is not a number")
         self.effects()  # every prompt at every strength of every set
 
     def _about(self) -> str:
@@ -82,7 +84,7 @@ class DoseResponse(Result):
             draws = "draw" if row["n_draws"] == 1 else "draws"
             told.append(f"{text} (corrected p {row['p_adjusted']:.2g}, {row['n_draws']} {draws})")
         return [
-            f"at strength {first['strength']:g}: {first['effect']:+.2f} nats a token "
+            f"at strength {first['strength']:g}: {first['effect']:+.2f} nats per token "
             f"(95 % interval {first['ci_low']:+.2f} to {first['ci_high']:+.2f})",
             "; ".join(told),
         ]
@@ -113,7 +115,7 @@ class DoseResponse(Result):
     def to_pandas(self) -> pd.DataFrame:
         """A row per strength and control.
 
-        Columns: ``effect`` of the edit asked about (edited minus clean, nats a token) and
+        Columns: ``effect`` of the edit under test (edited minus clean, nats a token) and
         ``exact``, the share of prompts still answered exactly; ``control_effect``, the draws'
         mean, with their ``control_min`` and ``control_max``, and ``control_exact``;
         ``difference``, effect minus the draws' mean; ``norm_ratio``, the draws' norm over the
@@ -156,7 +158,7 @@ class DoseResponse(Result):
         return pd.DataFrame(rows).sort_values("strength", kind="stable", ignore_index=True)
 
     def _norm_ratio(self, control: str) -> float:
-        """Norm of the control's rotary pairs, mean over draws, by that of the edited ones."""
+        """Norm of the control's rotary pairs, mean over draws, over that of the edited ones."""
         if control == CONTROLS[0] or not self.norms:
             return float("nan")
         norms = np.asarray(self.norms)
@@ -165,10 +167,10 @@ class DoseResponse(Result):
         return float(np.mean(theirs) / mine) if mine > 0 else float("nan")
 
     def trend(self) -> tuple[Effect, dict[str, float]]:
-        """Does more strength do more? Spearman's rho of strength and effect, prompt by prompt.
+        """Does harm grow with strength? Spearman's rho of strength and effect, prompt by prompt.
 
         Returns:
-            Mean rho of the edit asked about with its 95 % interval over prompts, -1 being more harm
+            Mean rho of the edit under test with its 95 % interval over prompts, -1 being more harm
             at every step; and by control the mean rho of its draws. NaN with fewer than three
             strengths. Changes of less than 1e-4 nats are rounding and count as none, prompts in
             which nothing changes as 0.

@@ -64,14 +64,14 @@ def head_effects(
 ) -> HeadEffects:
     """Ablate every head by itself, on every prompt: 270 heads are 270 observations.
 
-    A set of top heads is one observation; single heads tell whether harm *goes with* a score
-    (:func:`tl_posheads.association`). What a single ablation can't show is the part of heads that
-    stand in for each other.
+    A set of top heads is one observation; single heads show whether harm *correlates with* a score
+    (:func:`tl_posheads.association`). Single ablations can't show the role of heads that back each
+    other up.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE; left as it was.
         tasks: from :mod:`tl_posheads.tasks`, calibrated best (:func:`tl_posheads.tasks.calibrate`):
-            a task that the model does too well or not at all shows no harm.
+            a task that is too easy or too hard for the model shows no harm.
         mode, reference, per_position, on: as for :func:`tl_posheads.ablate`.
         heads: as for :func:`tl_posheads.ablate`; None is all.
         method: ``"ablation"`` runs every ablation. ``"attribution"`` estimates all heads from one
@@ -80,7 +80,7 @@ def head_effects(
             estimates can be trusted (``effects.agreement``).
         short: also on the prompts' short controls.
         seed: of resampled texts and of the heads that attribution is compared on.
-        checkpoint: folder that keeps every finished prompt; the same call goes on from there.
+        checkpoint: folder that keeps every finished prompt; the same call resumes from it.
         progress: show a bar.
 
     Returns:
@@ -255,7 +255,7 @@ def _agreement(
     kept: Checkpoint,
     progress: bool,
 ) -> pd.DataFrame:
-    """Some heads ablated on a few prompts of each task, beside what was estimated of them."""
+    """Some heads ablated on a few prompts of each task, beside their estimated effects."""
     order = np.random.default_rng(trial.seed).permutation(len(heads))[:_CHECKED_HEADS]
     some, out = [heads[i] for i in sorted(order)], []
     for number, (name, these) in enumerate(

@@ -54,10 +54,10 @@ class HeadEffects(Result):
         if len(self.prompts) != len(self.long) or not len(self.prompts):
             raise ValueError("effects without a row for each prompt")
         if self.prompts.duplicated(["task", "prompt"]).any() or self.prompts["task"].isna().any():
-            raise ValueError("a prompt that comes twice, or of no task")
+            raise ValueError("a prompt that occurs twice, or has no task")
         ablated = self.long.isfinite()
         if not bool(ablated[0].any()) or not bool((ablated == ablated[0]).all()):
-            raise ValueError("no ablated head, or other ones on one prompt than on another")
+            raise ValueError("no ablated head, or different ones on different prompts")
 
     def _about(self) -> str:
         counts = self.prompts.groupby("task", sort=False).size()

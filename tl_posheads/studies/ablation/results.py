@@ -62,9 +62,9 @@ class AblationStudy(Result):
             raise ValueError("no seed")
         for name in ("tasks", "left_out", "positive_control"):
             if not isinstance(self.provenance.get(name, {}), dict):
-                raise ValueError(f"{name} are told otherwise")
+                raise ValueError(f"{name} of an unknown form")
         if len(ids) != len(self.conditions) + 1 or not all(map(_are_heads, self._heads.values())):
-            raise ValueError("two conditions of one number, or heads that are none")
+            raise ValueError("two conditions of one number, or invalid heads")
         draws = self.conditions.pivot_table("draw", "kind", "fraction", "count", fill_value=0)
         if not (draws.loc["top"] == 1).all() or not draws.gt(0).all(axis=None):
             raise ValueError("fractions without their top heads or a control")
@@ -140,8 +140,8 @@ class AblationStudy(Result):
         (``control_effect``) and their ``control_min`` and ``control_max``, ``n_draws``; ``p``, the
         rank of ``effect`` among them (for ``lowest``, one set, a sign-flip test over prompts);
         ``p_adjusted``, corrected over tasks and fractions (Westfall-Young; Holm for ``lowest``);
-        ``smallest_detectable``, how far below the draws' mean an effect must lie for 4 of 5 such
-        studies to find it, simulated from the draws and prompts as they are.
+        ``smallest_detectable``, the minimum detectable effect: how far below the draws' mean an
+        effect must lie for 4 of 5 such studies to find it, simulated from the draws and prompts.
         """
         return self._table.copy()
 
@@ -157,8 +157,8 @@ class AblationStudy(Result):
         """One sentence per task on what was found, with its numbers.
 
         "Evidence" needs the top heads' effect to be worse than every control's at 5 % after
-        correction. Otherwise the sentence says "no evidence", unless the study could have found
-        none: where the positive control did no harm, or the task was at its ceiling or floor.
+        correction. Otherwise the sentence says "no evidence", or that the study could not have
+        detected harm: if the positive control did none, or the task was at its ceiling or floor.
         """
         from tl_posheads.studies.ablation.verdicts import verdict
 

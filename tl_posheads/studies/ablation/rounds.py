@@ -1,4 +1,4 @@
-"""Prompt after prompt under every ablation, in the order that buys most within a given time."""
+"""Prompts under every ablation, in the order that gains most precision in a given time."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Rounds:
         )
 
     def _prompts(self, n: int, *, stop_when_narrow: bool = False) -> None:
-        """Rounds under the first ``n`` conditions while there is time; how many is kept."""
+        """Rounds under the first ``n`` conditions while there is time; their number is kept."""
         name = "first-rounds" if stop_when_narrow else "rounds"
         ended = self.kept.read(name)
         for number, units in enumerate(self._rounds):

@@ -74,8 +74,9 @@ def ablation_study(
 
     Each task is first calibrated: made as hard as the model can still do, so that harm shows.
     Every prompt is then answered without ablation and under every ablation, at long and at short
-    range. The top heads' effect is ranked among the controls' draws. As many retrieval heads are
-    the positive control: where their ablation does no harm, the study could not have found any.
+    range. The top heads' effect is ranked among the controls' draws. The same number of retrieval
+    heads is the positive control: if ablating them does no harm, the study could not have detected
+    any.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE; left as it was.
@@ -90,12 +91,12 @@ def ablation_study(
             heads' patterns, ``on="pattern"``.
         calibrated: choose each task's difficulty (:func:`tl_posheads.tasks.calibrate`); False
             takes the tasks as they are.
-        needles: which questions tell the retrieval heads, as for :func:`tl_posheads.profile_heads`;
-            0 goes without the positive control.
+        needles: questions that identify the retrieval heads, as for
+            :func:`tl_posheads.profile_heads`; 0 skips the positive control.
         budget: time for all of it, like ``"60min"``: as many prompts as fit with 19 draws, and
             more draws once the intervals are narrower than the draws' spread. None runs everything.
-        seed: of the draws and of the simulated studies that tell the smallest detectable effect.
-        checkpoint: folder that keeps every finished prompt; the same call goes on from there.
+        seed: of the draws and of the simulated studies that give the minimum detectable effect.
+        checkpoint: folder that keeps every finished prompt; the same call resumes from it.
         progress: show a bar, on stderr.
         provenance: more facts to keep with the result.
 
@@ -141,7 +142,7 @@ def ablation_study(
     }
     kept = Checkpoint(checkpoint, request)
     chosen = _chosen(model, tasks, calibrated, progress)
-    # Two tasks may be of one name: whoever is taken keeps the number that it was given.
+    # Two tasks may share a name: each chosen one keeps its number.
     given = {name: task for name, task in named(tasks) if name not in chosen.left_out}
     taken = dict(zip(given, chosen.tasks, strict=True))
     prompts = {
@@ -210,7 +211,7 @@ def _check_request(model: LensModel, scores: Any, controls: Sequence[str], n_con
             "once"
         )
     if "norm_matched" in controls:
-        what = "a control by the length of what each head writes"
+        what = "a control matched by the norm of head outputs"
         require_own_biases(model, range(shape[0]), what)
     if isinstance(n_control, bool) or not isinstance(n_control, int) or n_control < LEAST_DRAWS:
         raise PosheadsError(

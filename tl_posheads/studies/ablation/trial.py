@@ -49,7 +49,7 @@ Summary = Float[Tensor, "value=3 condition"]
 
 @dataclass(eq=False)
 class Trial:
-    """A model, what an ablation puts in the place of z, and passes over prompts with it.
+    """A model, what an ablation puts in place of z, and passes over prompts with it.
 
     Attributes:
         digest: SHA-256 of the reference's tokens, None without one.
@@ -133,7 +133,7 @@ class Trial:
             )
 
     def replacement(self, prompt: int) -> dict[int, Tensor | None]:
-        """What is put in the place of z, by layer; a resampled text is each prompt's own."""
+        """Replacement of z by layer; a resampled text is each prompt's own."""
         if self.mode != "resample":
             return self.values
         return {
@@ -186,7 +186,7 @@ class Trial:
         return out
 
     def _watchers(self) -> list[tuple[Any, Callable[..., None]]]:
-        """Who keeps the pattern from being fused away, where it is what is ablated."""
+        """Hooks that keep the pattern from being fused away, if the pattern is ablated."""
         points = self.model.hook_dict
         names = [name for name in points if name.endswith("attn.hook_pattern")]
         listen = lambda pattern, hook: None
@@ -226,7 +226,7 @@ class Trial:
         return torch.tensor(values, dtype=torch.float64).expand(3, -1).clone()
 
     def _everywhere(self, heads: HeadSet) -> Hooks:
-        """Hooks that ablate whatever the rows and positions, for a task that asks as it likes."""
+        """Hooks that ablate all rows and positions, for a task that calls the model itself."""
         if self.mode == "zero":
             return ablation_hooks(self.model, heads, on=self.on)
         hooks = []

@@ -17,7 +17,7 @@ ALPHA = 0.05
 _NAMES = {
     "random": "random heads",
     "layer_matched": "heads of the same layers",
-    "norm_matched": "heads of like output norm",
+    "norm_matched": "heads of similar output norm",
     "lowest": "the lowest heads",
 }
 
@@ -25,9 +25,9 @@ _NAMES = {
 def verdict(study: AblationStudy, task: str) -> str:
     """One sentence on a task, from the rows of :meth:`AblationStudy.to_pandas`.
 
-    The fraction told of is the one where the worst of the controls' corrected p-values is
-    smallest: what holds there holds against every control. ``lowest``, a single set, is told of
-    but decides nothing where there are controls with draws: over few prompts its test has no power.
+    It reports the fraction where the largest corrected p-value over controls is smallest: what
+    holds there holds against every control. ``lowest``, a single set, is reported but decides
+    nothing if there are controls with draws: over few prompts its test has no power.
     """
     table = study.to_pandas()
     everything = table[(table["task"] == task) & (table["variant"] == "long")]
@@ -42,7 +42,7 @@ def verdict(study: AblationStudy, task: str) -> str:
     found = bool(hardest["p_adjusted"] <= ALPHA)
     n_heads, n_prompts = int(hardest["n_heads"]), int(hardest["n_prompts"])
     asked = f"{n_prompts} prompt{'s' if n_prompts > 1 else ''}"
-    what, unit = "log-probability a token", " nats"
+    what, unit = "log-probability per token", " nats"
     if _is_metric(study, task):
         what, unit = "score", ""
     others = ", ".join(
@@ -63,7 +63,7 @@ def verdict(study: AblationStudy, task: str) -> str:
         )
     blind = _could_not_find(study, task, here)
     if blind:
-        return f"{start}: this study could not have found that these heads matter, for {blind}."
+        return f"{start}: this study could not have detected harm from these heads, as {blind}."
     against = _NAMES.get(hardest["control"], hardest["control"])
     return (
         f"{start}: no evidence that these heads matter more than {against}, on these prompts "
@@ -76,7 +76,7 @@ def _is_metric(study: AblationStudy, task: str) -> bool:
 
 
 def _could_not_find(study: AblationStudy, task: str, rows: pd.DataFrame) -> str:
-    """Why the task could have shown nothing; empty where it could."""
+    """Why the task could not have shown harm; empty if it could."""
     least = max(map(_least_p, rows.itertuples()))
     if least > ALPHA:
         return f"no p-value of so few draws or prompts can be below {least:.3f}"
@@ -87,7 +87,7 @@ def _could_not_find(study: AblationStudy, task: str, rows: pd.DataFrame) -> str:
         p = float(np.exp(clean).mean())
         if not LOW <= p <= HIGH:
             side = "at its ceiling" if p > HIGH else "at its floor"
-            return f"the task is {side} (probability {p:.2f} a token without ablation)"
+            return f"the task is {side} (probability {p:.2f} per token without ablation)"
     positive = study.positive_control()
     mine = positive[positive["task"] == task]
     if len(mine) and not _harmed(mine).any():
@@ -109,7 +109,7 @@ def _harmed(rows: pd.DataFrame) -> pd.Series[bool]:
 
 
 def _positive(study: AblationStudy, task: str, fraction: float) -> str:
-    """What as many retrieval heads did, where they did harm."""
+    """Effect of the same number of retrieval heads, if they did harm."""
     positive = study.positive_control()
     mine = positive[positive["task"] == task]
     if mine.empty:
@@ -128,11 +128,11 @@ def _positive(study: AblationStudy, task: str, fraction: float) -> str:
 
 
 def _range(rows: pd.DataFrame, fraction: float) -> str:
-    """Whether the loss is one of long context, or of any ability."""
+    """Whether long context is harmed in particular, or the model in general."""
     near = rows[(rows["variant"] == "short") & (rows["fraction"] == fraction)]
     gap = rows[(rows["variant"] == "long - short") & (rows["fraction"] == fraction)]
     if near.empty or gap.empty:
-        return "; there is no short-context control to tell long context from any ability"
+        return "; there is no short-context control to tell harm to long context from general harm"
     lost, p = near.iloc[0]["effect"], gap["p_adjusted"].max()
     if p <= ALPHA:
         return (
@@ -140,8 +140,8 @@ def _range(rows: pd.DataFrame, fraction: float) -> str:
             f"(p = {_p(p)})"
         )
     return (
-        f"; but at short range it changes by {_signed(lost)}, so that long context is not told "
-        f"from any ability (p = {_p(p)})"
+        f"; but at short range it changes by {_signed(lost)}, so that harm to long context "
+        f"can't be told from general harm (p = {_p(p)})"
     )
 
 

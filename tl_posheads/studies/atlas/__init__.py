@@ -1,4 +1,4 @@
-"""What every head does with every rotary frequency."""
+"""How every head uses every rotary frequency."""
 
 from tl_posheads.studies.atlas.needed import needed_order
 from tl_posheads.studies.atlas.results import RotaryAtlas

@@ -1,4 +1,4 @@
-"""What an atlas says of a head as a whole: of its spectrum, and of its mean curve."""
+"""Columns of an atlas for a whole head: from its spectrum, and from its mean curve."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def centroid(atlas: RotaryAtlas) -> Float[Tensor, "doc layer head"]:
 
 
 def entropy(atlas: RotaryAtlas) -> Float[Tensor, "doc layer head"]:
-    """Of usage, as a share of that of even usage; 0 where all lies in one pair."""
+    """Entropy of usage, as a share of that of even usage; 0 if all lies in one pair."""
     share = atlas.by_document("usage_share")
     n_pairs = share.isfinite().sum(-1)
     return -_summed(torch.xlogy(share, share)) / n_pairs.double().log()
@@ -66,7 +66,7 @@ def pairs_needed(atlas: RotaryAtlas) -> Float[Tensor, "doc layer head"]:
 
 
 def curve_correlation(atlas: RotaryAtlas) -> Float[Tensor, "doc layer head"]:
-    """Pearson's, over bins of log distance, between the mean curve and the mean scores found."""
+    """Pearson correlation of the mean curve with the measured mean scores, over log distance."""
     x, y = (atlas.by_distance[BY_DISTANCE.index(name)] for name in ("mean_curve", "score"))
     both = x.isfinite() & y.isfinite()
     n = both.sum(-1, keepdim=True)
@@ -117,6 +117,6 @@ def _slower(atlas: RotaryAtlas, length: Float[Tensor, " doc"]) -> Float[Tensor, 
 
 
 def _summed(values: Float[Tensor, "*head pair"]) -> Float[Tensor, "*head"]:
-    """Over the pairs that there are; NaN where there is none."""
+    """Over the existing pairs; NaN without any."""
     none = values.isnan().all(-1)
     return values.nansum(-1).masked_fill(none, float("nan"))

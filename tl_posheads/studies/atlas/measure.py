@@ -45,7 +45,7 @@ _PER_BIN = 64  # pairs drawn in each
 
 
 def bin_edges(longest: int) -> Int[np.ndarray, " edge"]:
-    """Distances at which bins of half an octave begin, and the one behind the last.
+    """First distances of half-octave bins, and the distance after the last bin.
 
     Example:
         >>> bin_edges(12).tolist()
@@ -58,7 +58,7 @@ def bin_edges(longest: int) -> Int[np.ndarray, " edge"]:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What one layer showed of one text; float64, NaN where there is nothing.
+    """Measurements of one layer on one text; float64, NaN where there is nothing.
 
     Attributes:
         by_pair: of :data:`BY_PAIR`, every rotary pair.
@@ -101,7 +101,7 @@ class AtlasDraws:
         key = (longest, device)
         if key not in self._known:
             name = hashlib.sha256(self._document.encode()).digest()
-            # Another stream than that of the scores' draws, which a word in front makes it.
+            # The prefix makes this random stream independent of the scores' draws.
             generator = np.random.default_rng([1, self.settings.seed, *name])
             drawn, bins = [], []
             for number, (start, stop) in enumerate(zip(self._edges, self._edges[1:], strict=False)):
@@ -166,7 +166,7 @@ def measure_layer(
 
 
 def _unrotated(part: Product) -> Float[Tensor, "n head pair"]:
-    """What the contents would contribute if they met at distance 0, which is without rotation."""
+    """Contributions of the contents at distance 0, that is without rotation."""
     factor = distances_met(part.qk_pairs, part.geometry)[1]
     nothing = torch.zeros(1, 1, 1, dtype=torch.float64, device=part.real.device)
     return part.turned_to(nothing, factor)

@@ -36,7 +36,7 @@ def needed_order(
     error = torch.full_like(rank, float("nan"))
     for head in range(n_heads):
         own = change[:, head].contiguous()
-        left = own.sum(1)  # by what the scores differ as long as nothing is rotated
+        left = own.sum(1)  # difference of the scores while nothing is rotated
         whole = left.abs().mean()
         if not bool(whole > 0):
             continue

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from tl_posheads.errors import PosheadsError
-from tl_posheads.hooks.heads import Head, as_heads
+from tl_posheads.hooks.heads import Head, as_head
 from tl_posheads.io.result import Files, Result
 from tl_posheads.rotary.contributions import Scale, farthest
 from tl_posheads.statistics.ranks import mean_over_documents
@@ -65,7 +65,7 @@ class RotaryAtlas(Result):
         lengths: tokens of each document.
         document_names: the documents' hashes, ascending.
         windows: sliding window of each layer, None without.
-        trained: tokens of a training text; None where nobody says.
+        trained: training length in tokens; None if unknown.
         scale: of contributions, as in ``dimension_contributions``.
         scores: rho, rotation and content of the heads, where they were given.
         provenance: how it came about.
@@ -123,7 +123,7 @@ class RotaryAtlas(Result):
             found.append(f"rank correlation of rho with that share: {rho:+.2f}")
         elif fits.notna().any():
             found.append(
-                f"mean curve with the scores found: median correlation {fits.median():.2f}"
+                f"mean curve and measured mean scores: median correlation {fits.median():.2f}"
             )
         return found
 
@@ -148,7 +148,7 @@ class RotaryAtlas(Result):
         if column in head_columns.COLUMNS:
             return head_columns.COLUMNS[column](self)
         names = [*_PAIR_COLUMNS, *BY_HEAD, *head_columns.COLUMNS]
-        raise PosheadsError(f"column {column!r} was asked; expected one of {', '.join(names)}")
+        raise PosheadsError(f"column {column!r} was asked for; expected one of {', '.join(names)}")
 
     @property
     def mean_product(self) -> Tensor:
@@ -160,11 +160,11 @@ class RotaryAtlas(Result):
         return torch.complex(*parts)
 
     def reach(self, layer: int) -> int:
-        """Tokens that the layer's queries see back in the longest document."""
+        """How far back the layer's queries see in the longest document, in tokens."""
         return farthest(max(self.lengths), self.windows[layer])
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a head and rotary pair: wavelength, and each column's mean with its interval.
+        """A row per head and rotary pair: wavelength, and each column's mean with its interval.
 
         Columns of ``needed`` are left out where it was not asked for.
         """
@@ -185,7 +185,7 @@ class RotaryAtlas(Result):
         return pd.DataFrame(columns)
 
     def heads(self) -> pd.DataFrame:
-        """A row a head: each column's mean over documents with its interval, scores if given.
+        """A row per head: each column's mean over documents with its interval, scores if given.
 
         ``preferred`` is that of the documents' mean curve and has no interval.
         """
@@ -212,7 +212,7 @@ class RotaryAtlas(Result):
         return table[names].sort_values(by, ascending=False, ignore_index=True)
 
     def mean_curve(self, head: Head | str, distances: Sequence[int] | None = None) -> pd.DataFrame:
-        """What a head's mean query and mean key give at every distance ("TriAttention").
+        """Score of a head's mean query and mean key at every distance ("TriAttention").
 
         ``sum_m |E q_m| |E k_m| cos(theta_m d + phi_m)``, with the means taken before rotation and
         ``phi_m`` the angle between them. Where a method maps positions, ``d`` is the distance that
@@ -223,7 +223,7 @@ class RotaryAtlas(Result):
             distances: in tokens; by default all up to the farthest in the longest document.
 
         Returns:
-            A row a distance: ``distance``, ``curve``, ``ci_low``, ``ci_high``.
+            A row per distance: ``distance``, ``curve``, ``ci_low``, ``ci_high``.
 
         Raises:
             PosheadsError: a head that was not measured.
@@ -244,7 +244,7 @@ class RotaryAtlas(Result):
         """A head's mean scores (of its rotary part), beside the mean curve at the same pairs.
 
         Returns:
-            A row a bin of half an octave: ``distance`` (mean), ``score`` and ``mean_curve``, with
+            A row per bin of half an octave: ``distance`` (mean), ``score`` and ``mean_curve``, with
             intervals.
 
         Raises:
@@ -260,7 +260,7 @@ class RotaryAtlas(Result):
 
     def _place(self, head: Head | str) -> Head:
         n_layers, n_heads = self.known.shape
-        layer, number = as_heads(head)[0]
+        layer, number = as_head(head)
         if not (0 <= layer < n_layers and 0 <= number < n_heads and self.known[layer, number]):
             raise PosheadsError(
                 f"head {head!r} was asked for, which was not measured; expected (layer, head) of "
@@ -302,7 +302,7 @@ class RotaryAtlas(Result):
     ) -> Any:
         """Where the families of ``profile_heads`` lie, by centroid and entropy of usage.
 
-        A panel a family, its heads before all others in grey.
+        A panel per family, its heads before all others in grey.
 
         Args:
             profile: of the same model.
@@ -336,7 +336,7 @@ class RotaryAtlas(Result):
         return families_figure(heads, families, self.provenance.get("model", "the model"))
 
     def plot_head(self, head: Head | str) -> Any:
-        """A head's spectrum, what of it is realised and needed, and below its mean curve.
+        """A head's spectrum with its realised and needed parts, and its mean curve below.
 
         Raises:
             PosheadsError: a head that was not measured.

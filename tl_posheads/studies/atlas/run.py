@@ -1,4 +1,4 @@
-"""``rotary_atlas``: one pass a document, every head and rotary pair measured in it."""
+"""``rotary_atlas``: every head and rotary pair, measured in one pass per document."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rotary_atlas(
     progress: bool = True,
     provenance: Mapping[str, Any] | None = None,
 ) -> RotaryAtlas:
-    """What every head does with every rotary frequency, in one pass a document.
+    """How every head uses every rotary frequency, in one pass per document.
 
     =====================  =======================================================================
     by head and pair       what it is
@@ -87,7 +87,7 @@ def rotary_atlas(
     ``slow_norm_k``        has them: unrotated coordinates among them
     ``separation``         how far apart queries and keys lie (Frayed RoPE, arXiv 2603.18017)
     ``preferred``          distance at which the mean curve is highest, in tokens
-    ``curve_correlation``  of the mean curve with the mean scores found, over bins of log distance
+    ``curve_correlation``  of the mean curve with the measured mean scores, over log distance
     ``pairs_needed``       with ``needed``: pairs to rotate for an error of 10 %
     =====================  =======================================================================
 
@@ -101,9 +101,9 @@ def rotary_atlas(
         needed: measure which rotary pairs need their rotation; adds
             ``qk_pairs * heads * rotary_pairs^2 / 2`` additions a layer and text.
         scores: of this model's heads; their rho, rotation and content stand beside the columns.
-        trained: tokens of a training text; the model's own by default, if it says so.
+        trained: training length in tokens; the model's own by default, if known.
         qk_pairs: query-key pairs drawn in every document for ``realised`` and ``needed``.
-        checkpoint: folder that keeps every finished document; the same call goes on from there.
+        checkpoint: folder that keeps every finished document; the same call resumes from it.
         progress: show a bar.
         provenance: more facts to keep with the result.
 
@@ -115,7 +115,7 @@ def rotary_atlas(
     a CPU. With ``needed``, ``4 * qk_pairs * heads * rotary_pairs`` bytes more.
 
     Raises:
-        PosheadsError: scores of other heads; a ``trained`` or ``qk_pairs`` that can't be; what
+        PosheadsError: scores of other heads; an invalid ``trained`` or ``qk_pairs``; what
             ``score_heads`` refuses.
 
     Example:
@@ -181,7 +181,7 @@ def _trained(model: LensModel, trained: int | None) -> int | None:
     except PosheadsError:
         if trained is not None:
             raise
-        return None  # nobody says; the columns that need it are NaN
+        return None  # unknown; the columns that need it are NaN
 
 
 def _measured(

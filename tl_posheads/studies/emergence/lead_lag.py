@@ -14,11 +14,11 @@ from tl_posheads.errors import PosheadsError
 def crossing(
     steps: Float[np.ndarray, " step"], values: Float[np.ndarray, "... step"]
 ) -> Float[np.ndarray, "..."]:
-    """Step from which a quantity stays beyond half of the way to its last value.
+    """Step from which a quantity stays past the midpoint between its first and last value.
 
-    The way begins at the first value. Between two steps the place is interpolated over
-    ``log2(step + 1)``, since training is watched at ever longer intervals. NaN where the first
-    and the last value are equal, or a value is missing.
+    Between two steps the crossing is interpolated over ``log2(step + 1)``, since training is
+    measured at ever longer intervals. NaN if the first and the last value are equal, or a value is
+    missing.
 
     Example:
         >>> half = crossing(np.array([0.0, 1.0, 3.0, 7.0]), np.array([0.0, 0.0, 1.0, 1.0]))
@@ -48,7 +48,7 @@ def lag_of(
     rising: Float[np.ndarray, "... step"],
     reference: Float[np.ndarray, "... step"],
 ) -> Float[np.ndarray, "..."]:
-    """How many octaves of training later ``rising`` is half done; negative: earlier.
+    """Octaves of training by which ``rising`` is half done after ``falling``; negative: before.
 
     Example:
         >>> steps = np.array([0, 1, 3, 7, 15])

@@ -1,4 +1,4 @@
-"""What is looked at in a model at one step of training."""
+"""What is measured in a model at one step of training."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def measure_step(
 
 @contextmanager
 def evaluating(model: LensModel) -> Iterator[None]:
-    """Every module in eval mode inside, and as it was afterwards."""
+    """Put every module in eval mode inside, and restore its mode afterwards."""
     # A Bridge's modules don't hold the model that it was made from, but its eval() reaches it.
     whole = [*model.modules(), *getattr(model, "original_model", model).modules()]
     training = [module for module in whole if module.training]

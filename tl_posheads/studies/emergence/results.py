@@ -55,13 +55,13 @@ class Emergence(Result):
 
     @classmethod
     def of(cls, moments: dict[int, Moment], provenance: dict[str, Any]) -> Emergence:
-        """Steps put together.
+        """Combine the results of several steps.
 
         Raises:
             PosheadsError: there are none.
         """
         if not moments:
-            raise PosheadsError("no step of training was looked at; measure at least one")
+            raise PosheadsError("no step of training was measured; measure at least one")
         steps = sorted(moments)
         parts = {
             f.name: torch.stack([getattr(moments[step], f.name) for step in steps])
@@ -106,11 +106,11 @@ class Emergence(Result):
         """The ``k`` heads of highest score at a step, the last one by default.
 
         Raises:
-            PosheadsError: a step that wasn't looked at.
+            PosheadsError: a step that wasn't measured.
         """
         known = self.steps.tolist()
         if step is not None and step not in known:
-            raise PosheadsError(f"step={step} was given; looked at were {known}")
+            raise PosheadsError(f"step={step} was given; the measured steps are {known}")
         rho = self.rho[-1 if step is None else known.index(step)]
         places = [(float(rho[p]), p) for p in np.ndindex(*rho.shape) if bool(rho[p].isfinite())]
         return [place for _, place in sorted(places, key=lambda x: (-x[0], x[1]))[:k]]
@@ -168,16 +168,16 @@ class Emergence(Result):
     ) -> pd.DataFrame:
         """Which comes first: the rise of a head's score, or the fall of the loss on far tokens?
 
-        A time is the step from which a quantity stays beyond half of the way from its first to
-        its last value (:func:`tl_posheads.emergence.crossing`). A lag is the score's time against
-        the loss's, in octaves of steps; negative: the score rises first.
+        A time is the step from which a quantity stays past the midpoint between its first and last
+        value (:func:`tl_posheads.emergence.crossing`). A lag is the score's time after the loss's,
+        in octaves of steps; negative: the score rises first.
 
         Args:
             min_rise: heads whose rho rises by less from the first to the last step have no time.
-            n_draws, seed: texts are drawn again for the intervals, the same for scores and loss.
+            n_draws, seed: texts are resampled for the intervals, the same for scores and loss.
 
         Returns:
-            A row per head, most risen first: ``rise``, ``step_score``; ``step_loss``, of the loss
+            A row per head, largest rise first: ``rise``, ``step_score``; ``step_loss``, of the loss
             in the last octave of positions, and ``lag_loss`` with its interval; ``step_gain``, of
             the far context's gain (loss in the octave of position 8 less loss in the last one,
             after Olsson et al. 2022), and ``lag_gain`` with its interval. NaN without a rise, and
@@ -188,9 +188,7 @@ class Emergence(Result):
         """
         steps = self.steps.double().numpy()
         if len(steps) < 3:
-            raise PosheadsError(
-                f"{len(steps)} steps were looked at; expected at least 3 to tell when"
-            )
+            raise PosheadsError(f"{len(steps)} steps were measured; expected at least 3")
         n_texts = self.loss.shape[1]
         random = np.random.default_rng(seed)
         draws = random.multinomial(n_texts, np.full(n_texts, 1 / n_texts), size=n_draws) / n_texts
@@ -212,7 +210,7 @@ class Emergence(Result):
             rise = float(own[-1] - own[0])
             row = {"layer": layer, "head": head, "rho": float(own[-1]), "rise": rise}
             score = np.einsum("bd,sd->bs", weights, doc_rho[:, :, layer, head])
-            # Drawn again around the mean over all texts, those too short for the last octave, too.
+            # Resampled around the mean over all texts, also those too short for the last octave.
             score = own + score - score[0]
             rises = rise >= min_rise
             row["step_score"] = float(crossing(steps, own)) if rises else np.nan
@@ -232,7 +230,7 @@ class Emergence(Result):
         """Scores of some heads, loss by octave and the best head's curve over training.
 
         Args:
-            heads: those whose scores are told apart, ``"L6H6"``, ``(6, 6)`` or a list; the four of
+            heads: those drawn each in its own colour, ``"L6H6"``, ``(6, 6)`` or a list; the four of
                 highest last score by default.
 
         Raises:

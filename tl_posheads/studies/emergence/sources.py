@@ -19,7 +19,7 @@ _STEP = re.compile(r"(?:.*[-_])?(?:checkpoint|step|global_step)[-_]?([0-9]+)")
 def hub_checkpoints(
     name: str, steps: Sequence[int] = PYTHIA_STEPS, *, revision: str = "step{}", **options: Any
 ) -> dict[int, Callable[[], Any]]:
-    """A hub model's checkpoints, each loaded when its turn comes and let go afterwards.
+    """A hub model's checkpoints, each loaded when needed and released afterwards.
 
     Args:
         name: hub id, like ``"EleutherAI/pythia-160m"``.

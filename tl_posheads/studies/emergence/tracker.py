@@ -1,4 +1,4 @@
-"""Looks at a model while it is trained, or at checkpoints of it one after the other."""
+"""Measures a model while it is trained, or its checkpoints one after the other."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ Log = Any  # a SummaryWriter, a wandb run, or a function of step and numbers
 
 
 class EmergenceTracker:
-    """Looks at a model in training at some of its steps.
+    """Measures a model in training at some of its steps.
 
     Args:
         model: HookedTransformer or TransformerBridge with RoPE that is being trained. A Bridge
-            takes its transformers model apart; where another program trains that, like a
-            ``Trainer``, look at its checkpoints (:func:`track_emergence`).
+            takes its transformers model apart; if another program trains that, like a
+            ``Trainer``, track its checkpoints (:func:`track_emergence`).
         tokens: texts that training doesn't read; as ``score_heads`` takes them. Give eight or
             more: intervals and p-values are over texts.
-        every: look every so many steps, or at these steps (:func:`log_steps` spreads them).
-        folder: keeps every step looked at; the same run goes on from there. A folder belongs to
-            one training run.
-        log: where numbers go, besides: a TensorBoard ``SummaryWriter``, a wandb run, or a function
+        every: measure every so many steps, or at these steps (:func:`log_steps` spreads them).
+        folder: keeps every measured step; the same run resumes from it. A folder belongs to one
+            training run.
+        log: where numbers also go: a TensorBoard ``SummaryWriter``, a wandb run, or a function
             of the step and a dict of numbers.
         scale: of the contributions, as ``score_heads`` has it; for scores and curves.
         seed: of everything drawn.
         progress: show a line that is kept up to date.
 
-    It changes neither weights, gradients, modes nor the random state of training. Each look costs
-    one forward pass over ``tokens``, what ``score_heads`` measures in it, and the dominant
-    dimension of every query-key pair for the curves; memory is that of ``score_heads``.
+    It changes neither weights, gradients, modes nor the random state of training. Each measured
+    step costs one forward pass over ``tokens``, what ``score_heads`` measures in it, and the
+    dominant dimension of every query-key pair for the curves; memory is that of ``score_heads``.
 
     Raises:
         PosheadsError: what ``score_heads`` refuses; ``every`` below 1; a folder of another run; a
@@ -84,7 +84,7 @@ class EmergenceTracker:
         self._looking = False
 
     def see(self, step: int, model: LensModel | None = None) -> Moment | None:
-        """Look at the model now, if this step is one of those wanted.
+        """Measure the model now, if this step is one of those wanted.
 
         Args:
             step: updates done so far.
@@ -94,7 +94,7 @@ class EmergenceTracker:
         return self.look(step, model) if self._every(step) else None
 
     def look(self, step: int, model: LensModel | None = None) -> Moment:
-        """Look at the model now, or read what the folder has of this step."""
+        """Measure the model now, or read this step from the folder."""
         unit = f"step-{step:09d}"
         found = self._kept.read(unit)
         if found is not None:
@@ -114,10 +114,10 @@ class EmergenceTracker:
 
     @contextmanager
     def watching(self, start: int = 0) -> Iterator[EmergenceTracker]:
-        """Inside, the model's training passes are counted, and it is looked at before some.
+        """Inside, the model's training passes are counted, and it is measured before some.
 
         A pass is a call of the model in training mode; with accumulated gradients a step is one
-        of several. On leaving, the model is looked at as it is then.
+        of several. When the block ends, the model is measured once more.
 
         Args:
             start: steps done before.
@@ -138,7 +138,7 @@ class EmergenceTracker:
         self.look(done)
 
     def result(self) -> Emergence:
-        """All steps looked at so far.
+        """All steps measured so far.
 
         Raises:
             PosheadsError: there are none.
@@ -183,8 +183,8 @@ def track_emergence(
             loads one (:func:`hub_checkpoints`, :func:`folder_checkpoints`) - or training itself: an
             iterable, a generator for one, of ``(updates done, model)``.
         tokens, folder, log, scale, seed, progress: as :class:`EmergenceTracker` has them. With
-            ``folder`` checkpoints that were looked at aren't loaded again.
-        every: look every so many steps, or at these steps.
+            ``folder``, measured checkpoints aren't loaded again.
+        every: measure every so many steps, or at these steps.
 
     Raises:
         PosheadsError: no step among those wanted; what :class:`EmergenceTracker` refuses.
@@ -242,7 +242,7 @@ def loaded(source: Any) -> Any:
 
 
 def _schedule(every: int | Sequence[int]) -> Callable[[int], bool]:
-    """Whether a step is one to look at."""
+    """Whether a step is one to measure."""
     if isinstance(every, int):
         if every < 1:
             raise PosheadsError(f"every={every} was given; expected at least 1, or a list of steps")

@@ -25,7 +25,7 @@ _STILL = 1e-12  # of 1 - r at the largest shift: what rounding leaves
 
 @dataclass(frozen=True, eq=False)
 class QKBasis:
-    """Orthonormal directions of a head's q-k space, fastest first; two and two are a plane.
+    """Orthonormal directions of a head's q-k space, fastest first; each two form a plane.
 
     The products of q's and k's coordinates along the directions sum to ``q . k``. A plane is a
     dimension, as a rotary pair is; a bias on scores is a dimension of its own.
@@ -38,7 +38,7 @@ class QKBasis:
         explained: how well the basis' premises hold, 0 to 1: R^2 of the operators
             (``"rotation"``: 1, ``"transport"``), or the share of the mean products that the
             basis makes diagonal (``"products"``).
-        explained_change: of what moving changes, the share that the operators describe; NaN for
+        explained_change: share of the change by moving that the operators describe; NaN for
             ``"products"``.
         diagonal: share of the operators' or products' symmetric parts on their diagonals.
         source: where the order comes from.
@@ -113,8 +113,8 @@ def half_lives(
 def bias_speed(bias: Float[Tensor, " distance"]) -> float:
     """1 / half-life of a bias on scores, per token.
 
-    A bias multiplies a token's odds of being looked at by ``exp(bias)``. It has survived d tokens
-    as far as the odds are those of distance 0: ``r(d) = exp(-|b(d) - b(0)|)``, and half of it is
+    A bias multiplies the odds of attending to a token by ``exp(bias)``. It survives d tokens to the
+    extent that the odds are those of distance 0: ``r(d) = exp(-|b(d) - b(0)|)``, and half of it is
     left where it has halved or doubled the odds. ALiBi with slope m has the half-life
     ``log(2) / m``.
 
@@ -148,8 +148,8 @@ def ordered_planes(
     """Planes of an encoding that moves queries and keys, ordered by how fast it moves them.
 
     The symmetric parts of the operators ``T_s`` are diagonalised together. ``r_e(s) = e^T T_s e``
-    is how much of direction e survives s tokens, and a direction is as fast as half of it is
-    lost. Under RoPE the symmetric part of T_s has the eigenvalue ``cos(s theta_m)`` twice, its
+    is how much of direction e survives s tokens; the sooner half of it is lost, the faster it
+    is. Under RoPE the symmetric part of T_s has the eigenvalue ``cos(s theta_m)`` twice, its
     eigenplanes are the rotary pairs, and they come in their order.
 
     Under encodings that are added to the content (sinusoidal, learned) a direction is position
@@ -162,7 +162,7 @@ def ordered_planes(
         bias: what is added to the scores at distances 0, 1, ..., where an encoding does that too.
 
     Raises:
-        PosheadsError: as many operators as shifts weren't given, shifts that don't ascend, an odd
+        PosheadsError: not one operator per shift, shifts that don't ascend, an odd
             d_head.
 
     Example:
@@ -198,7 +198,7 @@ def planes_by_products(
 ) -> QKBasis:
     """Planes of an encoding that moves no vector (ALiBi, T5, none), ordered by data.
 
-    There ``T_s`` is the identity and orders nothing. In its place stand the symmetric parts of
+    There ``T_s`` is the identity and orders nothing. It is replaced by the symmetric parts of
     ``M_d = E[q_i k_{i-d}^T]``, diagonalised together over bins of distance. With
     ``m_e(d) = e^T M_d e``, the mean contribution of direction e,
 

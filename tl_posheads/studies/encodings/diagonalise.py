@@ -21,7 +21,7 @@ def symmetric_part(matrices: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n
 
 
 def joint_diagonalisation(matrices: Float[Tensor, "k n n"]) -> Float[Tensor, "n n"]:
-    """The orthonormal basis in which symmetric matrices are as diagonal as they can all be.
+    """The orthonormal basis that makes symmetric matrices jointly as diagonal as possible.
 
     Least sum of squared off-diagonal entries, by plane rotations with the closed-form angle of
     Cardoso and Souloumiac, "Jacobi angles for simultaneous diagonalization", SIAM J. Matrix Anal.

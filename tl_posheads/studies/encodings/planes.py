@@ -1,4 +1,4 @@
-"""What every dimension of a head contributes, under any positional encoding, on tensors."""
+"""Contributions of a head's dimensions under any positional encoding, from tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plane_contributions(
     *,
     q_pos: Int[Tensor, " q_pos"] | None = None,
 ) -> Float[Tensor, "q_pos k_pos dimension"]:
-    """What every dimension of one head adds to every query-key product, fastest first.
+    """Contribution of every dimension of one head to every query-key product, fastest first.
 
     The coordinates' products, summed over a plane's two directions, as ``dimension_contributions``
     sums them over a rotary pair. With a bias, it is one more dimension, at ``basis.bias_at``. All

@@ -1,4 +1,4 @@
-"""Queries and keys of a live model with learned positions, where they are and moved by s tokens."""
+"""Queries and keys of a live model with learned positions, in place and moved by s tokens."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def moved_bases(
 
     Args:
         model: with learned positions. documents: the texts.
-        layers: those wanted. bar: a progress bar, told its length here.
+        layers: those wanted. bar: a progress bar, whose length is set here.
         kept: keeps the sums over the texts that are done.
 
     Memory: queries and keys of all wanted layers of one text, and ``8 * head * shift *
@@ -183,7 +183,7 @@ def _add_moved(
     sums: dict[int, TransportSums],
     bar: Any,
 ) -> None:
-    """One text where it is, and moved by every shift."""
+    """One text in place, and moved by every shift."""
     here: dict[int, Tensor] = {}
 
     def keep(layer: int, q: Tensor, k: Tensor) -> None:

@@ -4,8 +4,8 @@ ALiBi, T5's relative bias and no encoding at all leave q and k where they are: m
 changes nothing in them, ``T_s = 1``, and no direction of ``q . k`` varies with distance because of
 the encoding. What the model has learned may still vary with distance, by the content and by what
 causal attention tells about positions. So the planes are ordered by data:
-``M_d = E[q_i k_{i-d}^T]`` over texts and queries, and a direction e is as fast as
-``e^T M_d e`` changes with d.
+``M_d = E[q_i k_{i-d}^T]`` over texts and queries. The faster ``e^T M_d e`` changes with d, the
+faster is the direction e.
 """
 
 from __future__ import annotations

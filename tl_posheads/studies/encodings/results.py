@@ -17,10 +17,10 @@ from tl_posheads.studies.encodings.basis import QKBasis
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EncodingScores(HeadScores):
-    """Positional scores under any encoding, and the planes that they rest on; NaN elsewhere.
+    """Positional scores under any encoding, and the planes they are computed from; NaN elsewhere.
 
-    Everything that :class:`HeadScores` has, but of what it measures in a document only rho and the
-    number of query-key pairs: the others are NaN. ``provenance["encoding"]`` is ``"rotary"`` or
+    It has everything that :class:`HeadScores` has, but of the measures of a document only rho and
+    the number of query-key pairs: the others are NaN. ``provenance["encoding"]`` is ``"rotary"`` or
     ``"learned"``.
 
     Attributes:
@@ -36,23 +36,21 @@ class EncodingScores(HeadScores):
     def _check(self) -> None:
         super()._check()
         if not bool(((self.which >= -1) & (self.which < len(self.bases))).all()):
-            raise ValueError("heads of bases that there are none of")
+            raise ValueError("heads with missing bases")
         speeds = [basis.speeds for basis in self.bases]
         if any(len(x) % 2 or not bool((x >= 0).all()) for x in speeds):
-            raise ValueError("a basis without two directions to a plane, or slower than still")
+            raise ValueError("a basis without two directions per plane, or with a negative speed")
 
     def basis(self, layer: int, head: int) -> QKBasis:
         """The planes of a head.
 
         Raises:
-            PosheadsError: a head that wasn't scored, or that the model hasn't.
+            PosheadsError: a head that wasn't scored, or that the model doesn't have.
         """
         n_layers, n_heads = self.which.shape
         inside = 0 <= layer < n_layers and 0 <= head < n_heads
         if not inside or int(self.which[layer, head]) < 0:
-            raise PosheadsError(
-                f"layer {layer} head {head} was asked for; it's none of the heads scored"
-            )
+            raise PosheadsError(f"layer {layer} head {head} was asked for, but it was not scored")
         return self.bases[int(self.which[layer, head])]
 
     def to_pandas(self) -> pd.DataFrame:

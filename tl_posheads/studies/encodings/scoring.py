@@ -49,8 +49,8 @@ def score_encoding(
 ) -> EncodingScores:
     """The positional score with planes of the q-k space in place of rotary pairs.
 
-    A plane is two directions that the encoding moves at like speed; planes are ordered from fast to
-    slow by what moving the positions does to queries and keys
+    A plane is two directions that the encoding moves at similar speed; planes are ordered from fast
+    to slow by what moving the positions does to queries and keys
     (:func:`~tl_posheads.encodings.ordered_planes`). Then as Hong et al. 2024 (arXiv 2410.08703):
     the dominant dimension is the softmax-weighted mean index, and a document's score Spearman's rho
     between it and the token distance, over all query-key pairs that attention sees. A head's score
@@ -72,7 +72,7 @@ def score_encoding(
         unmoved: planes that stand still under the encoding, like partial rotary's unrotated
             coordinates: ``"left_out"``, as the paper's score has it, or ``"last"``.
         checkpoint: folder that keeps every finished document, and the sums that learned positions'
-            operators follow from; the same call goes on from there.
+            operators follow from; the same call resumes from it.
         progress: show a bar.
 
     Memory: beyond the model's forward pass 8 bytes for every query-key pair and head of one

@@ -39,7 +39,7 @@ def clamped(
     query stands at ``trained - 1`` and its key at 0.
 
     Raises:
-        PosheadsError: pairs that the layer hasn't.
+        PosheadsError: pairs that the layer doesn't have.
     """
     held = torch.zeros(layer.n_pairs, dtype=torch.bool)
     held[check_pairs(pairs, layer)] = True
@@ -118,7 +118,7 @@ def clamp_rotary(
 
 
 def require_room(model: LensModel) -> None:
-    """Refuse models whose scores can't be computed again, and changes that would be in the way.
+    """Refuse models whose scores can't be recomputed, and changes that would conflict.
 
     Raises:
         PosheadsError: as :func:`clamp_rotary`.
@@ -137,7 +137,7 @@ def require_room(model: LensModel) -> None:
 
 @contextmanager
 def hiding(model: LensModel, layers: Mapping[int, LayerGeometry], trained: int) -> Iterator[None]:
-    """Inside, the heads of each layer's remapping don't see keys ``trained`` or more tokens away.
+    """Inside, the heads of each remapping can't attend to keys ``trained`` or more tokens away.
 
     For whole texts in one pass, without padding and without a KV cache.
     """

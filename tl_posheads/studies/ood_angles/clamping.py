@@ -134,7 +134,7 @@ def clamped_dominant(
     """D of query-key pairs with some rotary pairs' relative distance held at ``trained - 1``.
 
     The dominant dimension of Hong et al. 2024 (arXiv 2410.08703); at distances below ``trained``
-    it is the bare one, bit for bit.
+    it is the unclamped one, bit for bit.
 
     Args:
         rot_q, rot_k, geometry: of one text and layer; :func:`tl_posheads.capture_rotary` gives
@@ -147,8 +147,8 @@ def clamped_dominant(
     Memory: ``2 * head * n * pair`` doubles.
 
     Raises:
-        PosheadsError: pairs that the layer hasn't, a layer that sees other distances, or another
-            ``scale``.
+        PosheadsError: pairs that the layer doesn't have, a layer that sees other distances, or
+            another ``scale``.
 
     Example:
         >>> import torch
@@ -163,7 +163,8 @@ def clamped_dominant(
     """
     if geometry.remapping is not None:
         raise PosheadsError(
-            f"layer {geometry.layer} sees other distances than the text's; clamp the bare model"
+            f"layer {geometry.layer} sees other distances than the text's; clamp the unmodified "
+            "model"
         )
     chosen = torch.zeros(geometry.n_pairs, dtype=torch.bool, device=rot_q.device)
     chosen[check_pairs(pairs, geometry)] = True
@@ -178,7 +179,7 @@ def check_pairs(pairs: Iterable[int], geometry: LayerGeometry) -> list[int]:
     """Pairs of the layer, ascending.
 
     Raises:
-        PosheadsError: one that it hasn't.
+        PosheadsError: one that it doesn't have.
     """
     found = sorted({int(pair) for pair in pairs})
     wrong = [pair for pair in found if not 0 <= pair < geometry.n_pairs]
@@ -196,8 +197,8 @@ class ClampSums:
 
     Attributes:
         n_qk_pairs: query-key pairs of one head.
-        bare: of the bare D.
-        paired: beyond training, of the mean bare D that the same query has in the last octave
+        bare: of the unclamped D.
+        paired: beyond training, of the mean unclamped D that the same query has in the last octave
             inside training.
         joint: beyond training, of D with the sets of :data:`JOINT` clamped.
         single: beyond training, of D with one pair clamped.
@@ -253,7 +254,7 @@ def clamp_by_bin(
     rows: Int[Tensor, " row"],
     scale: Scale = "none",
 ) -> ClampSums:
-    """Everything that one text and layer tell: D as it is and with pairs clamped, by bin.
+    """All measurements of one text and layer: D without clamps and with pairs clamped, by bin.
 
     Args:
         rot_q, rot_k, geometry: of one text and layer, not remapped.
@@ -302,7 +303,7 @@ def _far(
 def one_replaced(
     plain: Float[Tensor, "*rest pair"], other: Float[Tensor, "*rest pair"]
 ) -> Float[Tensor, "*rest pair"]:
-    """D with the contribution of one pair after the other replaced; linear in pairs.
+    """D with the contribution of one pair at a time replaced; linear in pairs.
 
     The other pairs enter as those before and those after, each by its log-sum and mean index:
     nothing is subtracted, so that a pair that holds all the weight leaves no rounding behind.

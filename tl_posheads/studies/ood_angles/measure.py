@@ -1,4 +1,4 @@
-"""Reads texts longer than those of training, bare and under clamps, and adds up what they show."""
+"""Reads texts longer than those of training, with and without clamps, and sums up D and loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ from tl_posheads.studies.ood_angles.results import OODAngles
 
 Live = Literal["pairs", "joint", "none"]
 # Of one text under one condition: loss and position of the scored tokens, and by layer, as NAME.3,
-# the sums of ClampSums in the bare model, and of D (live) with out-of-distribution pairs clamped.
+# the sums of ClampSums in the unmodified model, and of D (live) with all out-of-distribution pairs
+# clamped.
 Pass = dict[str, Tensor]
 
 _SUMS = "bare", "paired", "joint", "single"
@@ -73,11 +74,11 @@ def ood_angles(
     A rotary pair whose wavelength is longer than the training length has seen angles up to
     ``theta * (trained - 1)`` and no others: an out-of-distribution pair. Beyond, its relative angle
     is held there, ``theta * min(d, trained - 1)``, and the dominant dimension D (Hong et al. 2024,
-    arXiv 2410.08703) is taken again: pair by pair, all out-of-distribution pairs together, and, as
-    a control, all others together, whose angles are not new. What D changes by is that pair's part.
+    arXiv 2410.08703) is measured again: pair by pair, all out-of-distribution pairs together, and,
+    as a control, all others together, whose angles are not new. The change in D is a pair's part.
 
-    Two levels. *Direct*: the bare model's own rotated queries and keys, with the angle of the pair
-    in the score held; earlier layers stay as they are. *Through the model*: the clamp is in force
+    Two levels. *Direct*: the unmodified model's rotated queries and keys, with the pair's angle in
+    the score clamped; earlier layers stay as they are. *Through the model*: the clamp is in force
     in all chosen heads as the texts are read (:func:`clamp_rotary`), so that later layers change
     too; this gives the loss, and D once more.
 
@@ -85,22 +86,22 @@ def ood_angles(
         model: HookedTransformer or TransformerBridge with RoPE.
         tokens: texts longer than the training length. ``load_corpus`` makes them inside
             ``with Unchanged()(model):``.
-        trained: tokens of a training text; the checkpoint's own length by default.
+        trained: training length in tokens; the checkpoint's own by default.
         heads: ``(layer, head)`` pairs; by default all that see further than the training length.
         factor: distances up to this many times the training length; texts are cut there.
-        n_queries: of a text that D is taken of, evenly spread.
-        n_scored: tokens of a text whose loss is measured, evenly spread.
+        n_queries: queries per text at which D is measured, evenly spaced.
+        n_scored: tokens per text whose loss is measured, evenly spaced.
         per_octave: bins in a doubling of the distance; one begins at the training length.
-        scale: of the contributions that D is taken of, as in ``score_heads``.
+        scale: of the contributions behind D, as in ``score_heads``.
         live: what is clamped through the model: all out-of-distribution pairs, all others and all
             pairs (``"joint"``), each out-of-distribution pair by itself too (``"pairs"``), or
-            nothing (``"none"``). Beside them a pass in which the heads don't see keys as far away
-            as that at all.
+            nothing (``"none"``). In addition, a pass in which the heads can't attend to keys that
+            far away at all.
         seed: of the bootstrap in the result's tables; nothing else is drawn.
         checkpoint: folder that keeps every finished pass over a text; the same call goes on from
             there.
         progress: show a bar.
-        provenance: more facts to keep with the result, the corpus' name for one.
+        provenance: more facts to keep with the result, for example the corpus' name.
 
     Returns:
         :class:`OODAngles`.
@@ -205,7 +206,7 @@ def _passes(
 
 
 def _sums(passes: Sequence[tuple[int, str, Pass]], heads: Sequence[Head]) -> dict[str, Any]:
-    """Sums of D by text, head and bin, of the bare model and under the clamp."""
+    """Sums of D by text, head and bin, of the unmodified model and under the clamp."""
     bare = [found for _, name, found in passes if name == "bare"]
     through = [_by_layer(found, "live") for _, name, found in passes if name == "ood"]
     counts = [torch.stack([found[f"n_qk_pairs.{layer}"] for layer, _ in heads]) for found in bare]
@@ -232,7 +233,7 @@ def _check(model: LensModel, factor: Any, live: Any, **whole: Any) -> None:
     elif length_matters(model):
         raise PosheadsError(
             f"{model_name(model)} was given, whose frequencies depend on the text's length, so "
-            "that no angle of training can be told; give another model"
+            "that its training angles are unknown; give another model"
         )
 
 
@@ -285,7 +286,7 @@ class _Reader:
         }
 
     def conditions(self, live: Live) -> dict[str, dict[int, list[int]]]:
-        """Pairs clamped in every layer, by the condition's name; the bare model first."""
+        """Pairs clamped in every layer, by the condition's name; the unmodified model first."""
         out: dict[str, dict[int, list[int]]] = {"bare": {}}
         if live == "none":
             return out

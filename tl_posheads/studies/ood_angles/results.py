@@ -32,7 +32,7 @@ class OODAngles(Result):
         bin_octave: octave of each bin from the training length; -1 is the last one inside.
         inv_freq: radians a token of each head's pairs; NaN where a layer has fewer.
         n_qk_pairs: query-key pairs.
-        bare: of D in the bare model.
+        bare: of D in the unmodified model.
         paired: past training, of the mean D that each pair's query has in the last octave inside.
         joint: past training, of D with the out-of-distribution, the other and all pairs clamped.
         single: past training, of D with each pair clamped.
@@ -70,14 +70,14 @@ class OODAngles(Result):
         if not ascends or not bool((self.bin_end > self.bin_start).all()) or not self.heads:
             raise ValueError("bins that don't ascend, or no heads")
         if bool((self.bin_octave.abs() > 63).any()) or bool((self.n_qk_pairs < 0).any()):
-            raise ValueError("octaves beyond all distances, or less than no pair")
+            raise ValueError("octaves beyond all distances, or negative numbers of pairs")
         if len(self.loss):
             keys = ["condition", "octave", "text"]
             octaves = {*self.loss.loc[self.loss["condition"] == "bare", "octave"]}
             octaves &= {*range(-63, 64)}
             inside = self.loss["text"].between(0, self.bare.shape[0] - 1).all()
             if not inside or {*self.loss["octave"]} - octaves or self.loss.duplicated(keys).any():
-                raise ValueError("losses of other texts, without the bare model's, or twice")
+                raise ValueError("losses of other texts, without the unmodified model's, or twice")
 
     @cached_property
     def ood(self) -> np.ndarray:
@@ -174,7 +174,7 @@ class OODAngles(Result):
         )
 
     def _finding(self) -> list[str]:
-        table = self.summary(n_boot=1)  # its intervals, which take seconds, aren't told
+        table = self.summary(n_boot=1)  # its intervals take seconds and are left out
         if table.empty:
             return []
         share = table.loc[table["quantity"] == "head_share", "value"]
@@ -186,7 +186,7 @@ class OODAngles(Result):
         return self.by_pair()
 
     def sentences(self) -> list[str]:
-        """What was found, in words: the change, whose it is, and the loss."""
+        """The findings in words: the change, its parts, and the loss."""
         table = self.summary()
         if table.empty:
             return ["The texts reach no distance past the training length."]
@@ -207,9 +207,9 @@ class OODAngles(Result):
             f"{', '.join(map(str, n_ood))}.",
             f"Change of the mean dominant dimension at distances {last['start']} to {last['end']}: "
             f"{said('change')}.",
-            f"Of it, out-of-distribution pairs: {said('change_from_ood')}; other pairs: "
-            f"{said('change_from_in_distribution')}; both together on top: {said('interaction')}; "
-            f"what stays with all angles held: {said('other')}.",
+            f"Of this, out-of-distribution pairs: {said('change_from_ood')}; other pairs: "
+            f"{said('change_from_in_distribution')}; interaction of both: {said('interaction')}; "
+            f"left with all angles clamped: {said('other')}.",
             f"Share of each head's own change: out-of-distribution pairs "
             f"{said('head_share', '{:.2f}')}, other pairs "
             f"{said('head_share_in_distribution', '{:.2f}')}.",
@@ -218,20 +218,20 @@ class OODAngles(Result):
         past = losses[losses["start"] == losses["start"].max()].set_index("condition")
         if "ood" in past.index:
             names = {
-                "bare": "bare",
+                "bare": "unmodified",
                 "ood": "out-of-distribution pairs clamped",
                 "in_distribution": "other pairs clamped",
                 "all": "all clamped",
                 "hidden": "far keys hidden",
             }
             told = ", ".join(f"{text} {past.loc[name, 'loss']:.2f}" for name, text in names.items())
-            out.append(f"Loss from position {past['start'].iloc[0]} on, nats a token: {told}.")
+            out.append(f"Loss from position {past['start'].iloc[0]} on, nats per token: {told}.")
         return out
 
     def summary(self, *, n_boot: int = 1000) -> pd.DataFrame:
         """Means over heads and bins past training, by octave and over all, with 95 % intervals.
 
-        Every bin counts alike, and every head. ``share`` is of the mean curve: mean
+        All bins and all heads have equal weight. ``share`` is of the mean curve: mean
         ``change_from_ood`` over mean ``change``; heads that move up and heads that move down
         cancel in it. ``head_share`` is how much of each head's own change it explains: the slope of
         ``change_from_ood`` on ``change`` through the origin, over heads and bins;
@@ -260,10 +260,10 @@ class OODAngles(Result):
         """Loss by octave of the token's position, a row per condition, nats a token.
 
         Conditions are ``bare``; ``ood``, ``in_distribution`` and ``all`` pairs clamped; ``hidden``,
-        where the heads see no key at a distance that training hadn't: what can be won by being
-        spared those keys, whatever their angles; and single pairs. Texts count by their tokens.
-        ``change`` is against the bare model with its 95 % bootstrap interval over texts (NaN with
-        fewer than four). ``recovered`` is the share of the bare model's rise since the last octave
+        where the heads see no key at a distance beyond training: what removing those keys gains,
+        whatever their angles; and single pairs. Texts are weighted by their tokens. ``change`` is
+        against the unmodified model with its 95 % bootstrap interval over texts (NaN with fewer
+        than four). ``recovered`` is the share of the unmodified model's rise since the last octave
         inside training that is taken back; NaN without a rise.
         """
         if self.loss.empty:
@@ -305,7 +305,7 @@ class OODAngles(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> Any:
-        """Mean curve bare and clamped, each pair's part, and the loss; a matplotlib figure."""
+        """Mean curve with and without clamps, each pair's part, the loss; a matplotlib figure."""
         from tl_posheads.figures.ood_angles import ood_figure
 
         return ood_figure(

@@ -1,4 +1,4 @@
-"""What a change is made of, and how sure the shares are: arithmetic on sums by bin."""
+"""The parts of a change, and the confidence intervals of their shares, from sums by bin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Parts:
     """Means of D past training and what their change is made of, NaN where there is no pair.
 
     Attributes:
-        d_bare: of the bare model.
+        d_bare: of the unmodified model.
         d_reference: its mean in the last octave inside training.
         d_paired: the same of the bin's own queries.
         change: ``d_bare - d_reference``. change_paired: ``d_bare - d_paired``.

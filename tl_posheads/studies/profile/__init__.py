@@ -1,4 +1,4 @@
-"""Kin of Positional Heads: what else a head is, on the same texts; a measure a file."""
+"""Other measures of heads beside the positional score, on the same texts; one file each."""
 
 from tl_posheads.studies.atlas.vectors import (
     before_rotation,

@@ -9,7 +9,7 @@ from tl_posheads.errors import PosheadsError
 
 
 def detection_patterns(tokens: Int[Tensor, " pos"]) -> dict[str, Float[Tensor, "q_pos k_pos"]]:
-    """TransformerLens' own detection patterns of one text, ones where such a head looks.
+    """TransformerLens' own detection patterns of one text, ones where such a head attends.
 
     ``induction``: the token behind each earlier copy of the query's token. ``previous_token``: the
     token before the query. From ``transformer_lens.head_detector``.

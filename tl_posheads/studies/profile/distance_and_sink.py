@@ -1,4 +1,4 @@
-"""How far a head looks, and how much of its attention rests on the first token."""
+"""How far back a head attends, and how much it attends to the first token."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def sink_mass(pattern: Float[Tensor, "*head q_pos k_pos"]) -> Float[Tensor, "*he
 def mean_distance(
     pattern: Float[Tensor, "*head q_pos k_pos"], *, first: int = 0
 ) -> Float[Tensor, "*head"]:
-    """Mean token distance that the head looks back over, weighted by attention, in tokens.
+    """Mean token distance of the head's attention, weighted by attention, in tokens.
 
     Args:
         pattern: attention, ``q_pos`` and ``k_pos`` the same positions.
-        first: keys before this one are left out: 1 leaves out the first token, a look at which is
-            a rest rather than a look far back.
+        first: keys before this one are left out: 1 leaves out the first token, an attention sink
+            rather than a distant token.
 
     Returns:
         ``sum A (i - j) / sum A`` over all queries and the keys that are left; NaN where no

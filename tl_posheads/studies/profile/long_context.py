@@ -17,7 +17,7 @@ def long_context_share(
     threshold: float = 0.6,
     sliding_window: int | None = None,
 ) -> tuple[float, float]:
-    """Share of one head's queries that need long context: predicted, and in truth.
+    """Share of one head's queries that need long context: predicted, and actual.
 
     Donhauser et al. 2025, "Unveiling simplicities of attention: adaptive long-context head
     identification", arXiv 2502.09647. The keys that query ``i`` sees fall into the local ones, the
@@ -27,7 +27,7 @@ def long_context_share(
         A_local / (A_local + A_bulk) >= threshold
 
     and needs long context where it is less. The oracle criterion takes ``A_bulk`` as it is. The
-    query-adaptive one (QAdA) takes the bulk's keys for Gaussian, with which the scores ``q . k``
+    query-adaptive one (QAdA) assumes that the bulk's keys are Gaussian; then the scores ``q . k``
     are Gaussian and ``A_bulk = n_bulk * exp(mean + variance / 2)``, mean and variance (over n) of
     the scores in the bulk. These are ``q . mu`` and ``q' Sigma q`` of the keys' own mean and
     covariance, so that nothing is lost by taking them from the scores.
@@ -39,7 +39,7 @@ def long_context_share(
     Args:
         scores: as they enter the softmax, unmasked, of one head and text.
         window: keys just before the query that are local, itself among them.
-        n_sink: keys at the text's beginning that are.
+        n_sink: keys at the text's beginning that are local.
         threshold: the paper's tau.
         sliding_window: of the layer: query ``i`` sees ``i - sliding_window < j <= i``.
 
@@ -50,7 +50,7 @@ def long_context_share(
     Memory: some tensors of ``[pos, pos]`` in float64.
 
     Raises:
-        PosheadsError: a window below 1, a negative ``n_sink``, a threshold that is no share.
+        PosheadsError: a window below 1, a negative ``n_sink``, a threshold outside of 0 to 1.
 
     Example:
         >>> import torch

@@ -33,7 +33,7 @@ _SAME = 0.02  # mean distance in total variation between the pattern and softmax
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer showed of one text: ``[pos, head, d_head]``, and the pattern."""
+    """One layer's vectors on one text, ``[pos, head, d_head]``, and the pattern."""
 
     geometry: LayerGeometry
     pattern: Float[Tensor, "head q_pos k_pos"]
@@ -165,7 +165,7 @@ def _massive(seen: Layer, layer: int, settings: ProfileSettings, out: Collected)
     for name, rotated in (("q", seen.q), ("k", seen.k)):
         assert rotated is not None
         norms = VectorMeans.of(rotated, seen.geometry).dimension_norms
-        if name == "k":  # heads that share keys share what is said of them
+        if name == "k":  # heads that share keys share the keys' measures
             norms = norms[torch.as_tensor(seen.geometry.kv_head, device=norms.device)]
         share = massive_share(norms, factor=settings.massive_factor)
         out.values[f"massive_{name}"][layer] = share.cpu()
@@ -175,7 +175,7 @@ def _massive(seen: Layer, layer: int, settings: ProfileSettings, out: Collected)
 def _from_scores(
     seen: Layer, layer: int, wants: set[str], settings: ProfileSettings, window: int, out: Collected
 ) -> None:
-    """What needs the scores; nothing where they aren't all that attention is made of."""
+    """Measures that need the scores; none if attention isn't the softmax of the scores alone."""
     assert seen.q is not None
     assert seen.k is not None
     geometry, q = seen.geometry, seen.q

@@ -83,7 +83,7 @@ def retrieval_scores(
     """The retrieval score of every head, mean over the needles that the model answered.
 
     The model answers each prompt by greedy decoding, as many tokens as the answer has. Then one
-    pass over prompt and answer shows where every head looked as each token was written: attention
+    pass over prompt and answer shows where every head attended as each token was written: attention
     is causal, so that these are the rows that decoding saw. A prompt counts where more than half
     of the answer's tokens were written (Wu et al. 2024), and where its text holds the answer's
     tokens in a row.
@@ -134,7 +134,7 @@ def retrieval_scores(
 def _answered(model: LensModel, prompt: Prompt) -> dict[str, Tensor]:
     """How much of the needle the model wrote, and where that counts what each head copied.
 
-    Neither where the text is without the answer.
+    Neither if the text lacks the answer.
     """
     first, last = int(prompt.targets[0]), int(prompt.targets[-1])
     asked, answer = prompt.tokens[:first].cpu(), prompt.tokens[first : last + 1].cpu()

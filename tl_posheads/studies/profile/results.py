@@ -44,10 +44,10 @@ class HeadProfile(Result):
             raise ValueError("a head twice, or of a number below 0")
         for name in self.columns:
             if self.table[name].dtype.kind not in "fiub":
-                raise ValueError(f"{name} is no measure")
+                raise ValueError(f"{name} is not a measure")
         missing, needles = (self.provenance.get(x) or {} for x in ("missing", "needles"))
         if not isinstance(missing, dict) or not isinstance(needles, dict):
-            raise ValueError("what is missing and the needles are told otherwise")
+            raise ValueError("facts on missing values or needles of an unknown form")
 
     def _about(self) -> str:
         return f"{self.provenance.get('model')}: {len(self.table)} heads, {', '.join(self.columns)}"
@@ -59,9 +59,8 @@ class HeadProfile(Result):
         if found.empty:
             return []
         name = found.abs().idxmax()
-        return [
-            f"goes most with the positional score: {name} (rank correlation {found[name]:+.2f})"
-        ]
+        rho = f"(rank correlation {found[name]:+.2f})"
+        return [f"most correlated with the positional score: {name} {rho}"]
 
     @property
     def columns(self) -> list[str]:
@@ -162,7 +161,7 @@ class HeadProfile(Result):
         return out
 
     def plot(self, *, within_layers: bool = False, ax: Axes | None = None) -> Any:
-        """The correlations as a map, alike measures side by side, as a matplotlib figure.
+        """The correlations as a map, similar measures side by side, as a matplotlib figure.
 
         Args:
             within_layers: as in :meth:`correlation`.

@@ -1,4 +1,4 @@
-"""The retrieval score: what of a needle a head copies while the model writes it down."""
+"""The retrieval score: how much of a needle a head copies as the model generates it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def copied_share(
         ``[head]``, float64, from 0 to 1.
 
     Raises:
-        PosheadsError: no needle, or as many steps as tokens weren't given.
+        PosheadsError: no needle, or not one step per token.
 
     Example:
         >>> import torch

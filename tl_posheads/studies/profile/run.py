@@ -1,4 +1,4 @@
-"""``profile_heads``: what else a head does that is positional or isn't, on the same texts."""
+"""``profile_heads``: the positional score and other measures of heads, on the same texts."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def profile_heads(
     ``induction``       ``induction``: attention on tokens behind earlier copies of the query's
     ``previous_token``  ``previous_token``: attention on the token before
     ``sink``            ``sink``: attention on the first token
-    ``distance``        ``distance`` in tokens that attention looks back; ``distance_beyond_sink``
+    ``distance``        ``distance``: mean distance of attention in tokens; ``distance_beyond_sink``
                         without the first token
     ``long_context``    ``long_context``: share of queries that need more than their neighbours,
-                        predicted; ``long_context_oracle``: in truth
+                        predicted; ``long_context_oracle``: actual
     ``massive``         ``massive_q``, ``massive_k``: share of massive dimensions;
                         ``slow_norm_q``, ``slow_norm_k``: share of the norms in dimensions that
                         don't turn once in the text
@@ -89,7 +89,7 @@ def profile_heads(
             counts.
         seed: of the needles and of ``score_heads``.
         checkpoint: folder that keeps every finished document and needle, the scores' too; the same
-            call goes on from there.
+            call resumes from it.
         progress: show a bar.
 
     Returns:
@@ -169,7 +169,7 @@ def _measured(
     kept: Checkpoint,
     progress: bool,
 ) -> tuple[list[Collected], Tensor, dict[str, Any]]:
-    """Of each text what was measured, retrieval scores, and what is to be said of these.
+    """Measurements of each text, retrieval scores, and facts on these.
 
     What the checkpoint holds is read from it.
     """
@@ -199,7 +199,7 @@ def _measured(
 def _prompts(
     model: LensModel, needles: int | Task | Sequence[Prompt], seed: int
 ) -> tuple[list[Prompt], str]:
-    """The prompts, or why there are none; what the caller chose himself is refused instead."""
+    """The prompts, or why there are none; bad prompts given by the caller are refused instead."""
     if not isinstance(needles, int):
         return needle_prompts(model, needles, seed), ""
     if needles < 0 or isinstance(needles, bool):

@@ -37,7 +37,7 @@ class ProfileSettings:
     Attributes:
         local_window: keys just before a query that are local; None takes an eighth of the longest
             text, 16 to 1,024.
-        n_sink: keys at a text's beginning that are local, too.
+        n_sink: keys at a text's beginning that are also local.
         threshold: a query needs long context where its local keys' share of attention is less.
         massive_factor: a dimension is massive above so many times the head's mean norm.
         utility_queries: queries of every text, evenly spread, whose output the mask keeps.

@@ -24,7 +24,7 @@ def dimension_utility(
     penalty: float = 0.1,
     steps: int = 100,
 ) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, " head"]]:
-    """What of every query-key dimension a head must keep so that its output stays, from 0 to 1.
+    """How much of each query-key dimension a head needs to keep its output, from 0 to 1.
 
     Chiang and Yogatama 2025, "The rotary position embedding may cause dimension inefficiency in
     attention heads for long-distance retrieval", arXiv 2502.11276, section 5.2: a sparse mask is
