@@ -22,6 +22,7 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "tl_posheads"
+html_show_search_summary = False  # a page opened as a file may not fetch others
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # they are executed by the tests; here their committed outputs are shown

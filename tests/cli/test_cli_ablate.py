@@ -133,7 +133,7 @@ def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tasks", "poetry"), "no list of some of passkey"),
+        (("--tasks", "poetry"), "not a list of some of passkey"),
         (("--tasks", "copying,copying"), "each once"),
         (("--fractions", "0.2,0.1"), "ascending shares"),
         (("--draws", "11"), "at least 12"),
@@ -142,7 +142,7 @@ def test_goes_on_with_a_stopped_run(scored, tmp_path, monkeypatch):
         (("--needles", "-1"), "0"),
         (("--on", "scores"), "invalid choice: 'scores'"),
         (("--fractions", "0.125,0.13"), "both give 1 of 8"),
-        (("--controls", "best"), "no list of some of random"),
+        (("--controls", "best"), "not a list of some of random"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(scored, tmp_path, words, message):

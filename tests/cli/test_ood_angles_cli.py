@@ -82,7 +82,7 @@ def test_writes_everything_and_shows_it_again(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--factor", "1"), "no number above 1"),
+        (("--factor", "1"), "not a number above 1"),
         (("--heads", "3"), "write layer.head"),
         (("--live", "some"), f"choose from {LIVE[0]}"),
     ],

@@ -214,7 +214,7 @@ def test_enough_methods_are_correlated():
     assert np.isnan(few["rho"])
     assert (few["n"], few["reason"]) == (
         3,
-        "fewer than 4 methods whose allocation_stretch can be told",
+        "fewer than 4 methods with a known allocation_stretch",
     )
 
 

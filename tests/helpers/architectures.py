@@ -396,7 +396,7 @@ def table() -> str:
         still = "" if rotary_layers(name) == (0, 1) else ", layers without RoPE or attention as NaN"
         rows.setdefault(f"scored{still}", []).append(name)
     for name, (_, _, reason) in REFUSED.items():
-        whose = "rotated queries and keys never come: " if reason == NEVER else ""
+        whose = "rotated queries and keys never seen: " if reason == NEVER else ""
         rows.setdefault(f"refused: {whose}{reason}", []).append(name)
     rows |= {f"not tested: {why}": [names] for why, names in UNTESTED.items()}
     head = ["| on the Bridge 4 | architectures |", "|---|---|"]

@@ -5,7 +5,6 @@ Weights are scaled up so that scores differ by more than rounding.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from unittest import mock
 
@@ -85,9 +84,7 @@ def bridge(hf_model: Any, name: str = "tiny") -> TransformerBridge:
         model = TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=tiny_tokenizer(), device="cpu"
         )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*reads no cache")
-        settle_cache(model)
+    settle_cache(model)
     return model
 
 

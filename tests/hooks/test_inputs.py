@@ -107,3 +107,11 @@ def test_one_layer():
     assert layers_of(model, 1) == [1]
     with pytest.raises(PosheadsError, match="layers 0 to"):
         layers_of(model, 7)
+    with pytest.raises(PosheadsError, match=r"layers='0-1' was given; expected numbers"):
+        layers_of(model, "0-1")
+
+
+def test_a_list_of_ids_is_refused_in_one_line():
+    model = SimpleNamespace(cfg=SimpleNamespace(d_vocab=9, n_ctx=8, model_name="m"))
+    with pytest.raises(PosheadsError, match=r"tokens of shape \(4,\), in a list, were given"):
+        documents_of(model, [torch.tensor(i) for i in range(4)], None, 0)

@@ -150,7 +150,7 @@ def test_torchrun(folder, documents, local, tmp_path):
         (dict(engine="torchrun"), "outside of torchrun"),
         (dict(workers=0), "workers=0"),
         (dict(model=object()), "expected its name"),
-        (dict(model_options={"device_map": "auto", "device": "cpu"}), "beside device"),
+        (dict(model_options={"device_map": "auto", "device": "cpu"}), "together with device"),
         (dict(model_options={"n_devices": 64, "cls": "bridge"}), "64"),
     ],
 )

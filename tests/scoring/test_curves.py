@@ -59,5 +59,5 @@ def test_curves_equal_means_over_diagonals(name, monkeypatch):
         np.testing.assert_array_equal(own.iloc[:, 5:].T, curve.quantiles[n])
     with pytest.raises(ph.PosheadsError, match="at least one"):
         ph.dominant_dimension_curve(model, documents, heads=[], progress=False)
-    with pytest.raises(ph.PosheadsError, match="has 4 heads a layer"):
+    with pytest.raises(ph.PosheadsError, match="has 4 heads per layer"):
         ph.dominant_dimension_curve(model, documents, heads=[(0, 9)], progress=False)

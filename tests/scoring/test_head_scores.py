@@ -260,3 +260,11 @@ def test_repr_names_the_best_and_says_what_was_found():
     first, *found = repr(s).splitlines()
     assert first == f"HeadScores(toy </script>: 15 heads scored on 8 documents, best {best})"
     assert found == s.summary().splitlines()[:2]
+
+
+def test_a_head_without_a_score_and_what_is_no_scoring_are_refused():
+    s = head_scores([[0.2, 0.5], [0.5, 0.2]])
+    with pytest.raises(PosheadsError, match=r"L6H6 .*layers 0 to 1, heads 0 to 1"):
+        s["L6H6"]
+    with pytest.raises(PosheadsError, match="int was given; expected HeadScores"):
+        s.compare(3)

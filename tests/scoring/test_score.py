@@ -347,7 +347,7 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(llama, tmp_path
         (torch.ones(2, 9).long(), {"skip_first": 8}, "skip_first=8"),
         (torch.ones(2, 9).long(), {"skip_first": -1}, "whole number"),
         (torch.ones(2, 9).long(), {"attention_mask": torch.ones(9)}, "expected the same"),
-        ([torch.ones(9).long()], {"attention_mask": torch.ones(1, 9)}, "a list needs none"),
+        ([torch.ones(9).long()], {"attention_mask": torch.ones(1, 9)}, "a list needs no mask"),
     ],
 )
 def test_bad_input_is_refused_before_any_forward(llama, monkeypatch, tokens, options, message):

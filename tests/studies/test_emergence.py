@@ -317,7 +317,7 @@ def test_refusals(llama, tmp_path):
     with pytest.raises(ph.PosheadsError, match="holds no checkpoint"):
         emergence.folder_checkpoints(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ph.PosheadsError, match="only a hub"):
+    with pytest.raises(ph.PosheadsError, match="only hub ids"):
         ph.load_model(str(tmp_path), revision="step10")
 
 

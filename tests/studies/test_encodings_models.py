@@ -50,7 +50,7 @@ def test_skipped_positions_and_one_layer():
     found = score_encoding(model, TOKENS, layers=[1], skip_first=4, progress=False)
     truth = ph.score_heads(model, TOKENS, layers=[1], skip_first=4, qk_pairs="all", progress=False)
     assert torch.allclose(found.rho, truth.rho, atol=1e-6, equal_nan=True)
-    with pytest.raises(PosheadsError, match="none of the heads scored"):
+    with pytest.raises(PosheadsError, match="but it was not scored"):
         found.basis(0, 0)
 
 

@@ -16,7 +16,7 @@ from tl_posheads import HeadEffects, PosheadsError, ablate, head_effects
 from tl_posheads.hooks.logprobs import target_logprobs
 from tl_posheads.studies.ablation import head_effects as module
 from tl_posheads.studies.ablation.trial import Trial
-from tl_posheads.tasks import Prompt
+from tl_posheads.tasks import Passkey, Prompt
 
 pytestmark = pytest.mark.lens
 
@@ -245,6 +245,7 @@ def test_a_task_with_a_metric_of_its_own(model):
         (dict(tasks=[]), "expected at least one of tl_posheads.tasks"),
         (dict(tasks=TASKS[0]), "expected at least one of tl_posheads.tasks"),
         (dict(tasks=["passkey"]), "expected at least one of tl_posheads.tasks"),
+        (dict(tasks=[Passkey]), "expected at least one of tl_posheads.tasks"),
         (dict(tasks=[planted.Retrieval(n=0)]), "has no prompts; raise its n"),
         (dict(tasks=[planted.Retrieval(n=1, length=4000)]), "at most"),
         (dict(method="patching"), "expected 'ablation' or 'attribution'"),

@@ -84,9 +84,9 @@ def verdict(
 def test_found_and_of_long_context():
     said = verdict(table(), "passkey")
     assert said.startswith(
-        "passkey (5 prompts): without the top 5 % of heads (14) the answers' log-probability a "
-        "token goes from -0.10 to -2.10 nats (-2.00, 95 % interval over prompts like these -2.30 "
-        "to -1.70)"
+        "passkey (5 prompts): without the top 5 % of heads (14) the answers' log-probability "
+        "per token goes from -0.10 to -2.10 nats (-2.00, 95 % interval over prompts like these "
+        "-2.30 to -1.70)"
     )
     assert "random heads -0.25, heads of the same layers -0.50 on average" in said
     assert (
@@ -166,7 +166,7 @@ def test_why_there_is_no_positive_control(facts, why):
 def test_a_task_at_its_ceiling_or_floor_could_show_nothing(clean, side):
     said = verdict(table(p_far=0.2), "passkey", clean=clean, calibrated=False)
     assert "this study could not have detected harm from these heads, as the task is at its" in said
-    assert f"at its {side} a token without ablation)" in said
+    assert f"at its {side} per token without ablation)" in said
     for options in (dict(calibrated=True), dict(calibrated=False, rungs=0)):
         assert "no evidence" in verdict(table(p_far=0.2), "passkey", clean=clean, **options)
     assert "no evidence" in verdict(table(p_far=0.2), "passkey", calibrated=False)
@@ -174,7 +174,7 @@ def test_a_task_at_its_ceiling_or_floor_could_show_nothing(clean, side):
 
 def test_too_few_draws_or_prompts_could_show_nothing():
     few = table(p_far=0.2).assign(n_draws=12)
-    assert "for no p-value of so few draws or prompts can be below 0.077" in verdict(few, "passkey")
+    assert "as no p-value of so few draws or prompts can be below 0.077" in verdict(few, "passkey")
     lowest = table(p_far=0.2).assign(control="lowest", n_draws=1)
     assert "no evidence that these heads matter more than the lowest heads" in verdict(
         lowest, "passkey"

@@ -166,7 +166,7 @@ def test_refused_before_any_pass(passes):
     for tasks, message in [
         ([Stairs((5,)), Bare()], r"the task bare has no rungs; add .* or go without calibration"),
         ([Stairs((5,)), Unseeded()], r"the task bare has rungs without the fields n and seed"),
-        ([Stairs((5,)), Stairs((-1, -1))], r"no rung of stairs#2 can be asked: too short"),
+        ([Stairs((5,)), Stairs((-1, -1))], r"no rung of stairs#2 can be run: too short"),
         ([], r"tasks=\[\] was given; expected at least one"),
         (Stairs((5,)), r"tasks=Stairs.* was given"),
         ([Stairs((5,)), "passkey"], r"tasks=\['passkey'\] was given"),
@@ -183,7 +183,7 @@ def test_no_numbers(passes, monkeypatch):
     monkeypatch.setattr(
         calibration, "target_logprobs", lambda *_: (torch.tensor([math.nan]), torch.tensor([True]))
     )
-    with pytest.raises(PosheadsError, match=r"answers to stairs \(step=0\) .* no numbers"):
+    with pytest.raises(PosheadsError, match=r"answers to stairs \(step=0\) .* not numbers"):
         calibrate([], [Stairs((5, 9))], progress=False)
 
 

@@ -162,7 +162,7 @@ def test_where_no_cache_is_read_there_is_none(monkeypatch):
         )
     options = dict(max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
     assert model.generate(TOKENS[None], **options)[0, 30:].tolist() != said
-    with pytest.warns(UserWarning, match=r"reads no cache .* transformers \d+\.\d+.*without one"):
+    with pytest.warns(UserWarning, match=r"reads no cache .* transformers \d+\.\d+.*without it"):
         assert greedy(model, TOKENS, 6).tolist() == said
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough

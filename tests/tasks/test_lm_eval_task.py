@@ -341,7 +341,7 @@ REFUSED = [
     ("tiny_choice", {"doc_to_target": "'{{[0, 2]}}'"}, "is \\[0, 2\\]; expected one of 4"),
 ]
 METRIC_REFUSED = [
-    ("tiny_longbench", {"unsafe_code": "true"}, "runs what the model writes"),
+    ("tiny_longbench", {"unsafe_code": "true"}, "executes generated code"),
     ("tiny_longbench", {"repeats": "3"}, "several answers"),
     ("tiny_longbench", {"generation_kwargs": "{num_beams: 4, max_gen_toks: 8}"}, "num_beams"),
     ("tiny_choice", {"metric_list": "[{metric: f1}]"}, "metric f1 of edited is no number"),

@@ -115,14 +115,14 @@ def test_longppl_with_an_evaluator(tiny, words, model):
         return [prompt.targets.tolist() for prompt in LongPPL(**options, **more).prompts(model)]
 
     assert targets(tiny, evaluator=judge) == targets(judge) != targets(tiny)
-    with pytest.raises(PosheadsError, match="another vocabulary"):
+    with pytest.raises(PosheadsError, match="a different vocabulary"):
         targets(tiny, evaluator=model)
 
 
 @pytest.mark.lens
 def test_longppl_with_too_few_or_no_key_tokens(tiny, words, monkeypatch):
     options = dict(n=2, corpus=words, **LONGPPL)
-    with pytest.raises(PosheadsError, match=r"none of 8 stretches .*alpha=500.*lower alpha"):
+    with pytest.raises(PosheadsError, match=r"none of 8 passages .*alpha=500.*lower alpha"):
         LongPPL(alpha=500, **options).prompts(tiny)
     found = iter([[], [], [20, 22], [], [], [], [], []])
     monkeypatch.setattr(LongPPL, "key_tokens", lambda *_: torch.tensor(next(found)))

@@ -71,5 +71,5 @@ def test_no_path_is_in_a_repr_or_a_title(monkeypatch):
     assert repr(geometry) == "RotaryGeometry(tiny-llama: 2 layers of 4 heads, 4 rotary pairs)"
     scores = ph.score_heads(model, torch.arange(3, 35).reshape(2, 16), progress=False)
     assert repr(scores).startswith("HeadScores(tiny-llama")
-    assert scores.plot().axes[0].get_title("left") == "Scores of tiny-llama"
+    assert scores.plot().axes[0].get_title("left") == "Positional scores of tiny-llama"
     assert "<h1>Positional Heads of <bdi>tiny-llama</bdi></h1>" in render(scores)

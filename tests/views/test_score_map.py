@@ -19,7 +19,7 @@ def test_heads_to_outline_are_read_and_checked():
     assert data["highlight"] == [[2, 1], [0, 3]]
     assert "Outlined: L2H1, L0H3." in shown
     assert "Outlined" not in views.score_map(scores).html
-    with pytest.raises(ph.PosheadsError, match="L99H0 was asked for, but it has no score"):
+    with pytest.raises(ph.PosheadsError, match="L99H0 was requested, but it has no score"):
         views.score_map(scores, highlight="L99H0")
 
 

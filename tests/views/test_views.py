@@ -326,7 +326,7 @@ def test_samples_lie_apart():
     maps = hostile_maps(n=13)
     maps = replace(maps, distance=torch.arange(26.0).view(2, 13))
     data = views.farthest_tokens(maps, k=3, around=2).html
-    assert "Of 13 tokens" in data
+    assert "among 13 tokens" in data
     with pytest.raises(ph.PosheadsError, match="k=0"):
         views.farthest_tokens(maps, k=0)
     with pytest.raises(ph.PosheadsError, match="start=13"):

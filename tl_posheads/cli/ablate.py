@@ -105,7 +105,7 @@ def _add_sets(add: Callable[..., Any]) -> None:
         metavar="N",
         type=whole(12),
         default=32,
-        help="draws of each random control, at most (32)",
+        help="draws of each random control, at most; 12 or more (32)",
     )
     add(
         "--mode",

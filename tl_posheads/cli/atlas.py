@@ -90,4 +90,4 @@ def table_lines(found: RotaryAtlas, top: int) -> list[str]:
         values = (number(row[name], form) for name, form in zip(names, forms, strict=True))
         cells.append([place, *values])
     by = "rho" if "rho" in table else "slow_text"
-    return [repr(found), f"The heads with the highest {by}, of {len(table)}:", *aligned(cells, 1)]
+    return [repr(found), f"Of {len(table)} heads, those with the highest {by}:", *aligned(cells, 1)]

@@ -20,7 +20,8 @@ from tl_posheads.extrapolation.observing import TextUnder
 from tl_posheads.extrapolation.stretch import Stretch, stretch
 from tl_posheads.hooks.heads import Head
 from tl_posheads.io.result import Files, Result
-from tl_posheads.scoring.head_scores import Comparison, HeadScores
+from tl_posheads.scoring.agreement import Comparison
+from tl_posheads.scoring.head_scores import HeadScores
 from tl_posheads.statistics.log_bins import log_bins
 from tl_posheads.statistics.ranks import mean_over_documents
 

@@ -223,7 +223,8 @@ def stretch(
 
 def _of_heads(values: np.ndarray | None, held: np.ndarray) -> Any:
     """Only these heads of ``[doc, head, distance]``; counts of a document alone are all heads'."""
-    return np.asarray(values)[:, held] if np.ndim(values) == 3 else values
+    array = np.asarray(values)  # of None, without an axis
+    return array[:, held] if array.ndim == 3 else values
 
 
 def _bounds(x: np.ndarray, x_bare: np.ndarray, factor: float) -> tuple[float, float]:

@@ -77,9 +77,11 @@ def documents_of(
     tokens = torch.as_tensor(tokens) if isinstance(tokens, np.ndarray) else tokens
     rows = _rows(model, tokens, attention_mask)
     if not rows or any(row.ndim != 1 or row.is_floating_point() for row in rows):
-        shape = (
+        shape: object = (
             tuple(tokens.shape) if isinstance(tokens, Tensor) else [tuple(r.shape) for r in rows]
         )
+        if rows and all(row.ndim == 0 for row in rows):
+            shape = f"({len(rows)},), in a list,"
         raise PosheadsError(
             f"tokens of shape {shape} were given; expected whole numbers of shape [doc, pos]"
         )
@@ -149,6 +151,8 @@ def layers_of(model: LensModel, layers: Sequence[int] | int | None) -> list[int]
     """Layers in ascending order, by default all; refuses layers that the model doesn't have."""
     n_layers = int(model.cfg.n_layers)
     layers = [layers] if isinstance(layers, int) else layers
+    if isinstance(layers, str):
+        raise PosheadsError(f"layers={layers!r} was given; expected numbers, like 3 or [0, 3]")
     wanted = sorted({int(layer) for layer in (range(n_layers) if layers is None else layers)})
     wrong = [layer for layer in wanted if not 0 <= layer < n_layers]
     if wrong or not wanted:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,6 +71,14 @@ def generate(
     with ExitStack() as stack:
         stack.enter_context(own_frequencies(model))
         cached = reads_cache(model)
+        if not cached and model not in _WARNED:
+            _WARNED.add(model)
+            warnings.warn(
+                f"{model_name(model)} reads no cache of keys and values with transformers "
+                f"{version('transformers')} and transformer-lens {version('transformer-lens')}; "
+                "text is generated without it, which is slower",
+                stacklevel=2,
+            )
         if not hasattr(model, "original_model"):
             kept, model.tokenizer = model.tokenizer, None
             stack.callback(setattr, model, "tokenizer", kept)
@@ -103,6 +111,7 @@ def _whole_passes(model: LensModel, length: int, n_new: int) -> list[int]:
 
 # Whether a model uses its cache; tested once per model.
 _CACHES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_WARNED: WeakSet[Any] = WeakSet()
 
 
 def reads_cache(model: LensModel) -> bool:
@@ -116,7 +125,8 @@ def reads_cache(model: LensModel) -> bool:
     if model not in _CACHES:
         tokens = torch.arange(3)[None] * (int(model.cfg.d_vocab) // 4) + 1
         tokens = tokens.to(input_device(model))
-        with torch.no_grad(), others_hooks_suspended(model):
+        with torch.no_grad(), others_hooks_suspended(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the old name of the cache is the test
             found = model.generate(
                 tokens,
                 max_new_tokens=2,
@@ -131,18 +141,11 @@ def reads_cache(model: LensModel) -> bool:
             full, alone = (model(x, return_type="logits")[0, -1] for x in (whole, whole[:, 3:]))
         gap = (found.logits[1][0] - full).abs().max()
         _CACHES[model] = bool(gap <= 0.1 * (alone - full).abs().max())
-        if not _CACHES[model]:
-            warnings.warn(
-                f"{model_name(model)} reads no cache of keys and values with transformers "
-                f"{version('transformers')} and transformer-lens {version('transformer-lens')}; "
-                "text is generated without it, which is slower",
-                stacklevel=4,
-            )
     return _CACHES[model]
 
 
 def settle_cache(model: LensModel) -> None:
-    """Disable the cache of a Bridge whose ``generate`` wouldn't use it; warns once.
+    """Disable the cache of a Bridge whose ``generate`` wouldn't use it.
 
     Nothing is tested where transformers uses the name of the cache that all Bridges know.
     """

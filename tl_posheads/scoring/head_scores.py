@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_posheads.errors import PosheadsError
 from tl_posheads.hooks.heads import Head, Heads, as_head, as_heads, count_of
 from tl_posheads.io.result import Files, Result
+from tl_posheads.scoring.agreement import Comparison
 from tl_posheads.scoring.draws import MEASURES, Settings
 from tl_posheads.statistics.ranks import (
     FEW_DOCUMENTS,
@@ -32,31 +33,6 @@ if TYPE_CHECKING:
     from tl_posheads.hooks.rotary_geometry import RotaryGeometry
 
 TESTED = ("rho", "rotation", "content")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Agreement between two scorings of the same heads.
-
-    Attributes:
-        rank_correlation: Spearman's rho between the two lists of scores.
-        n_heads: number of heads scored by both.
-        k: number of top heads compared.
-        overlap: number of top heads in common.
-        chance: expected overlap of two random choices.
-        p_chance: probability that two random choices overlap at least that much.
-        by_head: one row per head, over the documents in common: ``difference`` (the other's rho
-            minus this one's, mean over documents), ``ci_low``, ``ci_high``, ``p`` (paired t test)
-            and ``p_adjusted`` (over heads). Empty with fewer than two documents in common.
-    """
-
-    rank_correlation: float
-    n_heads: int
-    k: int
-    overlap: int
-    chance: float
-    p_chance: float
-    by_head: pd.DataFrame = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -246,7 +222,7 @@ class HeadScores(Result):
         low = self._ranked()[-1]
         if float(self.rho[low]) < 0 and float(self.p_adjusted[low]) < alpha:
             lines.append(
-                f"Strong negative scores are no noise: in L{low[0]}H{low[1]} "
+                f"Strong negative scores are not noise: in L{low[0]}H{low[1]} "
                 f"({float(self.rho[low]):+.3f}) faster rotary pairs take over as distance grows."
             )
         return "\n".join(lines)
@@ -281,6 +257,8 @@ class HeadScores(Result):
             key=lambda place: (-float(self.rho[place]), place),
         )
 
+    __iter__ = None  # else Python would try scores[0], which is not a head
+
     def __getitem__(self, head: Head | str) -> pd.Series:
         """A head's row of :meth:`to_pandas`: ``scores[6, 6]`` or ``scores["L6H6"]``.
 
@@ -290,7 +268,11 @@ class HeadScores(Result):
         (layer, index), table = as_head(head), self.to_pandas()
         found = table[(table["layer"] == layer) & (table["head"] == index)]
         if found.empty:
-            raise PosheadsError(f"L{layer}H{index} was requested, but it has no score")
+            n_layers, n_heads = self.rho.shape
+            raise PosheadsError(
+                f"L{layer}H{index} was requested, but it has no score; choose among the heads of "
+                f"scores.to_pandas() (layers 0 to {n_layers - 1}, heads 0 to {n_heads - 1})"
+            )
         return found.iloc[0]
 
     def top(self, k: int | float) -> list[Head]:
@@ -311,7 +293,12 @@ class HeadScores(Result):
 
         A two-sided t test over documents, corrected over heads (Benjamini and Hochberg). Empty
         with a single document, which gives no test.
+
+        Raises:
+            PosheadsError: an ``alpha`` that isn't between 0 and 1.
         """
+        if not 0 < alpha < 1:
+            raise PosheadsError(f"alpha={alpha} was given; expected a level, such as 0.05")
         return [
             place
             for place in self._ranked()
@@ -366,6 +353,8 @@ class HeadScores(Result):
             PosheadsError: different layers and heads, fewer than three in common, or a ``k`` that
                 :meth:`top` refuses.
         """
+        if not isinstance(other, HeadScores):
+            raise PosheadsError(f"{type(other).__name__} was given; expected HeadScores")
         if self.rho.shape != other.rho.shape:
             raise PosheadsError(
                 f"scores of {tuple(self.rho.shape)} and {tuple(other.rho.shape)} layers and heads "

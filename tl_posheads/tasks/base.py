@@ -158,8 +158,8 @@ def check_short(short_length: int, length: int, *, least: int = 1) -> None:
     """
     if short_length > length - least:
         raise PosheadsError(
-            f"short_length={short_length} was given for prompts of {length} tokens; expected at "
-            f"most {length - least}; lower short_length or raise the length"
+            f"short_length={short_length}, for the short control, and prompts of {length} tokens "
+            f"were given; raise the length to {short_length + least} or more, or lower short_length"
         )
 
 

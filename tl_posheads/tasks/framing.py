@@ -63,7 +63,7 @@ def _template(tokenizer: Any) -> tuple[str, str]:
     parts = rendered.split(_MESSAGE)
     if len(parts) != 2:
         raise PosheadsError(
-            f"the tokenizer's chat template repeats the user's message {len(parts) - 1} times; "
+            f"the tokenizer's chat template contains the user's message {len(parts) - 1} times; "
             "expected it once; give instruct=False for plain text"
         )
     return parts[0], parts[1]

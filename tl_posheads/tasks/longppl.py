@@ -58,8 +58,8 @@ class LongPPL:
     Example:
         >>> LongPPL(length=128)
         Traceback (most recent call last):
-        tl_posheads.errors.PosheadsError: short_length=128 was given for prompts of 128 tokens;
-            expected at most 126; lower short_length or raise the length
+        tl_posheads.errors.PosheadsError: short_length=128, for the short control, and prompts of
+            128 tokens were given; raise the length to 130 or more, or lower short_length
     """
 
     length: int = 1024

@@ -34,7 +34,7 @@ def require_tasks(tasks: Any) -> None:
         PosheadsError: no tasks, or something that isn't a task.
     """
     given = list(tasks) if isinstance(tasks, Sequence) else []
-    wrong = [task for task in given if not isinstance(task, Task)]
+    wrong = [task for task in given if isinstance(task, type) or not isinstance(task, Task)]
     if not given or wrong:
         raise PosheadsError(
             f"tasks={wrong or tasks!r} was given; expected at least one of tl_posheads.tasks, like "

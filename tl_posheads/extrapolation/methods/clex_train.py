@@ -66,7 +66,7 @@ def train_clex(
         trained: positions that the model was trained on; its checkpoint's own by default.
         act, time_dt: as in :class:`CLEX`; the solver's steps take most of the time of small models.
         seed: of weights, texts, factors and positions.
-        progress: show a bar with the loss, nats a token.
+        progress: show a bar with the loss, nats per token.
 
     Returns:
         :class:`CLEX`.

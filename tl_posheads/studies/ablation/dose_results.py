@@ -23,7 +23,7 @@ _LABELS = dict(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DoseResponse(Result):
-    """Every prompt's answer at every strength, under the edit under test and under each draw.
+    """Every prompt's answer at every strength, under the tested edit and under each draw.
 
     Attributes:
         cells: a row per prompt, set and strength: ``logprob``, mean log-probability of the scored
@@ -115,7 +115,7 @@ class DoseResponse(Result):
     def to_pandas(self) -> pd.DataFrame:
         """A row per strength and control.
 
-        Columns: ``effect`` of the edit under test (edited minus clean, nats a token) and
+        Columns: ``effect`` of the edit under test (edited minus clean, nats per token) and
         ``exact``, the share of prompts still answered exactly; ``control_effect``, the draws'
         mean, with their ``control_min`` and ``control_max``, and ``control_exact``;
         ``difference``, effect minus the draws' mean; ``norm_ratio``, the draws' norm over the

@@ -133,7 +133,7 @@ class AblationStudy(Result):
     def to_pandas(self) -> pd.DataFrame:
         """One row per task, variant, fraction and control.
 
-        Columns: ``n_heads``, ``n_prompts``; ``unablated`` log-probability (nats a token, or the
+        Columns: ``n_heads``, ``n_prompts``; ``unablated`` log-probability (nats per token, or the
         task's own metric); ``effect`` of ablating the top heads on it, with ``ci_low`` and
         ``ci_high`` (95 %, Student's t over prompts); ``exact`` and ``exact_ablated``, shares of
         prompts answered exactly; ``control``, with the mean of its draws' effects

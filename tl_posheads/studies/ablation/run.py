@@ -189,7 +189,7 @@ def _chosen(
         why = "; ".join(f"{name} {reason}" for name, reason in found.left_out.items())
         raise PosheadsError(
             f"no task could show harm in {model_name(model)} ({why}); give other tasks or lengths, "
-            "or calibrated=False to take them as they are"
+            "or calibrated=False (--as-they-are) to take them as they are"
         )
     return found
 

@@ -37,7 +37,7 @@ class Moment:
             them; of one text neither interval nor p-value.
         doc_rho: rho of every text by itself.
         curve: mean dominant dimension by octave of distance.
-        loss: mean negative log-probability by text and octave of position, nats a token.
+        loss: mean negative log-probability by text and octave of position, nats per token.
     """
 
     rho: Float[Tensor, "layer head"]

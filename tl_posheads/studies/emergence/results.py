@@ -31,7 +31,7 @@ class Emergence(Result):
             heads at one step, not for that of the steps.
         doc_rho: rho of every text by itself; what the lags' intervals are drawn from.
         curve: mean dominant dimension by octave of distance: 1, 2 to 3, 4 to 7 and so on.
-        loss: mean negative log-probability by text and octave of position, nats a token.
+        loss: mean negative log-probability by text and octave of position, nats per token.
         provenance: how it came about.
     """
 

@@ -38,7 +38,7 @@ class OODAngles(Result):
         single: past training, of D with each pair clamped.
         live: of D where all out-of-distribution pairs are clamped in the model as it reads; None
             without.
-        loss: a row per condition, text and octave of the position: mean loss, nats a token.
+        loss: a row per condition, text and octave of the position: mean loss, nats per token.
         seed: of the bootstrap.
         provenance: how it came about.
     """
@@ -257,7 +257,7 @@ class OODAngles(Result):
         return Bootstrap(self, n_boot).by_pair()
 
     def losses(self, *, n_boot: int = 1000) -> pd.DataFrame:
-        """Loss by octave of the token's position, a row per condition, nats a token.
+        """Loss by octave of the token's position, a row per condition, nats per token.
 
         Conditions are ``bare``; ``ood``, ``in_distribution`` and ``all`` pairs clamped; ``hidden``,
         where the heads see no key at a distance beyond training: what removing those keys gains,
