@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
@@ -223,8 +224,8 @@ def _methods(methods: Sequence[Method]) -> list[Method]:
     wrong = [method for method in chosen if not isinstance(method, Method)]
     if wrong or not chosen:
         raise PosheadsError(
-            f"methods={methods!r} was given; expected methods of tl_posheads.extrapolation, like "
-            "[Linear(4), YaRN(4)]"
+            f"methods={reprlib.repr(methods)} was given; expected methods of "
+            "tl_posheads.extrapolation, like [Linear(4), YaRN(4)]"
         )
     names = [method.name for method in chosen]
     if len(set(names)) < len(names):

@@ -197,7 +197,8 @@ class HeadScores(Result):
     def _about(self) -> str:
         n, model = len(self._ranked()), self.provenance.get("model")
         best = ", ".join(f"L{layer}H{head}" for layer, head in self._ranked()[:3])
-        return f"{model}: {n} heads scored on {self.n_documents} documents, best {best}"
+        documents = f"{self.n_documents} document{'s' * (self.n_documents != 1)}"
+        return f"{model}: {n} heads scored on {documents}, best {best}"
 
     def _finding(self) -> list[str]:
         return self.summary().splitlines()[:2]

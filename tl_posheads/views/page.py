@@ -181,6 +181,9 @@ td button:focus-visible, td button[aria-pressed="true"] { outline: 2px solid #11
                    white-space: pre; }
 .bar .ticks span:first-child { justify-content: flex-start; text-align: left; }
 .bar .ticks span:last-child { justify-content: flex-end; text-align: right; }
+@media (max-width: 30rem) {
+  .bar .ticks span:not(:first-child, :last-child) { visibility: hidden; }
+}
 .beside { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 #head { flex: 1 1 24rem; min-width: 0; }
 #head h2 { font-size: 1rem; margin: 0 0 0.2rem; }
