@@ -75,10 +75,9 @@ def page(title: str, note: str, data: Mapping[str, Any], script: str, *, height:
         height: of its frame in a notebook.
     """
     library = _circuitsvis()[0]
-    # Packed, circuitsvis is a third as long, and a notebook with a view stays under a megabyte.
-    packed = base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode()
+    packed = _packed(library)
     start = f"{_START}unpacked.then(() => {{{script}}});\n"
-    hashes = [f"'sha256-{_hash(text)}'" for text in (library, start)]
+    hashes = [policy_hash(library), policy_hash(start)]
     allowed = f"script-src {' '.join(hashes)}; style-src 'unsafe-inline'; img-src data:"
     policy = f"default-src 'none'; {allowed}"
     return View(
@@ -109,8 +108,15 @@ def page(title: str, note: str, data: Mapping[str, Any], script: str, *, height:
     )
 
 
-def _hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def policy_hash(text: str) -> str:
+    """A script or style as a content policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@cache
+def _packed(script: str) -> str:
+    # circuitsvis is a third as long so, and a notebook with a view stays under a megabyte.
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
 
 
 # The function that makes a token HTML: f(t){return t.replace(/\\s/g,"&nbsp;") ...

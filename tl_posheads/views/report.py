@@ -6,8 +6,6 @@ or a corpus' name holds, it is shown as text.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -16,6 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tl_posheads.io.files import write_text
+from tl_posheads.views.page import policy_hash
 from tl_posheads.views.report_page import PROSE, SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -114,8 +113,8 @@ def render(scores: HeadScores, parts: Sequence[str] = (), scripts: Sequence[str]
     limit = _limit(rows)
     style, data = STYLE + _colours(), _json({"rows": rows})
     # A frame is under this policy, too, and circuitsvis makes styles while it draws.
-    styles = "'unsafe-inline'" if scripts else _hash(style)
-    allowed = " ".join([_hash(SCRIPT), *scripts])
+    styles = "'unsafe-inline'" if scripts else policy_hash(style)
+    allowed = " ".join([policy_hash(SCRIPT), *scripts])
     policy = f"default-src 'none'; img-src data:; style-src {styles}; script-src {allowed}"
     best = f"{_label(rows[0])}, {_signed(rows[0]['rho'])}" if rows else "none"
     found, *more = map(_text, scores.summary().splitlines())
@@ -175,10 +174,6 @@ def _json(value: object) -> str:
     """JSON that no string in it can end the script element with."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _signed(value: float | None, digits: int = 3) -> str:
